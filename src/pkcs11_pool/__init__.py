@@ -1,0 +1,94 @@
+"""An async session pool for PKCS#11: HSMs, smart cards and TPMs.
+
+The public names; everything else is the library's own. Python modules of the
+top floor (demo, command line) are never imported from here.
+"""
+
+from pkcs11_pool import pins
+from pkcs11_pool.errors import (
+    ForkedProcess,
+    InvalidOption,
+    InvalidType,
+    InvalidURI,
+    KeyAmbiguous,
+    KeyFunctionNotPermitted,
+    KeyNotFound,
+    LoginRequired,
+    ModuleError,
+    ModuleInUse,
+    OutcomeUnknown,
+    PinLengthInvalid,
+    PinRefused,
+    PinSourceError,
+    PoolClosed,
+    PoolError,
+    PoolTimeout,
+    SessionClosed,
+    SessionObjectDestroyed,
+    SessionObjectNeedsSession,
+    TokenAmbiguous,
+    TokenInUse,
+    TokenNotFound,
+    TokenUnavailable,
+    TooManyWaiting,
+    WouldBlockLoop,
+    WouldDeadlock,
+)
+from pkcs11_pool.keyref import KeyRef, ObjectRef
+from pkcs11_pool.pool import TokenPool, init_token, list_tokens
+from pkcs11_pool.pooled_session import PooledSession
+from pkcs11_pool.security_officer import SecurityOfficer
+from pkcs11_pool.state import (
+    Access,
+    LoginState,
+    PoolState,
+    SessionInfo,
+    SessionState,
+    TokenInfo,
+)
+from pkcs11_pool.stats import PoolStats
+
+__all__ = [
+    "Access",
+    "ForkedProcess",
+    "InvalidOption",
+    "InvalidType",
+    "InvalidURI",
+    "KeyAmbiguous",
+    "KeyFunctionNotPermitted",
+    "KeyNotFound",
+    "KeyRef",
+    "LoginRequired",
+    "LoginState",
+    "ModuleError",
+    "ModuleInUse",
+    "ObjectRef",
+    "OutcomeUnknown",
+    "PinLengthInvalid",
+    "PinRefused",
+    "PinSourceError",
+    "PoolClosed",
+    "PoolError",
+    "PoolState",
+    "PoolStats",
+    "PoolTimeout",
+    "PooledSession",
+    "SecurityOfficer",
+    "SessionClosed",
+    "SessionInfo",
+    "SessionObjectDestroyed",
+    "SessionObjectNeedsSession",
+    "SessionState",
+    "TokenAmbiguous",
+    "TokenInUse",
+    "TokenInfo",
+    "TokenNotFound",
+    "TokenPool",
+    "TokenUnavailable",
+    "TooManyWaiting",
+    "WouldBlockLoop",
+    "WouldDeadlock",
+    "init_token",
+    "list_tokens",
+    "pins",
+]

@@ -1,0 +1,394 @@
+"""The operations that a pool and an open session have in common.
+
+On a pool each runs in a fresh session of its own; on a ``PooledSession`` all run
+in that one session, one at a time. Both only differ in :meth:`Calls._perform`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from pkcs11.constants import Attribute, ObjectClass
+
+from pkcs11_pool import arguments, operations
+from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
+from pkcs11_pool.errors import InvalidOption, SessionObjectNeedsSession
+from pkcs11_pool.keyref import KeyRef, ObjectRef
+from pkcs11_pool.keys import KeySpec, SessionObject
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import pkcs11
+    from pkcs11.constants import MechanismFlag
+    from pkcs11.mechanisms import KeyType, Mechanism
+
+    from pkcs11_pool.engine import TokenEngine
+    from pkcs11_pool.keys import Entry, ObjectOwner, Target
+    from pkcs11_pool.session import Session
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_KEYS = frozenset(
+    {ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY, ObjectClass.SECRET_KEY}
+)
+
+
+class Calls(ABC):
+    """What can be done on a token, in whichever session."""
+
+    _engine: TokenEngine
+
+    @abstractmethod
+    async def _perform(
+        self,
+        work: Callable[[Session], T],
+        timeout: Timeout,
+        *,
+        rw: bool = False,
+        changes: bool = False,
+        restart: bool = True,
+        home: Calls | None = None,
+    ) -> T:
+        """Run ``work`` on a worker thread, with a session."""
+
+    @property
+    @abstractmethod
+    def _owner(self) -> ObjectOwner | None:
+        """Who owns the session objects that are made here, or None."""
+
+    async def run(
+        self,
+        func: Callable[Concatenate[pkcs11.Session, P], T],
+        *args: P.args,
+        **options: Any,
+    ) -> T:
+        """Call ``func(session, *args)`` on a worker thread, with a real session.
+
+        The session is a ``pkcs11.Session`` that is open for this one call (on a
+        ``PooledSession``: as long as that is open). Everything that python-pkcs11
+        can do, it can do. Kept beyond its end it is harmless: its use raises.
+
+        Args:
+            func: A plain function.
+            *args: Its further arguments.
+            **options: ``rw=True`` for a R/W session, counted as changing the token;
+                ``repeat=True`` to be called again after a lost login or token;
+                ``timeout=`` in seconds.
+
+        Returns:
+            What ``func`` returned.
+
+        Raises:
+            PoolError: See :mod:`pkcs11_pool.errors`.
+            pkcs11.PKCS11Error: What the token answered.
+
+        Cancellation:
+            Before the call: nothing happened. During it: the caller goes at once and
+            the result is dropped; with ``rw=True`` the outcome is waited for first.
+
+        Cryptoki:
+            ``C_OpenSession``, what ``func`` calls, ``C_CloseSession``.
+        """
+        rw, repeat, timeout = _run_options(options)
+        called = arguments.function(func)
+        cache = self._engine.cache
+
+        def work(session: Session) -> T:
+            # The caller may change any object: no number is sure meanwhile.
+            with cache.changing():
+                result: T = arguments.no_awaitable(called(session.p11, *args))
+                return result
+
+        return await self._perform(work, timeout, rw=rw, changes=rw, restart=repeat)
+
+    def key(
+        self,
+        label: str | None = None,
+        id: bytes | None = None,  # noqa: A002  # as python-pkcs11 names it
+        object_class: ObjectClass | None = None,
+        key_type: KeyType | None = None,
+    ) -> KeyRef:
+        """A reference to a token object. No I/O; it may be kept for ever.
+
+        Without ``object_class`` the operation chooses: private or secret to sign,
+        decrypt, unwrap and derive; public or secret to verify, encrypt and wrap.
+
+        Raises:
+            InvalidOption: Nothing names the key, or a value has the wrong type.
+        """
+        spec = KeySpec.of(*arguments.name(label, id, object_class, key_type))
+        return KeyRef(self, spec)
+
+    async def find(
+        self, template: Template | None = None, *, timeout: Timeout = DEFAULT
+    ) -> list[KeyRef | ObjectRef]:
+        """All objects that match a template; all that are visible without one.
+
+        Cancellation:
+            The caller goes at once; a search changes nothing.
+
+        Cryptoki:
+            ``C_FindObjectsInit``, ``C_FindObjects``, ``C_FindObjectsFinal``, and one
+            ``C_GetAttributeValue`` for each object.
+        """
+        wanted = arguments.template(template or {})
+        packed = [(int(k), arguments.pack(k, v)) for k, v in wanted.items()]
+        cache = self._engine.cache
+        entries = await self._perform(
+            lambda session: operations.find(session, cache, packed), timeout
+        )
+        refs = [self._found(entry) for entry in entries]
+        return [ref for ref in refs if ref is not None]
+
+    async def digest(
+        self,
+        data: Data,
+        *,
+        mechanism: Mechanism,
+        mechanism_param: Any = None,
+        timeout: Timeout = DEFAULT,
+    ) -> bytes:
+        """The digest of ``data``.
+
+        Cancellation:
+            The caller goes at once; a digest changes nothing.
+
+        Cryptoki:
+            ``C_DigestInit``, ``C_Digest``.
+        """
+        kind = arguments.mechanism(mechanism, needed=True)
+        whole = await arguments.data(data)
+        return await self._perform(
+            lambda session: operations.digest(session, whole, kind, mechanism_param),
+            timeout,
+        )
+
+    async def generate_random(self, nbits: int, *, timeout: Timeout = DEFAULT) -> bytes:
+        """Random bytes from the token; ``nbits`` is their number in bits.
+
+        Cancellation:
+            The caller goes at once.
+
+        Cryptoki:
+            ``C_GenerateRandom``.
+        """
+        size = arguments.bits(nbits)
+        return await self._perform(
+            lambda session: operations.generate_random(session, size), timeout
+        )
+
+    async def generate_key(
+        self,
+        key_type: KeyType,
+        key_length: int | None = None,
+        *,
+        id: bytes | None = None,  # noqa: A002
+        label: str | None = None,
+        store: bool = False,
+        capabilities: MechanismFlag | None = None,
+        mechanism: Mechanism | None = None,
+        mechanism_param: Any = None,
+        template: Template | None = None,
+        timeout: Timeout = DEFAULT,
+    ) -> KeyRef:
+        """Make a secret key; ``key_length`` in bits.
+
+        Raises:
+            SessionObjectNeedsSession: ``store`` is false and this is a pool.
+
+        Cancellation:
+            The outcome is waited for, then the cancellation raised.
+
+        Cryptoki:
+            ``C_GenerateKey``.
+        """
+        kind = arguments.key_type(key_type)
+        length = arguments.key_length(key_length)
+        given = None if template is None else arguments.template(template)
+        call = partial(
+            _generate_key,
+            kind,
+            length,
+            id=id,
+            label=label,
+            store=store,
+            capabilities=capabilities,
+            mechanism=arguments.mechanism(mechanism),
+            mechanism_param=mechanism_param,
+            template=given,
+        )
+        (ref,) = await self._make(call, timeout, store=store, given=[given])
+        return ref
+
+    async def generate_keypair(
+        self,
+        key_type: KeyType,
+        key_length: int | None = None,
+        *,
+        curve: str | None = None,
+        id: bytes | None = None,  # noqa: A002
+        label: str | None = None,
+        store: bool = False,
+        capabilities: MechanismFlag | None = None,
+        mechanism: Mechanism | None = None,
+        mechanism_param: Any = None,
+        public_template: Template | None = None,
+        private_template: Template | None = None,
+        timeout: Timeout = DEFAULT,
+    ) -> tuple[KeyRef, KeyRef]:
+        """Make a key pair: (public, private). ``curve`` names an EC curve.
+
+        Raises:
+            SessionObjectNeedsSession: ``store`` is false and this is a pool.
+
+        Cancellation:
+            The outcome is waited for, then the cancellation raised.
+
+        Cryptoki:
+            ``C_GenerateKeyPair``.
+        """
+        public = arguments.curve(curve, public_template)
+        given = [
+            arguments.template(public, "public_template"),
+            arguments.template(private_template or {}, "private_template"),
+        ]
+        call = partial(
+            _generate_keypair,
+            arguments.key_type(key_type),
+            arguments.key_length(key_length),
+            id=id,
+            label=label,
+            store=store,
+            capabilities=capabilities,
+            mechanism=arguments.mechanism(mechanism),
+            mechanism_param=mechanism_param,
+            public_template=given[0],
+            private_template=given[1],
+        )
+        made = await self._make(call, timeout, store=store, given=given)
+        return made[0], made[1]
+
+    async def create_object(
+        self, template: Template, *, timeout: Timeout = DEFAULT
+    ) -> KeyRef | ObjectRef:
+        """Make an object from its attributes.
+
+        Raises:
+            InvalidOption: The template is empty, or has no ``CKA_CLASS``.
+            SessionObjectNeedsSession: ``CKA_TOKEN`` is not true and this is a pool.
+
+        Cancellation:
+            The outcome is waited for, then the cancellation raised.
+
+        Cryptoki:
+            ``C_CreateObject``.
+        """
+        given = arguments.template(template)
+        if Attribute.CLASS not in given:
+            message = "the template of a new object needs at least Attribute.CLASS"
+            raise InvalidOption(message)
+        (ref,) = await self._make(
+            lambda session: session.create_object(given),
+            timeout,
+            store=False,
+            given=[given],
+        )
+        return ref
+
+    async def _make(
+        self,
+        call: Callable[[Any], Any],
+        timeout: Timeout,
+        *,
+        store: bool,
+        given: Sequence[Template | None],
+    ) -> list[KeyRef]:
+        token = arguments.makes_token_object(store=store, given=given)
+        self._check_home(token=token)
+        cache = self._engine.cache
+        entries = await self._perform(
+            lambda session: operations.make(session, cache, call),
+            timeout,
+            rw=token,
+            changes=True,
+        )
+        return [self._ref(entry) for entry in entries]
+
+    def _check_home(self, *, token: bool) -> None:
+        """Refuse a session object that would end with its call."""
+        if not token and self._owner is None:
+            message = (
+                "a session object lives as long as its session, and here that ends with "
+                "the call: use `async with pool.session() as session:`, or store=True"
+            )
+            raise SessionObjectNeedsSession(message)
+
+    def _found(self, entry: Entry) -> KeyRef | ObjectRef | None:
+        """The reference of an object that a search found.
+
+        A search sees the session objects of every session. One that was made
+        through the pool keeps its owner; one of unknown origin counts as this
+        session's, and a pool, that owns none, leaves it out.
+        """
+        if _is_token_object(entry):
+            return self._ref(entry)
+        known = self._engine.session_object(entry.handle)
+        if known is not None:
+            return _kind(known.entry)(self._pool(), known, home=self._home())
+        return None if self._owner is None else self._ref(entry)
+
+    def _ref(self, entry: Entry) -> KeyRef:
+        """The reference of an object that was made or found here."""
+        target: Target
+        if _is_token_object(entry):
+            target = entry.spec()
+            self._engine.cache.remember(target, entry)
+        else:
+            owner = self._owner
+            assert owner is not None  # noqa: S101  # _check_home
+            target = owner.objects[entry.handle] = SessionObject(entry, owner)
+        return _kind(entry)(self._pool(), target, home=self._home())
+
+    def _home(self) -> Calls | None:
+        return None if self._owner is None else self
+
+    @abstractmethod
+    def _pool(self) -> Calls:
+        """The pool that this belongs to."""
+
+
+def _is_token_object(entry: Entry) -> bool:
+    return entry.seen.get(Attribute.TOKEN) == b"\x01"
+
+
+def _kind(entry: Entry) -> Any:
+    return KeyRef if entry.object_class in _KEYS else ObjectRef
+
+
+def _generate_key(kind: KeyType, length: int | None, session: Any, **o: Any) -> Any:
+    return session.generate_key(kind, length, **o)
+
+
+def _generate_keypair(kind: KeyType, length: int | None, session: Any, **o: Any) -> Any:
+    return session.generate_keypair(kind, length, **o)
+
+
+def _run_options(options: dict[str, Any]) -> tuple[bool, bool, Timeout]:
+    rw = options.pop("rw", False)
+    repeat = options.pop("repeat", False)
+    timeout = options.pop("timeout", DEFAULT)
+    if options:
+        message = (
+            f"run() has no option {sorted(options)[0]!r}: it takes rw=, repeat= and "
+            "timeout=; give keyword arguments of func by functools.partial"
+        )
+        raise InvalidOption(message)
+    for name, value in (("rw", rw), ("repeat", repeat)):
+        if not isinstance(value, bool):
+            message = f"{name} must be True or False"
+            raise InvalidOption(message)
+    return rw, repeat, timeout

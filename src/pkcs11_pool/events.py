@@ -1,0 +1,40 @@
+"""The names of the log events, and the one logger that writes them.
+
+Flat keys, one name per step. Never a PIN, a template value or key bytes.
+Nothing on the way of an operation logs above DEBUG.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+
+POOL_OPENED = "pool.opened"
+POOL_CLOSED = "pool.closed"
+POOL_FAILED = "pool.failed"
+LOGIN_STARTED = "login.started"
+LOGIN_COMPLETED = "login.completed"
+LOGIN_FAILED = "login.failed"
+LOGIN_LOST = "login.lost"
+LOGOUT_COMPLETED = "logout.completed"
+SO_STARTED = "security_officer.started"
+SO_COMPLETED = "security_officer.completed"
+SO_FAILED = "security_officer.failed"
+SESSION_LIMIT = "sessions.limit_learnt"
+CALL_LOST = "call.lost"
+CALL_RETURNED = "call.returned"
+MODULE_INITIALIZED = "module.initialized"
+MODULE_FINALIZED = "module.finalized"
+
+_log = structlog.get_logger("pkcs11_pool")
+
+
+def info(event: str, **keys: Any) -> None:
+    """A change of state that an operator wants to see."""
+    _log.info(event, **keys)
+
+
+def warning(event: str, **keys: Any) -> None:
+    """Something that went wrong and that the pool deals with."""
+    _log.warning(event, **keys)

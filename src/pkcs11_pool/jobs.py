@@ -1,0 +1,127 @@
+"""One thing to do, from the caller's hands to the worker's and back.
+
+A job is settled once, under the engine's lock: by its result, its deadline, its
+cancellation or the end of the pool, whichever comes first. Whoever settled it
+wakes the waiter; what comes later is dropped.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from pkcs11_pool.pins import PinCallable
+
+
+class Phase(Enum):
+    """Where a job is."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    SETTLED = "settled"
+
+
+class Kind(Enum):
+    """What a job needs to start."""
+
+    READ = "read"
+    """A fresh session of its own; a R/O one will do."""
+    WRITE = "write"
+    """A fresh R/W session of its own."""
+    LEASE = "lease"
+    """A fresh session that stays open when the job is done."""
+    LANE = "lane"
+    """A session that is leased already: only a thread."""
+    ACTOR = "actor"
+    """The login actor's thread: no session, no worker."""
+
+
+class Waiter(Protocol):
+    """The caller, as the threads below the faces see it."""
+
+    def wake(self) -> bool:
+        """Tell the caller to look at its job; False if its loop has ended."""
+
+
+class Job:
+    """One operation, lease or request, and what became of it.
+
+    Attributes:
+        work: Called on a worker with the session.
+        kind: What it needs to start.
+        rw: Whether its session must be R/W.
+        changes: Whether it may change the token: the outcome is waited for.
+        restart: Whether it may start again after a lost login.
+        stays: Whether it is done in any case, also when nobody waits any more.
+        nowait: Whether it is refused rather than let wait (``timeout=0``).
+        deadline: On the monotonic clock, or None.
+        lane: The lease whose session it runs on.
+        holder: The task or thread that asked.
+        errand: A PIN source that the caller, when woken, should await.
+    """
+
+    __slots__ = (
+        "attempts",
+        "changes",
+        "deadline",
+        "dropped",
+        "errand",
+        "error",
+        "holder",
+        "kind",
+        "lane",
+        "nowait",
+        "number",
+        "phase",
+        "restart",
+        "result",
+        "rw",
+        "since",
+        "stays",
+        "waited",
+        "waiter",
+        "work",
+        "worker",
+    )
+
+    def __init__(  # noqa: PLR0913  # the fields of a job, given once by the faces
+        self,
+        work: Callable[[Any], Any] | None,
+        kind: Kind,
+        *,
+        waiter: Waiter,
+        deadline: float | None,
+        changes: bool = False,
+        restart: bool = True,
+        rw: bool = False,
+        stays: bool = False,
+        nowait: bool = False,
+        lane: Any = None,
+        holder: Hashable = None,
+    ) -> None:
+        self.work = work
+        self.kind = kind
+        self.rw = rw
+        self.changes = changes
+        self.restart = restart
+        self.stays = stays
+        self.nowait = nowait
+        self.deadline = deadline
+        self.lane = lane
+        self.holder = holder
+        self.waiter = waiter
+        self.phase = Phase.NEW
+        self.errand: PinCallable | None = None
+        #: The caller has gone; the result is dropped when it comes.
+        self.dropped = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.attempts = 0
+        self.number = 0
+        self.since = 0.0
+        self.waited = False
+        self.worker: Any = None

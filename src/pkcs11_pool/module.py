@@ -1,0 +1,297 @@
+"""Each Cryptoki module once per process: initialised, counted, finalised.
+
+A module has one state per process, so it is shared by all pools, however many
+tokens they serve. Every ``C_Initialize`` starts a new generation: numbers of an
+older one are never passed to the module again.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+import threading
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pkcs11 import exceptions as p11
+from pkcs11.constants import TokenFlag
+
+from pkcs11_pool import cryptoki, events, rv
+from pkcs11_pool.errors import (
+    ForkedProcess,
+    ModuleError,
+    ModuleInUse,
+    TokenAmbiguous,
+    TokenInUse,
+    TokenNotFound,
+)
+from pkcs11_pool.state import Generation, TokenInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    import pkcs11
+
+    from pkcs11_pool.config import PoolOptions
+
+_HANGS_WITH_THREADS: Final = ("p11-kit-client",)
+"""Modules that lose wake-ups when several threads are inside during an outage."""
+_SENSIBLE: Final = 1 << 31
+"""Larger counts are ``-1``, ``-2`` and the like: no number of sessions."""
+
+_lock = threading.Lock()
+_modules: dict[str, Module] = {}
+# Libraries are never destroyed: their __dealloc__ would unload the module, at
+# interpreter exit under a call that hangs in it.
+_kept: list[cryptoki.Library] = []
+
+
+class Module:
+    """One Cryptoki module of this process. Get it by :func:`acquire`."""
+
+    def __init__(self, path: str, library: cryptoki.Library) -> None:
+        self.path = path
+        self.library = library
+        self.users = 0
+        self.generation = Generation(0)
+        self.forked = False
+        #: Calls given up on that are still inside: nothing is finalised then.
+        self.lost_calls = 0
+        #: Held around everything that enters a module that takes one call at a time.
+        self.turn: AbstractContextManager[Any] = nullcontext()
+        self._in_use: dict[tuple[str, bytes, str, str], str] = {}
+
+    @property
+    def functions(self) -> cryptoki.FunctionList:
+        """The module's function list."""
+        return self.library.functions
+
+    @property
+    def serialized(self) -> bool:
+        """Whether the module is called by one thread at a time."""
+        return not isinstance(self.turn, nullcontext)
+
+    def set_serialized(self, asked: bool | None) -> None:
+        """Serve one call at a time if asked to, or if the module needs it."""
+        known = any(name in Path(self.path).name for name in _HANGS_WITH_THREADS)
+        needed = self.library.serialized or known if asked is None else asked
+        if needed and not self.serialized:
+            self.turn = threading.Lock()
+
+    def tokens(self) -> list[tuple[pkcs11.Token, TokenInfo]]:
+        """Every token that is present, with what it says of itself."""
+        found = []
+        for slot in self.library.get_slots(token_present=True):
+            try:
+                found.append((slot.get_token(), self.info(slot.slot_id)))
+            except (p11.TokenNotPresent, p11.TokenNotRecognised, p11.SlotIDInvalid):
+                continue
+        return found
+
+    def info(self, slot_id: int) -> TokenInfo:
+        """``C_GetTokenInfo``, asked anew: flags and counts change."""
+        raw = cryptoki.RawTokenInfo()
+        code = self.functions.C_GetTokenInfo(slot_id, c.byref(raw))
+        rv.check(code, "C_GetTokenInfo")
+        return TokenInfo(
+            label=_text(raw, "label"),
+            serial=_field(raw, "serial"),
+            model=_text(raw, "model"),
+            manufacturer=_text(raw, "manufacturer"),
+            flags=TokenFlag(raw.flags),
+            max_sessions=_count(raw.max_sessions),
+            max_rw_sessions=_count(raw.max_rw_sessions),
+            min_pin_len=raw.min_pin_len,
+            max_pin_len=raw.max_pin_len,
+            slot_id=slot_id,
+        )
+
+    def find(self, options: PoolOptions) -> tuple[pkcs11.Token, TokenInfo]:
+        """The one token that the options name.
+
+        Raises:
+            TokenNotFound: None matches; the message lists what is there.
+            TokenAmbiguous: More than one matches.
+        """
+        here = self.tokens()
+        found = [pair for pair in here if _matches(pair[1], options)]
+        if len(found) == 1:
+            return found[0]
+        listed = "; ".join(str(info) for _, info in here) or "no token at all"
+        if found:
+            listed = "; ".join(str(info) for _, info in found)
+            message = (
+                f"{len(found)} tokens match {options.wanted_token}: {listed}. "
+                "Add token_serial= or slot_id="
+            )
+            raise TokenAmbiguous(message)
+        message = f"no token matches {options.wanted_token}; {self.path} has {listed}"
+        raise TokenNotFound(message)
+
+    def claim(self, info: TokenInfo, name: str) -> None:
+        """Make ``name`` the one pool of this process on a token.
+
+        Raises:
+            TokenInUse: Another open pool has it.
+        """
+        with _lock:
+            if other := self._in_use.get(info.identity):
+                message = (
+                    f"pool {other!r} serves token {info} already: share that pool, "
+                    "one serves every loop and thread of the process"
+                )
+                raise TokenInUse(message)
+            self._in_use[info.identity] = name
+
+    def check_unused(self, info: TokenInfo) -> None:
+        """Refuse a token that an open pool serves.
+
+        Raises:
+            TokenInUse: One does.
+        """
+        with _lock:
+            if other := self._in_use.get(info.identity):
+                message = f"pool {other!r} serves token {info}: close it first"
+                raise TokenInUse(message)
+
+    def unclaim(self, info: TokenInfo) -> None:
+        """The pool on this token is closed."""
+        with _lock:
+            self._in_use.pop(info.identity, None)
+
+
+def acquire(path: str, reserved: bytes | None, *, serialize: bool | None) -> Module:
+    """The module at ``path``, initialised; ends with :func:`release`.
+
+    Raises:
+        ModuleError: The file is missing, cannot be loaded, or is no Cryptoki module.
+        ModuleInUse: Other code of this process initialised it.
+        ForkedProcess: The parent process had it open when it forked.
+    """
+    key = os.path.realpath(path) if os.sep in path else path
+    with _lock:
+        module = _modules.get(key)
+        if module is None:
+            module = _modules[key] = Module(path, _load(path, reserved))
+            _initialized(module)
+        elif module.forked:
+            message = (
+                f"{path} was open in the parent process when it forked: use the start "
+                "method spawn or forkserver, or open the pool after the fork"
+            )
+            raise ForkedProcess(message)
+        elif not module.users and not module.lost_calls:
+            _initialize(module.library, path)
+            _initialized(module)
+        module.users += 1
+        module.set_serialized(serialize)
+        return module
+
+
+def release(module: Module) -> None:
+    """Give the module back; the last one to do so finalises it.
+
+    While a lost call is inside, nothing is finalised: the module stays
+    initialised, and the next pool takes it over.
+    """
+    with _lock:
+        module.users -= 1
+        if module.users or module.lost_calls or module.forked:
+            return
+        module.turn = nullcontext()
+        try:
+            module.library.finalize()
+        except p11.PKCS11Error as error:
+            events.warning(events.MODULE_FINALIZED, module=module.path, error=str(error))
+        else:
+            events.info(events.MODULE_FINALIZED, module=module.path)
+
+
+@contextmanager
+def borrowed(path: str, reserved: bytes | None) -> Iterator[Module]:
+    """The module for the length of a block."""
+    module = acquire(path, reserved, serialize=None)
+    try:
+        with module.turn:
+            yield module
+    finally:
+        release(module)
+
+
+def _load(path: str, reserved: bytes | None) -> cryptoki.Library:
+    if os.sep in path and not Path(path).is_file():
+        what = "is a directory" if Path(path).is_dir() else "does not exist"
+        message = f"{path} {what}: give the path of a Cryptoki module, a .so file"
+        raise ModuleError(message)
+    try:
+        library = cryptoki.Library.__new__(cryptoki.Library, path)
+    except p11.PKCS11Error as error:
+        reason = str(error).partition(": ")[2]
+        if not reason or "C_GetFunctionList" in reason:
+            reason = "it has no C_GetFunctionList, so it is no Cryptoki module"
+        message = f"{path} cannot be loaded: {reason}"
+        raise ModuleError(message) from error
+    _kept.append(library)
+    _initialize(library, path, lambda: library.__init__(path, reserved))  # type: ignore[misc]
+    return library
+
+
+def _initialize(
+    library: cryptoki.Library, path: str, how: Any = None
+) -> None:
+    try:
+        (how or library.initialize)()
+    except p11.PKCS11Error as error:
+        if rv.code_of(error) == rv.CODES["CKR_CRYPTOKI_ALREADY_INITIALIZED"]:
+            message = (
+                f"{path} is initialised already by other code in this process: open "
+                "the pool first and give pool.lib to that code, or finalise it there"
+            )
+            raise ModuleInUse(message) from error
+        message = f"{path} cannot be initialised: {error}"
+        raise ModuleError(message) from error
+
+
+def _initialized(module: Module) -> None:
+    module.generation = Generation(module.generation + 1)
+    module.turn = nullcontext()
+    events.info(
+        events.MODULE_INITIALIZED, module=module.path, generation=module.generation
+    )
+
+
+def _matches(info: TokenInfo, options: PoolOptions) -> bool:
+    return (
+        options.token_label in (None, info.label)
+        and options.token_serial in (None, info.serial)
+        and options.slot_id in (None, info.slot_id)
+    )
+
+
+def _field(raw: cryptoki.RawTokenInfo, name: str) -> bytes:
+    # The fields are padded with blanks and not closed by NUL, so ctypes' own
+    # reading of a char array, which stops at NUL, is not enough.
+    field = getattr(cryptoki.RawTokenInfo, name)
+    packed = bytes(raw)[field.offset : field.offset + field.size]
+    return packed.rstrip(b"\0").rstrip()
+
+
+def _text(raw: cryptoki.RawTokenInfo, name: str) -> str:
+    return _field(raw, name).decode(errors="replace")
+
+
+def _count(value: int) -> int | None:
+    return value if value < _SENSIBLE else None
+
+
+def _after_fork() -> None:
+    global _lock  # noqa: PLW0603  # a lock held by another thread at the fork stays so
+    _lock = threading.Lock()
+    for module in _modules.values():
+        if module.users or module.lost_calls:
+            module.forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)

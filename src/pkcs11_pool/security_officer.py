@@ -1,0 +1,188 @@
+"""A period of the security officer, who has the token for himself meanwhile."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from pkcs11_pool import events, pins, rv
+from pkcs11_pool.actor import check_length
+from pkcs11_pool.arguments import DEFAULT, Timeout
+from pkcs11_pool.errors import WouldDeadlock
+from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.pooled_session import PooledSession
+from pkcs11_pool.waiting import checkpoint, current_waiter
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from pkcs11_pool.calls import Calls
+    from pkcs11_pool.engine import TokenEngine
+    from pkcs11_pool.leases import Lease
+    from pkcs11_pool.pins import Secret
+    from pkcs11_pool.session import Session
+    from pkcs11_pool.state import TokenInfo
+
+
+class SecurityOfficer:
+    """What the security officer can do, while logged in.
+
+    Attributes:
+        session: A R/W ``PooledSession`` in the state ``CKS_RW_SO_FUNCTIONS``.
+    """
+
+    def __init__(self, engine: TokenEngine, session: PooledSession) -> None:
+        self._engine = engine
+        self.session = session
+
+    async def init_pin(self, pin: str, *, timeout: Timeout = DEFAULT) -> None:
+        """Set the user's PIN, also when it is locked. It becomes the pool's.
+
+        Raises:
+            PinLengthInvalid: The token takes no PIN of this length; nothing was sent.
+
+        Cancellation:
+            The outcome is waited for, then the cancellation raised.
+
+        Cryptoki:
+            ``C_InitPIN``.
+        """
+        pin = new = pins.literal(pin)  # type: ignore[assignment]  # hides the text
+        check_length(new, token_info(self._engine))
+        await self.session._perform(  # noqa: SLF001  # one package
+            lambda session: _init_pin(session, new), timeout, changes=True
+        )
+        self._engine.actor.pin_changed(new)
+
+    async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
+        """Change the security officer's own PIN.
+
+        Raises:
+            PinLengthInvalid: The token takes no PIN of this length; nothing was sent.
+            PinRefused: ``old`` is not the PIN.
+
+        Cancellation:
+            The outcome is waited for, then the cancellation raised.
+
+        Cryptoki:
+            ``C_SetPIN``.
+        """
+        old, new = pins.literal(old), pins.literal(new)  # type: ignore[assignment]
+        work = pin_change(self._engine, "security officer", old, new)  # type: ignore[arg-type]
+        await self.session._perform(work, timeout, changes=True)  # noqa: SLF001
+
+
+class SecurityOfficerBlock:
+    """``async with pool.security_officer(so_pin) as so:``."""
+
+    def __init__(
+        self, engine: TokenEngine, pool: Calls, so_pin: Any, timeout: float | None
+    ) -> None:
+        self._engine = engine
+        self._pool = pool
+        self._so_pin = so_pin
+        self._timeout = timeout
+        self._lane: Lease | None = None
+
+    async def __aenter__(self) -> SecurityOfficer:
+        """Drain, then log the SO in.
+
+        Raises:
+            WouldDeadlock: This task holds a session of the pool.
+            PoolTimeout: Calls or sessions did not end in time; nothing has changed.
+            PinRefused: The token refused the PIN; the login found before is restored.
+        """
+        await checkpoint()
+        engine = self._engine
+        waiter = current_waiter()
+        if engine.holds_lease(waiter.holder):
+            message = (
+                "the security officer waits until every session is closed, and this "
+                "task holds one: leave its block first"
+            )
+            raise WouldDeadlock(message)
+        limit = self._timeout
+        job = Job(
+            None,
+            Kind.ACTOR,
+            waiter=waiter,
+            deadline=None if limit is None else time.monotonic() + limit,
+            changes=True,
+        )
+        try:
+            engine.request(job, lambda j: engine.actor.so_begin(j, self._so_pin))
+            session: Session = await waiter.result(engine, job)
+        except BaseException:
+            # Cancelled, but the period had begun by then: end it.
+            if job.result is not None:
+                self._lane = engine.begin_so_lane(job.result, waiter.holder)
+                await self._end()
+            raise
+        self._lane = engine.begin_so_lane(session, waiter.holder)
+        return SecurityOfficer(
+            engine, PooledSession(engine, self._pool, self._lane)
+        )
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Log the SO out, and in again whoever was logged in before.
+
+        Raises:
+            PinRefused, PKCS11Error: The login could not be restored: the pool is
+                ``PUBLIC``. Not raised over an error of the block.
+        """
+        try:
+            await self._end()
+        except Exception as failure:
+            if error is None:
+                raise
+            events.warning(events.SO_FAILED, error=f"{type(failure).__name__}")
+
+    async def _end(self) -> None:
+        engine, lane = self._engine, self._lane
+        if lane is None:
+            return
+        engine.end_so_lane(lane)
+        waiter = current_waiter()
+        job = Job(None, Kind.ACTOR, waiter=waiter, deadline=None, changes=True)
+        engine.request(job, engine.actor.so_end)
+        await waiter.result(engine, job)
+
+
+def pin_change(engine: TokenEngine, user: str, old: Secret, new: Secret) -> Any:
+    """The work of changing a PIN, refused here where it can only fail."""
+    info = token_info(engine)
+    check_length(old, info)
+    check_length(new, info)
+    engine.actor.check_rejected(user, old)
+
+    def work(session: Session) -> None:
+        code = _set_pin(session, old, new)
+        engine.actor.answered(user, old, code, "C_SetPIN")
+
+    return work
+
+
+def token_info(engine: TokenEngine) -> TokenInfo:
+    """What the token told last; the pool is open."""
+    info = engine.actor.info
+    if info is None:
+        engine.check_open()
+    assert info is not None  # noqa: S101  # an open pool has a token
+    return info
+
+
+def _init_pin(session: Session, pin: Secret) -> None:
+    code = session.functions.C_InitPIN(session.handle, pin.encoded(), len(pin))
+    rv.check(code, "C_InitPIN")
+
+
+def _set_pin(session: Session, old: Secret, new: Secret) -> int:
+    """``C_SetPIN``; the code. Raises nothing, so no traceback holds a PIN."""
+    return session.functions.C_SetPIN(
+        session.handle, old.encoded(), len(old), new.encoded(), len(new)
+    )

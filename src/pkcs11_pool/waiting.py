@@ -1,0 +1,353 @@
+"""How a caller waits for a job: on asyncio, on trio, or on a plain thread.
+
+Waiting is native to each backend, because it is on the way of every operation.
+Results come from other threads; many of them share one wake-up of the loop.
+
+A caller that is cancelled goes at once where the job allows it. Where the job
+may change the token, the caller waits for its outcome first: asyncio's own
+``Task.cancel()`` goes through AnyIO's shields, so it is caught here each time
+and raised at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import anyio
+import anyio.lowlevel
+
+from pkcs11_pool import pins
+from pkcs11_pool.errors import PinRefused, PinSourceError, WouldBlockLoop
+from pkcs11_pool.jobs import Job, Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Hashable
+
+    from pkcs11_pool.engine import TokenEngine
+
+T = TypeVar("T")
+
+
+class _Port:
+    """The way from the workers into one event loop: many results, one wake-up."""
+
+    def __init__(self) -> None:
+        self._ready: deque[_LoopWaiter] = deque()
+        self._scheduled = False
+
+    def post(self, waiter: _LoopWaiter) -> bool:
+        """Resume a waiter on its loop; False if the loop has ended."""
+        if self._ended():
+            return False
+        self._ready.append(waiter)
+        if self._scheduled:
+            return True
+        self._scheduled = True
+        try:
+            self._schedule()
+        except RuntimeError:  # trio.RunFinishedError is one, too
+            self._scheduled = False
+            return False
+        return True
+
+    def _drain(self) -> None:
+        # Before the queue is emptied: what is posted from here on schedules anew.
+        self._scheduled = False
+        ready = self._ready
+        while ready:
+            ready.popleft().resume()
+
+    def _ended(self) -> bool:
+        raise NotImplementedError
+
+    def _schedule(self) -> None:
+        raise NotImplementedError
+
+
+class _AsyncioPort(_Port):
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self.loop = loop
+
+    def _ended(self) -> bool:
+        return self.loop.is_closed()
+
+    def _schedule(self) -> None:
+        self.loop.call_soon_threadsafe(self._drain)
+
+
+class _TrioPort(_Port):
+    def __init__(self, trio: Any, token: Any) -> None:
+        super().__init__()
+        self.trio = trio
+        self.loop = token
+
+    def _ended(self) -> bool:
+        return False
+
+    def _schedule(self) -> None:
+        self.loop.run_sync_soon(self._drain)
+
+
+class FaceWaiter(Protocol):
+    """A waiter that its own caller can wait with."""
+
+    holder: Hashable
+
+    def wake(self) -> bool:
+        """See :class:`pkcs11_pool.jobs.Waiter`."""
+
+    async def result(self, engine: TokenEngine, job: Job) -> Any:
+        """The result of a job, or its error."""
+
+
+class _LoopWaiter:
+    """One caller on an event loop."""
+
+    def __init__(self, port: Any, holder: Hashable) -> None:
+        self._port = port
+        self.holder = holder
+
+    def wake(self) -> bool:
+        """Called by any thread."""
+        posted: bool = self._port.post(self)
+        return posted
+
+    def resume(self) -> None:
+        """Called on the loop."""
+        raise NotImplementedError
+
+
+class _AsyncioWaiter(_LoopWaiter):
+    def __init__(self, port: _AsyncioPort, holder: Hashable) -> None:
+        super().__init__(port, holder)
+        self._future = port.loop.create_future()
+
+    def resume(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    async def _wait(self) -> None:
+        try:
+            await self._future
+        finally:
+            # A cancelled wait leaves a dead future. What came meanwhile is seen in
+            # the job, which every wait is preceded by a look at.
+            self._future = self._port.loop.create_future()
+
+    async def result(self, engine: TokenEngine, job: Job) -> Any:
+        try:
+            while job.phase is not Phase.SETTLED:
+                if job.errand is not None:
+                    await fetch_pin(engine, job)
+                else:
+                    await self._wait()
+        except BaseException as error:
+            if not engine.cancel(job) and not isinstance(error, GeneratorExit):
+                await self._outlast(job)
+            raise
+        return outcome(job)
+
+    async def _outlast(self, job: Job) -> None:
+        with anyio.CancelScope(shield=True):
+            while job.phase is not Phase.SETTLED:
+                try:
+                    await self._wait()
+                except asyncio.CancelledError:
+                    # Raised by the caller of this when the outcome is there.
+                    continue
+
+
+class _TrioWaiter(_LoopWaiter):
+    def __init__(self, port: _TrioPort, holder: Hashable) -> None:
+        super().__init__(port, holder)
+        self._trio = port.trio
+        self._task: Any = None
+
+    def resume(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            self._trio.lowlevel.reschedule(task)
+
+    async def _wait(self, engine: TokenEngine | None, job: Job) -> None:
+        lowlevel = self._trio.lowlevel
+
+        def abort(_raise_cancel: object) -> Any:
+            if engine is not None and engine.cancel(job):
+                self._task = None
+                return lowlevel.Abort.SUCCEEDED
+            return lowlevel.Abort.FAILED
+
+        self._task = lowlevel.current_task()
+        await lowlevel.wait_task_rescheduled(abort)
+
+    async def result(self, engine: TokenEngine, job: Job) -> Any:
+        try:
+            while job.phase is not Phase.SETTLED:
+                if job.errand is not None:
+                    await fetch_pin(engine, job)
+                else:
+                    await self._wait(engine, job)
+            if job.changes:
+                await self._trio.lowlevel.checkpoint_if_cancelled()
+        except BaseException as error:
+            if not engine.cancel(job) and not isinstance(error, GeneratorExit):
+                while job.phase is not Phase.SETTLED:
+                    await self._wait(None, job)
+            raise
+        return outcome(job)
+
+
+class _ThreadWaiter:
+    """A caller on a thread without an event loop."""
+
+    def __init__(self) -> None:
+        self.holder: Hashable = threading.get_ident()
+        self._woken = threading.Semaphore(0)
+
+    def wake(self) -> bool:
+        self._woken.release()
+        return True
+
+    async def result(self, engine: TokenEngine, job: Job) -> Any:
+        try:
+            while job.phase is not Phase.SETTLED:
+                if job.errand is not None:
+                    # No loop runs on this thread, so one may be run for the PIN.
+                    await_here(fetch_pin(engine, job))
+                else:
+                    self._woken.acquire()
+        except BaseException:
+            engine.cancel(job)
+            raise
+        return outcome(job)
+
+
+class _Local(threading.local):
+    """What the current thread waits with."""
+
+    def __init__(self) -> None:
+        self.blocking = False
+        self.port: Any = None
+
+
+_local = _Local()
+
+
+def outcome(job: Job) -> Any:
+    """The result of a settled job, or its error, raised."""
+    if job.error is None:
+        return job.result
+    try:
+        raise job.error
+    finally:
+        # The traceback holds this frame: without this, it would hold itself.
+        del job
+
+
+async def fetch_pin(engine: TokenEngine, job: Job) -> None:
+    """Await the PIN source that this caller was sent for, and hand in the answer."""
+    source = job.errand
+    if source is None:
+        return
+    try:
+        given = source()
+        pin = pins.answer(await given if inspect.isawaitable(given) else given)
+    except PinRefused as error:
+        engine.pin_came(job, None, error)
+    except Exception as error:  # noqa: BLE001  # raised at all who wait for the login
+        message = f"the PIN source raised {type(error).__name__}"
+        failure = PinSourceError(message)
+        failure.__cause__ = error
+        engine.pin_came(job, None, failure)
+    else:
+        engine.pin_came(job, pin, None)
+
+
+def current_waiter() -> FaceWaiter:
+    """The waiter for whoever calls: a task of asyncio or trio, or a thread.
+
+    Raises:
+        RuntimeError: Neither runs here, and the call is not a blocking one.
+    """
+    local = _local
+    if local.blocking:
+        return _ThreadWaiter()
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        token = trio.lowlevel.current_trio_token()
+        if local.port is None or local.port.loop is not token:
+            local.port = _TrioPort(trio, token)
+        return _TrioWaiter(local.port, trio.lowlevel.current_task())
+    loop = asyncio.get_running_loop()
+    if local.port is None or local.port.loop is not loop:
+        local.port = _AsyncioPort(loop)
+    return _AsyncioWaiter(local.port, asyncio.current_task())
+
+
+async def checkpoint() -> None:
+    """Raise the cancellation of the caller, before anything is sent."""
+    if not _local.blocking:
+        await anyio.lowlevel.checkpoint_if_cancelled()
+
+
+def loop_runs_here() -> bool:
+    """Whether the current thread runs an event loop."""
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        return True
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def blocking(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run one of the faces' coroutines on this thread, without an event loop.
+
+    Raises:
+        WouldBlockLoop: The thread runs an event loop, which would stand still.
+    """
+    if loop_runs_here():
+        coroutine.close()
+        message = (
+            "this thread runs an event loop, which would stand still: await the async "
+            "form, or call from a worker thread (anyio.to_thread.run_sync)"
+        )
+        raise WouldBlockLoop(message)
+    _local.blocking = True
+    try:
+        return await_nothing(coroutine)
+    finally:
+        _local.blocking = False
+
+
+def await_nothing(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends: its waiting blocks the thread."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        value: T = done.value
+        return value
+    coroutine.close()
+    message = "a blocking call tried to wait for an event loop"
+    raise RuntimeError(message)
+
+
+def await_here(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end in an event loop of its own."""
+
+    async def main() -> None:
+        await coroutine
+
+    _local.blocking = False
+    try:
+        anyio.run(main)
+    finally:
+        _local.blocking = True

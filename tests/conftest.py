@@ -1,0 +1,157 @@
+"""What every test stands on: both backends, a real token, and nothing left over."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+import structlog
+import uvloop
+from faultmodule import FaultModule
+from faultmodule.build import build
+
+from pkcs11_pool import TokenPool, softhsm
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken, TokenDirectory
+
+_OURS = "pkcs11-pool"
+
+
+class MakePool(Protocol):
+    """Makes an unopened pool on the test's token."""
+
+    def __call__(self, **options: Any) -> TokenPool:
+        """Options replace those that open the token with the user's PIN."""
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {"debug": True}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        pytest.param(("trio", {}), id="trio"),
+    ]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Every async test runs on asyncio in debug mode, on uvloop and on trio."""
+    return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_up() -> None:
+    """What libuv opens once per process is nobody's left-over."""
+    uvloop.run(_nothing())
+
+
+async def _nothing() -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def quiet_log() -> Iterator[None]:
+    """Log events go nowhere, unless a test captures them."""
+    structlog.configure(processors=[_drop])
+    yield
+    structlog.reset_defaults()
+
+
+def _drop(_logger: object, _name: str, _event: object) -> Any:
+    raise structlog.DropEvent
+
+
+@pytest.fixture(scope="session")
+def soft_hsm() -> SoftHSM:
+    """SoftHSM2, as found or fetched."""
+    return softhsm.ensure()
+
+
+@pytest.fixture
+def token_directory(soft_hsm: SoftHSM, tmp_path: Path) -> Iterator[TokenDirectory]:
+    """A directory of tokens for one test."""
+    with softhsm.token_directory(tmp_path, softhsm=soft_hsm) as directory:
+        yield directory
+
+
+@pytest.fixture
+def token(token_directory: TokenDirectory) -> ThrowawayToken:
+    """A fresh SoftHSM2 token with a user PIN."""
+    return token_directory.add_token("demo")
+
+
+@pytest.fixture
+def make_pool(token: ThrowawayToken) -> MakePool:
+    """Make pools on the token; the test opens them."""
+
+    def make(**options: Any) -> TokenPool:
+        given: dict[str, Any] = {
+            "module": token.module,
+            "token_label": token.label,
+            "pin": token.user_pin,
+        }
+        return TokenPool(**(given | options))
+
+    return make
+
+
+@pytest.fixture
+async def pool(make_pool: MakePool) -> AsyncIterator[TokenPool]:
+    """An open pool, logged in."""
+    async with make_pool() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def fault_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fault module, compiled once."""
+    return build(tmp_path_factory.mktemp("faultmodule"))
+
+
+@pytest.fixture
+def fault(
+    fault_library: Path, soft_hsm: SoftHSM, token: ThrowawayToken, tmp_path: Path
+) -> Iterator[FaultModule]:
+    """A fault module of its own in front of SoftHSM2: open it as ``fault.path``."""
+    del token  # made before the module is initialised
+    module = FaultModule(
+        fault_library, soft_hsm.module, copy_to=tmp_path / "libfault.so"
+    )
+    yield module
+    # Whatever still hangs must come back, or its thread outlives the test.
+    module.clear()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    """No thread and no file descriptor outlives a test."""
+    before = _descriptors()
+    yield
+    for thread in _threads():
+        thread.join(5)
+    assert _threads() == []
+    # A file that another thread is just closing has a moment to go.
+    deadline = time.monotonic() + 2
+    while (new := _descriptors() - before) and time.monotonic() < deadline:
+        gc.collect()
+        threading.Event().wait(0.01)
+    assert new == set()
+
+
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(_OURS)]
+
+
+def _descriptors() -> set[str]:
+    """The files, pipes and sockets that are open, each by what it leads to."""
+    here = Path("/proc/self/fd")
+    found = set()
+    for entry in here.iterdir() if here.exists() else ():
+        with contextlib.suppress(OSError):  # the listing's own is gone by now
+            found.add(str(entry.readlink()))
+    return found
