@@ -186,9 +186,7 @@ class LoginActor:
             # A request and its error live in the frame of the handler, not here.
             del message
 
-    def _handle(
-        self, job: Job, handle: Callable[..., None], *arguments: Any
-    ) -> None:
+    def _handle(self, job: Job, handle: Callable[..., None], *arguments: Any) -> None:
         if self._so is not None and handle not in (self._so_end, self._close):
             self._postponed.append(partial(self._handle, job, handle, *arguments))
             return
@@ -274,7 +272,10 @@ class LoginActor:
         if self.module is not None:
             with self.module.turn:
                 self._gate.drain(deadline)
-                if self._anchor is not None and self.login.state is not LoginState.PUBLIC:
+                if (
+                    self._anchor is not None
+                    and self.login.state is not LoginState.PUBLIC
+                ):
                     self.module.functions.C_Logout(self._anchor.handle)
             self._change(LoginEvent.OUT)
             self._detach()
@@ -586,7 +587,7 @@ def check_length(pin: Pin, info: TokenInfo) -> None:
 
 
 def _is_down(error: BaseException) -> bool:
-    return (
-        not isinstance(error, PoolError)
-        and recovery.classify(error) in (recovery.Fault.TOKEN, recovery.Fault.MODULE)
+    return not isinstance(error, PoolError) and recovery.classify(error) in (
+        recovery.Fault.TOKEN,
+        recovery.Fault.MODULE,
     )

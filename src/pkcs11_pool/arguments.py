@@ -74,9 +74,14 @@ def octets(value: object, name: str) -> bytes:
     raise InvalidType(message)
 
 
-def mechanism(value: object, *, needed: bool = False) -> Mechanism | None:
+def mechanism(value: object) -> Mechanism | None:
     """A mechanism, or None for the key's default one."""
-    if isinstance(value, Mechanism) or (value is None and not needed):
+    return None if value is None else needed_mechanism(value)
+
+
+def needed_mechanism(value: object) -> Mechanism:
+    """A mechanism, where no key has a default one."""
+    if isinstance(value, Mechanism):
         return value
     message = f"mechanism must be a pkcs11.Mechanism, not {_kind(value)}"
     raise InvalidType(message)
@@ -155,7 +160,9 @@ def name(
         message = f"id must be bytes, not {_kind(id_)}"
         raise InvalidType(message)
     if object_class is not None and not isinstance(object_class, ObjectClass):
-        message = f"object_class must be a pkcs11.ObjectClass, not {_kind(object_class)}"
+        message = (
+            f"object_class must be a pkcs11.ObjectClass, not {_kind(object_class)}"
+        )
         raise InvalidType(message)
     checked = None if kind is None else key_type(kind)
     if label is None and id_ is None and object_class is None and checked is None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, TypeVar
 
 from pkcs11.constants import Attribute, ObjectClass
 
-from pkcs11_pool import arguments, operations
+from pkcs11_pool import arguments, config, operations
 from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
 from pkcs11_pool.errors import InvalidOption, SessionObjectNeedsSession
 from pkcs11_pool.keyref import KeyRef, ObjectRef
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pkcs11_pool.session import Session
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 _KEYS = frozenset(
     {ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY, ObjectClass.SECRET_KEY}
@@ -62,9 +61,11 @@ class Calls(ABC):
 
     async def run(
         self,
-        func: Callable[Concatenate[pkcs11.Session, P], T],
-        *args: P.args,
-        **options: Any,
+        func: Callable[Concatenate[pkcs11.Session, ...], T],
+        *args: Any,
+        rw: bool = False,
+        repeat: bool = False,
+        timeout: Timeout = DEFAULT,
     ) -> T:
         """Call ``func(session, *args)`` on a worker thread, with a real session.
 
@@ -75,9 +76,9 @@ class Calls(ABC):
         Args:
             func: A plain function.
             *args: Its further arguments.
-            **options: ``rw=True`` for a R/W session, counted as changing the token;
-                ``repeat=True`` to be called again after a lost login or token;
-                ``timeout=`` in seconds.
+            rw: Use a R/W session; counted as changing the token.
+            repeat: Call it again after a lost login or token.
+            timeout: Seconds; keyword arguments of ``func`` go by ``functools.partial``.
 
         Returns:
             What ``func`` returned.
@@ -93,7 +94,8 @@ class Calls(ABC):
         Cryptoki:
             ``C_OpenSession``, what ``func`` calls, ``C_CloseSession``.
         """
-        rw, repeat, timeout = _run_options(options)
+        config.check_flag("rw", rw)
+        config.check_flag("repeat", repeat)
         called = arguments.function(func)
         cache = self._engine.cache
 
@@ -160,7 +162,7 @@ class Calls(ABC):
         Cryptoki:
             ``C_DigestInit``, ``C_Digest``.
         """
-        kind = arguments.mechanism(mechanism, needed=True)
+        kind = arguments.needed_mechanism(mechanism)
         whole = await arguments.data(data)
         return await self._perform(
             lambda session: operations.digest(session, whole, kind, mechanism_param),
@@ -322,8 +324,8 @@ class Calls(ABC):
         """Refuse a session object that would end with its call."""
         if not token and self._owner is None:
             message = (
-                "a session object lives as long as its session, and here that ends with "
-                "the call: use `async with pool.session() as session:`, or store=True"
+                "a session object lives as long as its session, and here that ends "
+                "with the call: use `async with pool.session()`, or store=True"
             )
             raise SessionObjectNeedsSession(message)
 
@@ -338,7 +340,8 @@ class Calls(ABC):
             return self._ref(entry)
         known = self._engine.session_object(entry.handle)
         if known is not None:
-            return _kind(known.entry)(self._pool(), known, home=self._home())
+            ref: ObjectRef = _kind(known.entry)(self._pool(), known, home=self._home())
+            return ref
         return None if self._owner is None else self._ref(entry)
 
     def _ref(self, entry: Entry) -> KeyRef:
@@ -351,7 +354,8 @@ class Calls(ABC):
             owner = self._owner
             assert owner is not None  # noqa: S101  # _check_home
             target = owner.objects[entry.handle] = SessionObject(entry, owner)
-        return _kind(entry)(self._pool(), target, home=self._home())
+        ref: KeyRef = _kind(entry)(self._pool(), target, home=self._home())
+        return ref
 
     def _home(self) -> Calls | None:
         return None if self._owner is None else self
@@ -375,20 +379,3 @@ def _generate_key(kind: KeyType, length: int | None, session: Any, **o: Any) -> 
 
 def _generate_keypair(kind: KeyType, length: int | None, session: Any, **o: Any) -> Any:
     return session.generate_keypair(kind, length, **o)
-
-
-def _run_options(options: dict[str, Any]) -> tuple[bool, bool, Timeout]:
-    rw = options.pop("rw", False)
-    repeat = options.pop("repeat", False)
-    timeout = options.pop("timeout", DEFAULT)
-    if options:
-        message = (
-            f"run() has no option {sorted(options)[0]!r}: it takes rw=, repeat= and "
-            "timeout=; give keyword arguments of func by functools.partial"
-        )
-        raise InvalidOption(message)
-    for name, value in (("rw", rw), ("repeat", repeat)):
-        if not isinstance(value, bool):
-            message = f"{name} must be True or False"
-            raise InvalidOption(message)
-    return rw, repeat, timeout

@@ -45,8 +45,10 @@ class PoolOptions:
         _text("name", self.name)
         _bytes("token_serial", self.token_serial)
         _count("slot_id", self.slot_id, least=0)
-        if self.token_label is None and self.token_serial is None and (
-            self.slot_id is None
+        if (
+            self.token_label is None
+            and self.token_serial is None
+            and (self.slot_id is None)
         ):
             message = (
                 "which token? Give token_label=, token_serial= or slot_id=; "
@@ -62,7 +64,9 @@ class PoolOptions:
         for name in ("close_timeout", "recovery_timeout"):
             check_seconds(name, getattr(self, name), optional=False)
         if self.serialize is not None and not isinstance(self.serialize, bool):
-            raise InvalidType(_wrong("serialize", "True, False or None", self.serialize))
+            raise InvalidType(
+                _wrong("serialize", "True, False or None", self.serialize)
+            )
 
     @property
     def wanted_token(self) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes as c
 import struct
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from pkcs11 import _pkcs11
 from pkcs11.attributes import AttributeMapper
@@ -163,7 +163,7 @@ class FunctionList:
             raise AttributeError(name) from None
         # The version is two bytes, padded to the size of a pointer.
         slot = self.pointer + (1 + index) * c.sizeof(_P)
-        address = _P.from_address(slot).value
+        address = _P.from_address(slot).value or 0
         function = c.CFUNCTYPE(ULong, *arguments)(address)
         setattr(self, name, function)
         return function
@@ -178,9 +178,9 @@ class Library(_pkcs11.lib):
     unloads the module, under a call that may still hang in it.
     """
 
-    def __new__(cls, so: str, _reserved: bytes | None = None) -> Library:
+    def __new__(cls, so: str, _reserved: bytes | None = None) -> Self:
         """Load the file; upstream's ``__cinit__`` takes the path alone."""
-        return super().__new__(cls, so)
+        return super().__new__(cls, so)  # type: ignore[call-arg]  # not in its stub
 
     def __init__(self, so: str, reserved: bytes | None = None) -> None:
         self._reserved = reserved
@@ -230,7 +230,11 @@ MAPPER: Final = AttributeMapper()
 """Shared by all sessions: making one costs more than opening a session."""
 
 
-def handle_of(session: pkcs11.Session) -> int:
+# The C module's classes are not in its stub.
+_native: Any = _pkcs11
+
+
+def handle_of(session: Any) -> int:
     """The number of a session."""
     handle: int = session.handle
     return handle
@@ -249,7 +253,7 @@ def take_handle(session: pkcs11.Session) -> int:
     """
     field = ULong.from_address(id(session) + _handle_offset())
     handle = field.value
-    if handle != session.handle:
+    if handle != handle_of(session):
         message = "python-pkcs11 keeps a session's handle elsewhere than in 0.10"
         raise RuntimeError(message)
     field.value = 0
@@ -272,7 +276,7 @@ def pack_mechanism(
 
     The result owns the memory: keep it until the call has returned.
     """
-    return _pkcs11.MechanismWithParam(key_type, defaults, mechanism, param)
+    return _native.MechanismWithParam(key_type, defaults, mechanism, param)
 
 
 class _Wrapper:
@@ -286,21 +290,21 @@ class _Wrapper:
 
 
 _MIXINS: Final = (
-    _pkcs11.SignMixin,
-    _pkcs11.VerifyMixin,
-    _pkcs11.EncryptMixin,
-    _pkcs11.DecryptMixin,
-    _pkcs11.WrapMixin,
-    _pkcs11.UnwrapMixin,
-    _pkcs11.DeriveMixin,
-    _pkcs11.EncapsulateMixin,
-    _pkcs11.DecapsulateMixin,
-    _pkcs11.Object,
+    _native.SignMixin,
+    _native.VerifyMixin,
+    _native.EncryptMixin,
+    _native.DecryptMixin,
+    _native.WrapMixin,
+    _native.UnwrapMixin,
+    _native.DeriveMixin,
+    _native.EncapsulateMixin,
+    _native.DecapsulateMixin,
+    _native.Object,
 )
-_CLASSES: Final[dict[int, type]] = {
+_CLASSES: Final[dict[int, Any]] = {
     int(object_class): type(base.__name__, (base, *_MIXINS), {})
-    for object_class, base in _pkcs11._CLASS_MAP.items()  # noqa: SLF001
-    if issubclass(base, _pkcs11.types.Key)
+    for object_class, base in _native._CLASS_MAP.items()  # noqa: SLF001
+    if issubclass(base, _native.types.Key)
 }
 
 
@@ -313,7 +317,7 @@ def bind_key(
     attributes to make it. Its operations only use ``session``, ``handle`` and
     ``key_type``, and these are known here.
     """
-    cls = _CLASSES[object_class]
+    cls: Any = _CLASSES[object_class]
     key = cls.__new__(cls)
     key.wrapper = _Wrapper(session, handle)
     key.__dict__["key_type"] = key_type

@@ -47,6 +47,24 @@ class Waiter(Protocol):
         """Tell the caller to look at its job; False if its loop has ended."""
 
 
+class Thread(Protocol):
+    """A worker, as far as jobs and lines know it."""
+
+    #: What it works on.
+    job: Job | None
+    #: Its call was given up on.
+    lost: bool
+
+    def wake(self) -> None:
+        """End its sleep."""
+
+    def stop(self) -> None:
+        """End it when it is idle."""
+
+    def join(self, timeout: float) -> None:
+        """Wait for its end."""
+
+
 class Job:
     """One operation, lease or request, and what became of it.
 
@@ -88,7 +106,7 @@ class Job:
         "worker",
     )
 
-    def __init__(  # noqa: PLR0913  # the fields of a job, given once by the faces
+    def __init__(  # the fields of a job, given once by the faces
         self,
         work: Callable[[Any], Any] | None,
         kind: Kind,
@@ -124,4 +142,4 @@ class Job:
         self.number = 0
         self.since = 0.0
         self.waited = False
-        self.worker: Any = None
+        self.worker: Thread | None = None

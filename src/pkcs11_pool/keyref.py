@@ -17,7 +17,7 @@ from pkcs11_pool.keys import SessionObject
 from pkcs11_pool.waiting import blocking
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Iterable
 
     from pkcs11.constants import MechanismFlag
     from pkcs11.mechanisms import KeyType, Mechanism
@@ -66,7 +66,10 @@ class ObjectRef:
             if not isinstance(item, Attribute):
                 message = f"names must be pkcs11.Attribute, not {type(item).__name__}"
                 raise InvalidType(message)
-        return await self._perform(operations.attributes, wanted, timeout=timeout)
+        found: dict[Attribute, Any] = await self._perform(
+            operations.attributes, wanted, timeout=timeout
+        )
+        return found
 
     async def destroy(self, *, timeout: Timeout = DEFAULT) -> None:
         """Destroy the object.
@@ -163,15 +166,16 @@ class KeyRef(ObjectRef):
         Cryptoki:
             ``C_SignInit``, ``C_Sign``.
         """
-        return await self._perform(
+        result: bytes = await self._perform(
             operations.sign,
             await arguments.data(data),
-            arguments.mechanism(mechanism),
-            mechanism_param,
-            None if pin is None else pins.literal(pin),
             timeout=timeout,
+            mechanism=arguments.mechanism(mechanism),
+            param=mechanism_param,
+            pin=None if pin is None else pins.literal(pin),
             der=arguments.der(signature_format),
         )
+        return result
 
     async def verify(
         self,
@@ -191,15 +195,16 @@ class KeyRef(ObjectRef):
         Cryptoki:
             ``C_VerifyInit``, ``C_Verify``.
         """
-        return await self._perform(
+        result: bool = await self._perform(
             operations.verify,
             await arguments.data(data),
             arguments.octets(signature, "signature"),
-            arguments.mechanism(mechanism),
-            mechanism_param,
             timeout=timeout,
+            mechanism=arguments.mechanism(mechanism),
+            param=mechanism_param,
             der=arguments.der(signature_format),
         )
+        return result
 
     async def encrypt(
         self,
@@ -217,13 +222,14 @@ class KeyRef(ObjectRef):
         Cryptoki:
             ``C_EncryptInit``, ``C_Encrypt``.
         """
-        return await self._perform(
+        result: bytes = await self._perform(
             operations.encrypt,
             await arguments.data(data),
-            arguments.mechanism(mechanism),
-            mechanism_param,
             timeout=timeout,
+            mechanism=arguments.mechanism(mechanism),
+            param=mechanism_param,
         )
+        return result
 
     async def decrypt(
         self,
@@ -242,14 +248,15 @@ class KeyRef(ObjectRef):
         Cryptoki:
             ``C_DecryptInit``, ``C_Decrypt``.
         """
-        return await self._perform(
+        result: bytes = await self._perform(
             operations.decrypt,
             await arguments.data(data),
-            arguments.mechanism(mechanism),
-            mechanism_param,
-            None if pin is None else pins.literal(pin),
             timeout=timeout,
+            mechanism=arguments.mechanism(mechanism),
+            param=mechanism_param,
+            pin=None if pin is None else pins.literal(pin),
         )
+        return result
 
     async def wrap_key(
         self,
@@ -270,13 +277,14 @@ class KeyRef(ObjectRef):
         if not isinstance(key, KeyRef):
             message = f"key must be a KeyRef, not {type(key).__name__}"
             raise InvalidType(message)
-        return await self._perform(
+        result: bytes = await self._perform(
             operations.wrap_key,
             key._target,
-            arguments.mechanism(mechanism),
-            mechanism_param,
             timeout=timeout,
+            mechanism=arguments.mechanism(mechanism),
+            param=mechanism_param,
         )
+        return result
 
     async def unwrap_key(
         self,
@@ -460,7 +468,8 @@ class KeyRef(ObjectRef):
         Cryptoki:
             ``C_GetAttributeValue``; for a private key a search by its id or label.
         """
-        return await self._perform(operations.public_key_der, timeout=timeout)
+        der: bytes = await self._perform(operations.public_key_der, timeout=timeout)
+        return der
 
     async def _make(
         self,
@@ -477,12 +486,12 @@ class KeyRef(ObjectRef):
         calls._check_home(token=token)  # noqa: SLF001  # one package
         result, entries = await self._perform(
             operations.make_with_key,
-            classes,
-            capability,
-            make,
             timeout=timeout,
             rw=token,
             changes=True,
+            classes=classes,
+            capability=capability,
+            make=make,
         )
         return result, [calls._ref(entry) for entry in entries]  # noqa: SLF001
 
@@ -536,16 +545,12 @@ class SyncKey:
         self, names: Iterable[Attribute] | None = None, *, timeout: Timeout = DEFAULT
     ) -> dict[Attribute, Any]:
         """See :meth:`KeyRef.attributes`."""
-        return self._block(self._key.attributes(names, timeout=timeout))
+        return blocking(self._key.attributes(names, timeout=timeout))
 
     def public_key_der(self, *, timeout: Timeout = DEFAULT) -> bytes:
         """See :meth:`KeyRef.public_key_der`."""
-        der: bytes = self._block(self._key.public_key_der(timeout=timeout))
-        return der
+        return blocking(self._key.public_key_der(timeout=timeout))
 
     def destroy(self, *, timeout: Timeout = DEFAULT) -> None:
         """See :meth:`KeyRef.destroy`."""
-        self._block(self._key.destroy(timeout=timeout))
-
-    def _block(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return blocking(coroutine)
+        blocking(self._key.destroy(timeout=timeout))

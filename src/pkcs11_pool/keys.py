@@ -148,8 +148,8 @@ class Entry:
         self.object_class = cryptoki.unpack_ulong(self.seen[Attribute.CLASS])
         packed = self.seen.get(Attribute.KEY_TYPE)
         try:
-            self.key_type = None if packed is None else unpack(
-                Attribute.KEY_TYPE, packed
+            self.key_type = (
+                None if packed is None else unpack(Attribute.KEY_TYPE, packed)
             )
         except ValueError:
             self.key_type = cryptoki.unpack_ulong(packed or b"")

@@ -19,12 +19,8 @@ class SessionLimit:
         self.total, self.rw = self._most
         self._learnt = self.total
         self._retry_after = FIRST_RETRY
+        #: When the limit that was learnt is forgotten again, or None.
         self.retry_at: float | None = None
-
-    @property
-    def most(self) -> int:
-        """The limit when nothing was learnt."""
-        return self._most[0]
 
     def allows(self, *, rw: bool, open_all: int, open_rw: int) -> bool:
         """Whether one more session may be opened beside those that are open."""
@@ -54,7 +50,7 @@ class SessionLimit:
         self.retry_at = None
         return True
 
-    def opened(self, *, open_all: int) -> None:
+    def opened(self, open_all: int) -> None:
         """A session was opened; one above what was learnt ends the back-off."""
         if open_all > self._learnt:
             self._retry_after = FIRST_RETRY

@@ -73,7 +73,7 @@ class Module:
         """Whether the module is called by one thread at a time."""
         return not isinstance(self.turn, nullcontext)
 
-    def set_serialized(self, asked: bool | None) -> None:
+    def set_serialized(self, *, asked: bool | None) -> None:
         """Serve one call at a time if asked to, or if the module needs it."""
         known = any(name in Path(self.path).name for name in _HANGS_WITH_THREADS)
         needed = self.library.serialized or known if asked is None else asked
@@ -186,7 +186,7 @@ def acquire(path: str, reserved: bytes | None, *, serialize: bool | None) -> Mod
             _initialize(module.library, path)
             _initialized(module)
         module.users += 1
-        module.set_serialized(serialize)
+        module.set_serialized(asked=serialize)
         return module
 
 
@@ -204,7 +204,9 @@ def release(module: Module) -> None:
         try:
             module.library.finalize()
         except p11.PKCS11Error as error:
-            events.warning(events.MODULE_FINALIZED, module=module.path, error=str(error))
+            events.warning(
+                events.MODULE_FINALIZED, module=module.path, error=str(error)
+            )
         else:
             events.info(events.MODULE_FINALIZED, module=module.path)
 
@@ -238,9 +240,7 @@ def _load(path: str, reserved: bytes | None) -> cryptoki.Library:
     return library
 
 
-def _initialize(
-    library: cryptoki.Library, path: str, how: Any = None
-) -> None:
+def _initialize(library: cryptoki.Library, path: str, how: Any = None) -> None:
     try:
         (how or library.initialize)()
     except p11.PKCS11Error as error:

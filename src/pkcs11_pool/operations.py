@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_ED25519: Final = 32
+"""Bytes of an Ed25519 public key."""
+
 _ROOM: Final = 64 * 1024
 """Larger than any signature (SLH-DSA has 49,856 bytes)."""
 _OVERHEAD: Final = 2048
@@ -146,10 +149,10 @@ def sign(
     cache: HandleCache,
     target: Target,
     data: bytes,
+    *,
     mechanism: Mechanism | None,
     param: Any,
     pin: Pin | None,
-    *,
     der: bool,
 ) -> bytes:
     """``C_SignInit``, ``C_Sign``."""
@@ -176,9 +179,9 @@ def verify(
     target: Target,
     data: bytes,
     signature: bytes,
+    *,
     mechanism: Mechanism | None,
     param: Any,
-    *,
     der: bool,
 ) -> bool:
     """``C_VerifyInit``, ``C_Verify``."""
@@ -207,6 +210,7 @@ def encrypt(
     cache: HandleCache,
     target: Target,
     data: bytes,
+    *,
     mechanism: Mechanism | None,
     param: Any,
 ) -> bytes:
@@ -233,6 +237,7 @@ def decrypt(
     cache: HandleCache,
     target: Target,
     data: bytes,
+    *,
     mechanism: Mechanism | None,
     param: Any,
     pin: Pin | None,
@@ -298,7 +303,9 @@ def _output(
 
 def reaffirm(session: Session, pin: Pin) -> None:
     """The login that ``CKA_ALWAYS_AUTHENTICATE`` wants, between Init and the call."""
-    code = raw_login(session.functions, session.handle, cryptoki.CKU_CONTEXT_SPECIFIC, pin)
+    code = raw_login(
+        session.functions, session.handle, cryptoki.CKU_CONTEXT_SPECIFIC, pin
+    )
     if code == rv.CODES["CKR_PIN_INCORRECT"]:
         message = "the token refused the PIN for this key"
         raise PinRefused(message) from rv.error_of(code, "C_Login")
@@ -356,6 +363,7 @@ def wrap_key(
     cache: HandleCache,
     target: Target,
     wrapped: Target,
+    *,
     mechanism: Mechanism | None,
     param: Any,
 ) -> bytes:
@@ -379,6 +387,7 @@ def make_with_key(
     session: Session,
     cache: HandleCache,
     target: Target,
+    *,
     classes: tuple[int, ...],
     capability: Attribute | None,
     make: Callable[[Any], Any],
@@ -504,7 +513,10 @@ def public_key_der(session: Session, cache: HandleCache, target: Target) -> byte
         unpack = cryptoki.MAPPER.unpack_attributes
         return {Attribute(k): unpack(Attribute(k), v) for k, v in packed.items()}
 
-    classes = (int(ObjectClass.PUBLIC_KEY), int(ObjectClass.PRIVATE_KEY))
+    classes: tuple[int, ...] = (
+        int(ObjectClass.PUBLIC_KEY),
+        int(ObjectClass.PRIVATE_KEY),
+    )
     if isinstance(target, KeySpec) and target.classes is None:
         classes = classes[:1]
     return spki(with_object(session, cache, target, classes, call))
@@ -520,7 +532,9 @@ def _public_half(entry: Entry) -> KeySpec:
 
 def spki(seen: Mapping[Attribute, Any]) -> bytes:
     """Encode the public values of a key as SubjectPublicKeyInfo (RFC 5280)."""
-    from asn1crypto import keys as asn1  # noqa: PLC0415  # rarely used, slow to import
+    # Rarely used, and slow to import; python-pkcs11 itself stands on it.
+    from asn1crypto import core  # noqa: PLC0415
+    from asn1crypto import keys as asn1  # noqa: PLC0415
 
     key_type = seen.get(Attribute.KEY_TYPE)
     if key_type == KeyType.RSA:
@@ -528,11 +542,14 @@ def spki(seen: Mapping[Attribute, Any]) -> bytes:
             "modulus": int.from_bytes(seen[Attribute.MODULUS], "big"),
             "public_exponent": int.from_bytes(seen[Attribute.PUBLIC_EXPONENT], "big"),
         }
-        der: bytes = asn1.PublicKeyInfo.wrap(asn1.RSAPublicKey(numbers), "rsa").dump()
-        return der
+        info = asn1.PublicKeyInfo.wrap(asn1.RSAPublicKey(numbers), "rsa")
+        return bytes(info.dump())
+    point = seen.get(Attribute.EC_POINT)
     if key_type == KeyType.EC:
         return ec.encode_ec_public_key(seen)  # type: ignore[arg-type]  # reads by [] only
-    if key_type == KeyType.EC_EDWARDS:
-        return ec.encode_edwards_public_key(seen)  # type: ignore[arg-type]
-    message = f"no SubjectPublicKeyInfo is known for a key of type {key_type!r}"
-    raise InvalidOption(message)
+    if key_type == KeyType.EC_EDWARDS and point is not None:
+        raw = bytes(core.OctetString.load(point))
+        algorithm = {"algorithm": "ed25519" if len(raw) == _ED25519 else "ed448"}
+        info = asn1.PublicKeyInfo({"algorithm": algorithm, "public_key": raw})
+        return bytes(info.dump())
+    raise InvalidOption(f"a key of type {key_type!r} has no known public form")

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import anyio.to_thread
 
-from pkcs11_pool import arguments, config, events, pins, uri
-from pkcs11_pool import module as modules
-from pkcs11_pool import tokens
+from pkcs11_pool import arguments, config, events, pins, tokens, uri
 from pkcs11_pool.arguments import DEFAULT, Timeout
 from pkcs11_pool.calls import Calls
 from pkcs11_pool.config import PoolOptions
 from pkcs11_pool.engine import TokenEngine
 from pkcs11_pool.errors import (
-    ForkedProcess,
-    InvalidOption,
     InvalidURI,
     PoolClosed,
     WouldDeadlock,
@@ -33,7 +29,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from pkcs11_pool.cryptoki import Library
-    from pkcs11_pool.pins import Pin
     from pkcs11_pool.session import Session
     from pkcs11_pool.state import TokenInfo
     from pkcs11_pool.stats import PoolStats
@@ -75,7 +70,7 @@ class TokenPool(Calls):
         InvalidOption: A value is wrong. The constructor does no I/O.
     """
 
-    def __init__(  # noqa: PLR0913  # the options of a pool, all by name but the first
+    def __init__(  # the options of a pool, all by name but the first
         self,
         module: str | os.PathLike[str],
         *,
@@ -216,7 +211,7 @@ class TokenPool(Calls):
             if engine.become(PoolState.CLOSED):
                 events.info(events.POOL_CLOSED, name=engine.options.name)
 
-    async def __aenter__(self) -> TokenPool:
+    async def __aenter__(self) -> Self:
         """Open the pool."""
         await self.open()
         return self
@@ -362,9 +357,7 @@ class TokenPool(Calls):
         actor = self._checked().actor
         await self._request(actor.log_out, self._engine.options.timeout)
 
-    async def set_pin(
-        self, old: str, new: str, *, timeout: Timeout = DEFAULT
-    ) -> None:
+    async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
         """Change the user's PIN; the new one becomes the pool's.
 
         Raises:
@@ -477,7 +470,7 @@ async def list_tokens(
     return await anyio.to_thread.run_sync(tokens.list_all, path, reserved)
 
 
-async def init_token(  # noqa: PLR0913  # all by name
+async def init_token(  # all by name
     module: str | os.PathLike[str],
     *,
     slot_id: int,

@@ -135,4 +135,6 @@ def code_of(error: BaseException) -> int | None:
     text = str(error)
     if found := _UNMAPPED.match(text):
         return int(found[1], 16)
-    return next((c for start, c in _CODE_OF_TEXT.items() if text.startswith(start)), None)
+    return next(
+        (c for start, c in _CODE_OF_TEXT.items() if text.startswith(start)), None
+    )

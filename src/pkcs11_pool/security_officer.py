@@ -119,9 +119,7 @@ class SecurityOfficerBlock:
                 await self._end()
             raise
         self._lane = engine.begin_so_lane(session, waiter.holder)
-        return SecurityOfficer(
-            engine, PooledSession(engine, self._pool, self._lane)
-        )
+        return SecurityOfficer(engine, PooledSession(engine, self._pool, self._lane))
 
     async def __aexit__(
         self,

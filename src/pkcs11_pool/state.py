@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import Final, NewType
+from typing import TYPE_CHECKING, Final, NewType
 
-from pkcs11.constants import TokenFlag
+if TYPE_CHECKING:
+    from pkcs11.constants import TokenFlag
 
 Epoch = NewType("Epoch", int)
 """Number of a login state of one token. Handles are good for one epoch."""

@@ -12,9 +12,6 @@ import threading
 import time
 from typing import Protocol
 
-TICK = 0.01
-"""Deadlines are rounded up to this many seconds, so that many share one look."""
-
 
 class Punctual(Protocol):
     """Something with deadlines."""

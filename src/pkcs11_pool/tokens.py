@@ -9,7 +9,12 @@ from pkcs11 import exceptions as p11
 from pkcs11.constants import TokenFlag
 
 from pkcs11_pool import cryptoki, rv
-from pkcs11_pool.errors import InvalidOption, PinLengthInvalid, PinRefused, TokenNotFound
+from pkcs11_pool.errors import (
+    InvalidOption,
+    PinLengthInvalid,
+    PinRefused,
+    TokenNotFound,
+)
 from pkcs11_pool.module import Module, borrowed
 from pkcs11_pool.operations import raw_login
 from pkcs11_pool.session import Session

@@ -62,9 +62,7 @@ def parse(uri: str) -> Pkcs11URI:
         message = "a PKCS#11 URI starts with 'pkcs11:'"
         raise InvalidURI(message)
     path, mark, query = uri[7:].partition("?")
-    parsed = Pkcs11URI(
-        _attributes(path, ";", _PATH), _attributes(query, "&", _QUERY)
-    )
+    parsed = Pkcs11URI(_attributes(path, ";", _PATH), _attributes(query, "&", _QUERY))
     if mark and not query:
         message = "nothing follows '?' in the PKCS#11 URI"
         raise InvalidURI(message)

@@ -89,10 +89,12 @@ class Worker:
                 self._no_session(job, error)
                 return
         session.epoch = engine.actor.login.epoch
-        result, error = self._call(job, session)
-        again = isinstance(error, Exception) and engine.finished(job, session, error)
+        result, failure = self._call(job, session)
+        again = isinstance(failure, Exception) and engine.finished(
+            job, session, failure
+        )
         if not again:
-            engine.deliver(self, job, result, error)
+            engine.deliver(self, job, result, failure)
         if self.lost:
             engine.returned(session)
             return
@@ -100,7 +102,7 @@ class Worker:
 
     def _no_session(self, job: Job, error: Exception) -> None:
         engine = self._engine
-        again = engine.no_session(job, error)
+        again = engine.no_session(self, job, error)
         if not again:
             engine.deliver(self, job, None, error)
         if self.lost:
@@ -108,9 +110,10 @@ class Worker:
             return
         engine.tidied(job, closed=False, again=again)
 
-    def _call(
-        self, job: Job, session: Session
-    ) -> tuple[Any, BaseException | None]:
+    def _call(self, job: Job, session: Session) -> tuple[Any, BaseException | None]:
+        if self.lost or (job.dropped and not job.stays):
+            # Its caller went while the session was opened: nothing happened.
+            return None, None
         if job.kind is Kind.LEASE:
             return Lease(session, job.holder), None
         assert job.work is not None  # noqa: S101  # only leases have none

@@ -1,0 +1,420 @@
+"""Which job starts, when, and on which worker. Decides under one lock; never blocks.
+
+The lowest of the three layers of the engine: :class:`Dispatch` knows jobs,
+lines, room and deadlines, and no Cryptoki call. ``leasing`` and ``engine`` build
+on it, in this order.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from pkcs11_pool.deadlines import Deadlines
+from pkcs11_pool.errors import (
+    ForkedProcess,
+    PoolClosed,
+    PoolTimeout,
+    TokenUnavailable,
+    TooManyWaiting,
+    WouldDeadlock,
+)
+from pkcs11_pool.jobs import Job, Kind, Phase
+from pkcs11_pool.limits import SessionLimit
+from pkcs11_pool.lines import Lines
+from pkcs11_pool.room import SessionRoom
+from pkcs11_pool.state import PoolState, may_follow
+from pkcs11_pool.stats import Counters
+from pkcs11_pool.timekeeper import timekeeper
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable
+
+    from pkcs11_pool.config import PoolOptions
+    from pkcs11_pool.jobs import Thread
+    from pkcs11_pool.leases import Lease
+
+_WHY_CLOSED = {
+    PoolState.NEW: "the pool is not open: use `async with pool:`",
+    PoolState.OPENING: "the pool is not open yet",
+}
+
+
+class Pause(Enum):
+    """What may start at present."""
+
+    NOT = "not"
+    """Everything."""
+    NEW = "new"
+    """Only jobs of open leases: the security officer waits for their end."""
+    ALL = "all"
+    """Nothing, but the jobs of a period of the security officer."""
+
+
+class Dispatch:
+    """Lines, room, deadlines and idle workers of one token.
+
+    Every attribute is written under ``_lock``. A method whose name ends in
+    ``_locked`` is called with the lock held.
+    """
+
+    def __init__(self, options: PoolOptions) -> None:
+        self.options = options
+        self.pid = os.getpid()
+        self.state = PoolState.NEW
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)
+        self._lines = Lines()
+        self._room = SessionRoom(SessionLimit(options.max_sessions))
+        self._deadlines = Deadlines()
+        self._counters = Counters()
+        self._number = 0
+        # Operations that wait for the login; in no line meanwhile.
+        self._parked: list[Job] = []
+        # Requests that the actor has.
+        self._requests: set[Job] = set()
+        self._pause = Pause.NOT
+        self._so_lane: Lease | None = None
+        # The one that went idle last is the last.
+        self._idle: list[Thread] = []
+        self._workers: set[Thread] = set()
+        # Workers with a job, tidying included; and jobs whose result is not posted.
+        self._busy = 0
+        self._running = 0
+        # Calls that were given up on and have not returned.
+        self._stuck = 0
+
+    # -- In and out: called by the faces ------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Put a job in line.
+
+        Raises:
+            PoolClosed, ForkedProcess, TooManyWaiting, WouldDeadlock, SessionClosed,
+            TokenUnavailable: It was not taken; nothing happens.
+            PoolTimeout: It would have to wait, and must not.
+        """
+        if os.getpid() != self.pid:
+            raise self.forked()
+        job.since = time.monotonic()
+        with self._lock:
+            self._check_open_locked()
+            if job.lane is not None:
+                job.lane.check()
+            at_once = self._can_start_at_once_locked(job)
+            if not at_once:
+                self._admit_locked(job)
+            self._enqueue_locked(job)
+            if at_once:
+                self._wake_one_locked()
+
+    def check_open(self) -> None:
+        """Refuse a pool that is not open.
+
+        Raises:
+            PoolClosed, ForkedProcess, TokenUnavailable: See there.
+        """
+        if os.getpid() != self.pid:
+            raise self.forked()
+        with self._lock:
+            self._check_open_locked()
+
+    def forked(self) -> ForkedProcess:
+        """The error for a child process that uses its parent's pool."""
+        return ForkedProcess(
+            f"this pool belongs to process {self.pid}: use the start method spawn or "
+            "forkserver, or open a pool after the fork"
+        )
+
+    def _check_open_locked(self) -> None:
+        if self.state not in (PoolState.READY, PoolState.RECOVERING):
+            raise PoolClosed(_WHY_CLOSED.get(self.state, "the pool is closed"))
+        if self._stuck > self.options.max_sessions:
+            raise TokenUnavailable(
+                f"{self._stuck} calls hang in the module and none returns: only a new "
+                "process can help"
+            )
+
+    def _admit_locked(self, job: Job) -> None:
+        """Let a job wait, if it may."""
+        most = self.options.max_waiting
+        if most is not None and self._waiting_locked() >= most:
+            raise TooManyWaiting(f"{most} callers wait already (max_waiting)")
+        if job.lane is None and job.holder is not None:
+            self._check_deadlock_locked(job)
+        if job.nowait:
+            self._counters.operations_timed_out += 1
+            self._counters.operations_total += 1
+            raise PoolTimeout("timeout=0, and it would have to wait", "waiting")
+        job.waited = True
+        self._counters.waits_total += 1
+
+    def _check_deadlock_locked(self, job: Job) -> None:
+        room = self._room
+        if self._so_lane is not None and self._so_lane.holder == job.holder:
+            raise WouldDeadlock(
+                "this task is the security officer: use so.session, or leave the "
+                "period first"
+            )
+        if not any(lease.holder == job.holder for lease in room.leases):
+            return
+        lendable = room.most_leases if job.kind is Kind.LEASE else room.limit.total
+        if len(room.leases) >= max(1, lendable):
+            raise WouldDeadlock(
+                f"all {len(room.leases)} sessions that can be lent are lent, one of "
+                "them to this task: use key.on(session), or give the session back first"
+            )
+
+    def _enqueue_locked(self, job: Job) -> None:
+        """Put a job in its line, or behind the running job of its lease."""
+        self._number += 1
+        job.number = self._number
+        job.phase = Phase.WAITING
+        self._watch_locked(job)
+        lane = job.lane
+        if lane is None:
+            self._lines.add(job)
+        elif lane.busy:
+            lane.waiting.append(job)
+        else:
+            lane.busy = True
+            self._lines.add(job)
+
+    def cancel(self, job: Job) -> bool:
+        """The caller wants to go; whether it may go now.
+
+        A job that still waits is taken out: nothing happened. One that runs is
+        dropped when it is done, unless it may change the token: then the caller
+        has to wait for its outcome, and this gives False.
+        """
+        leftover: Any = None
+        with self._lock:
+            if job.phase is Phase.RUNNING and job.changes:
+                return False
+            if job.errand is not None:
+                self._errand_dropped_locked(job)
+            if job.dropped:
+                return True
+            job.dropped = True
+            if job.phase is Phase.SETTLED:
+                # It arrived just before its caller went.
+                leftover = job.result
+            else:
+                self._counters.operations_cancelled += 1
+                self._counters.operations_total += 1
+            if job.phase is Phase.WAITING:
+                self._take_out_locked(job)
+                job.phase = Phase.SETTLED
+        self._give_back(leftover)
+        return True
+
+    def _take_out_locked(self, job: Job) -> None:
+        """Remove a waiting job from wherever it waits."""
+        self._deadlines.unwatch(job)
+        self._requests.discard(job)
+        lane = job.lane
+        if lane is not None and job in lane.waiting:
+            lane.waiting.remove(job)
+            return
+        if job in self._parked:
+            self._parked.remove(job)
+        else:
+            self._lines.remove(job)
+        if lane is not None:
+            self._next_in_lane_locked(lane)
+
+    def _settle_locked(
+        self, job: Job, result: Any, error: BaseException | None
+    ) -> bool:
+        """Set what became of a job; whether there is somebody to wake."""
+        self._deadlines.unwatch(job)
+        self._requests.discard(job)
+        if job.phase is Phase.SETTLED:
+            return False
+        job.phase = Phase.SETTLED
+        job.result, job.error = result, error
+        if job.dropped:
+            return False
+        counters = self._counters
+        counters.operations_total += 1
+        if error is not None:
+            counters.operations_failed += 1
+            counters.last_error = f"{type(error).__name__}: {error}"
+        return True
+
+    def _wake_all(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            job.waiter.wake()
+
+    # -- Who may start ------------------------------------------------------------
+
+    def _waiting_locked(self) -> int:
+        lanes = sum(len(lease.waiting) for lease in self._room.leases)
+        return len(self._lines) + len(self._parked) + lanes
+
+    def _can_start_locked(self, job: Job) -> bool:
+        if self._pause is Pause.ALL:
+            return job.lane is not None and job.lane is self._so_lane
+        if job.kind is Kind.LANE:
+            return True
+        return self._pause is Pause.NOT and self._room.allows(job)
+
+    def _can_start_at_once_locked(self, job: Job) -> bool:
+        """Whether a new job finds a session and a thread that nobody waits for."""
+        if not self._can_start_locked(job):
+            return False
+        threads = len(self._idle) + self._most_workers - len(self._workers)
+        if job.lane is not None:
+            return threads > 0 and not job.lane.busy
+        return threads > 0 and self._lines.want_sessions < self._room.free
+
+    @property
+    def _most_workers(self) -> int:
+        # One more than sessions: closing a lease needs a thread and no session.
+        return self.options.max_sessions + 1
+
+    def _wake_one_locked(self) -> None:
+        """Wake the worker that went idle last, or start one."""
+        if self._idle:
+            self._idle.pop().wake()
+        elif len(self._workers) < self._most_workers:
+            self._start_worker_locked()
+
+    def _wake_for_next_locked(self) -> None:
+        if self._lines.first(self._can_start_locked) is not None:
+            self._wake_one_locked()
+
+    def _wake_many_locked(self) -> None:
+        """Many jobs may be able to start at once."""
+        for _ in range(min(self._room.limit.total, len(self._lines))):
+            self._wake_for_next_locked()
+
+    def _claim_locked(self, worker: Thread) -> Job | None:
+        """The next job, now running on this worker; None: the worker is idle."""
+        job = self._lines.first(self._can_start_locked)
+        if job is None:
+            if worker in self._workers:
+                self._idle.append(worker)
+            return None
+        self._lines.pop(job)
+        now = time.monotonic()
+        if job.waited:
+            self._counters.wait_seconds_total += now - job.since
+        job.since = now
+        if job.phase is Phase.WAITING:
+            job.phase = Phase.RUNNING
+        job.worker = worker
+        worker.job = job
+        self._busy += 1
+        self._running += 1
+        return job
+
+    def _let_go_locked(self, job: Job) -> bool:
+        """Take a job from its worker to start it again; False if nobody wants it."""
+        if job.dropped or job.phase is not Phase.RUNNING:
+            return False
+        job.phase = Phase.WAITING
+        if job.worker is not None:
+            job.worker.job = None
+            self._running -= 1
+        job.worker = None
+        if not job.waited:
+            job.waited = True
+            self._counters.waits_total += 1
+        return True
+
+    def _next_in_lane_locked(self, lane: Lease) -> None:
+        """The next job of a lease takes its place in the line."""
+        lane.busy = bool(lane.waiting)
+        if lane.busy:
+            self._lines.add(lane.waiting.popleft())
+            self._wake_for_next_locked()
+        self._quiet.notify_all()
+
+    # -- Deadlines: called by the timekeeper --------------------------------------
+
+    def _watch_locked(self, job: Job) -> None:
+        look = self._deadlines.watch(job)
+        if look is not None:
+            timekeeper.call_at(self, look)
+
+    def sweep(self, now: float) -> float:
+        """Give ``PoolTimeout`` to those that are due; when to come again."""
+        with self._lock:
+            wake = [job for job in self._deadlines.due(now) if self._expire_locked(job)]
+            again = self._deadlines.next()
+            limit = self._room.limit
+            if limit.retry(now):
+                self._wake_many_locked()
+            elif limit.retry_at is not None:
+                again = min(again, limit.retry_at)
+        self._wake_all(wake)
+        return again
+
+    def _expire_locked(self, job: Job) -> bool:
+        """A deadline has passed; whether somebody must be woken."""
+        if job.phase is Phase.WAITING:
+            if not job.stays:
+                self._take_out_locked(job)
+            error = PoolTimeout("the deadline passed while waiting", "waiting")
+        else:
+            error = PoolTimeout(
+                "the deadline passed while the call was inside the module: it may have "
+                "happened",
+                "running",
+            )
+            if job.kind is not Kind.ACTOR:
+                self._write_off_locked(job, error)
+        if job.errand is not None:
+            self._errand_dropped_locked(job)
+        if not self._settle_locked(job, None, error):
+            return False
+        self._counters.operations_timed_out += 1
+        return True
+
+    # -- The life of the pool -----------------------------------------------------
+
+    def become(self, state: PoolState) -> bool:
+        """Go to another state; False if it may not follow the present one."""
+        with self._lock:
+            if not may_follow(self.state, state):
+                return False
+            self.state = state
+            return True
+
+    def refuse_waiting(self) -> None:
+        """The pool closes: nobody waits any longer."""
+        with self._lock:
+            waiting = [*self._lines, *self._parked]
+            waiting += [job for lease in self._room.leases for job in lease.waiting]
+            wake = []
+            for job in waiting:
+                self._take_out_locked(job)
+                if self._settle_locked(job, None, PoolClosed("the pool is closing")):
+                    wake.append(job)
+        self._wake_all(wake)
+
+    def holds_lease(self, holder: Hashable) -> bool:
+        """Whether this task or thread has a session of the pool."""
+        with self._lock:
+            return any(lease.holder == holder for lease in self._room.leases)
+
+    # -- Done by the layers above -------------------------------------------------
+
+    def _start_worker_locked(self) -> None:
+        raise NotImplementedError
+
+    def _give_back(self, result: Any) -> None:
+        """A result that nobody takes."""
+        raise NotImplementedError
+
+    def _write_off_locked(self, job: Job, cause: BaseException) -> None:
+        """Give up on a call that is inside the module."""
+        raise NotImplementedError
+
+    def _errand_dropped_locked(self, job: Job) -> None:
+        """The caller who was sent for the PIN goes away."""
+        raise NotImplementedError

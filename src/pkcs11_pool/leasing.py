@@ -1,0 +1,160 @@
+"""Sessions in somebody's hands: lent, lost, and given back.
+
+The middle layer of the engine, on :class:`~pkcs11_pool.dispatch.Dispatch`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from pkcs11_pool import events
+from pkcs11_pool.dispatch import Dispatch
+from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.keys import HandleCache
+from pkcs11_pool.leases import Lease
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from pkcs11_pool.config import PoolOptions
+    from pkcs11_pool.jobs import Waiter
+    from pkcs11_pool.keys import SessionObject
+    from pkcs11_pool.module import Module
+    from pkcs11_pool.session import Session
+
+
+class _Nobody:
+    """Waits for nothing: the waiter of what the engine does for itself."""
+
+    def wake(self) -> bool:
+        return True
+
+
+_NOBODY: Final = _Nobody()
+
+
+class Leasing(Dispatch):
+    """Leases, and calls that were given up on."""
+
+    def __init__(self, options: PoolOptions) -> None:
+        super().__init__(options)
+        self.cache = HandleCache(options.handle_max_age)
+
+    @property
+    def _module(self) -> Module:
+        raise NotImplementedError
+
+    # -- Giving back --------------------------------------------------------------
+
+    def _give_back(self, result: Any) -> None:
+        """A result that nobody takes: a lease is a session, and must not leak."""
+        if isinstance(result, Lease):
+            self.end_lease(result, _NOBODY)
+
+    def end_lease(self, lease: Lease, waiter: Waiter) -> Job | None:
+        """Close a lease, on a worker; None if it is closed or lost already.
+
+        Its queued jobs are refused. A running one is let finish, and so are calls
+        of others that are inside with its session objects, for at most
+        ``close_timeout``; the waiter waits no longer than that.
+        """
+        job = Job(
+            lambda session: self._end(lease, session),
+            Kind.LANE,
+            waiter=waiter,
+            deadline=time.monotonic() + 2 * self.options.close_timeout,
+            restart=False,
+            stays=True,
+            lane=lease,
+        )
+        with self._lock:
+            if lease.closing:
+                return None
+            lease.lose(None)
+            wake = self._refuse_lane_locked(lease)
+            self._enqueue_locked(job)
+            self._wake_for_next_locked()
+        self._wake_all(wake)
+        return job
+
+    def _end(self, lease: Lease, session: Session) -> None:
+        """On a worker: the session is closed, and its session objects die with it."""
+        lease.owner.wait_unused(self.options.close_timeout)
+        with self.cache.changing():
+            session.close()
+        with self._lock:
+            self._room.returned(lease)
+
+    def _refuse_lane_locked(self, lease: Lease) -> list[Job]:
+        """Refuse the queued jobs of a lease that is over; who must be woken."""
+        refused = []
+        while lease.waiting:
+            job = lease.waiting.popleft()
+            if self._settle_locked(job, None, lease.error()):
+                refused.append(job)
+        return refused
+
+    # -- Calls that do not return -------------------------------------------------
+
+    def _write_off_locked(self, job: Job, cause: BaseException) -> None:
+        """Give up on a call that is inside the module: thread and session are lost."""
+        worker = job.worker
+        if worker is None or worker.job is not job:
+            return
+        worker.lost = True
+        self._workers.discard(worker)
+        self._busy -= 1
+        self._running -= 1
+        self._stuck += 1
+        self._counters.calls_lost += 1
+        self._module.lost_calls += 1
+        room = self._room
+        if job.lane is None:
+            room.closed(rw=job.rw)
+            room.leasing -= job.kind is Kind.LEASE
+        else:
+            job.lane.lose(cause)
+            room.returned(job.lane)
+            self._wake_all(self._refuse_lane_locked(job.lane))
+        events.warning(events.CALL_LOST, stuck=self._stuck)
+        self._quiet.notify_all()
+        self._wake_for_next_locked()
+
+    def returned(self, session: Session | None) -> None:
+        """A call that was given up on has returned after all."""
+        if session is not None:
+            # What it made in its session goes with it.
+            with self.cache.changing():
+                session.close()
+        with self._lock:
+            self._stuck -= 1
+            self._module.lost_calls -= 1
+            self._quiet.notify_all()
+        events.info(events.CALL_RETURNED, stuck=self._stuck)
+
+    # -- Session objects, and the SO's session ------------------------------------
+
+    def session_object(self, handle: int) -> SessionObject | None:
+        """The session object with this number, whichever open session owns it."""
+        with self._lock:
+            owners = [lease.owner for lease in self._room.leases]
+            if self._so_lane is not None:
+                owners.append(self._so_lane.owner)
+        found = (owner.objects.get(handle) for owner in owners if not owner.closed)
+        return next((o for o in found if o is not None and not o.destroyed), None)
+
+    def begin_so_lane(self, session: Session, holder: Hashable) -> Lease:
+        """The session of a SO period, as a lease that only its jobs may use."""
+        lease = Lease(session, holder)
+        lease.counted = False
+        with self._lock:
+            self._so_lane = lease
+        return lease
+
+    def end_so_lane(self, lease: Lease) -> None:
+        """The period ends: no more jobs on its session."""
+        with self._lock:
+            lease.lose(None)
+            wake = self._refuse_lane_locked(lease)
+        self._wake_all(wake)
