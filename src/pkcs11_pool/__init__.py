@@ -5,6 +5,7 @@ top floor (demo, command line) are never imported from here.
 """
 
 from pkcs11_pool import pins
+from pkcs11_pool.administration import init_token, list_tokens
 from pkcs11_pool.errors import (
     ForkedProcess,
     InvalidOption,
@@ -35,7 +36,7 @@ from pkcs11_pool.errors import (
     WouldDeadlock,
 )
 from pkcs11_pool.keyref import KeyRef, ObjectRef
-from pkcs11_pool.pool import TokenPool, init_token, list_tokens
+from pkcs11_pool.pool import TokenPool
 from pkcs11_pool.pooled_session import PooledSession
 from pkcs11_pool.security_officer import SecurityOfficer
 from pkcs11_pool.state import (

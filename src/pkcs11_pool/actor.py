@@ -18,13 +18,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pkcs11 import exceptions as p11
-from pkcs11.constants import TokenFlag
 
 from pkcs11_pool import cryptoki, events, pins, recovery, rv
 from pkcs11_pool import module as modules
 from pkcs11_pool.errors import (
     LoginRequired,
-    PinLengthInvalid,
     PinRefused,
     PoolClosed,
     PoolError,
@@ -32,6 +30,7 @@ from pkcs11_pool.errors import (
     TokenUnavailable,
 )
 from pkcs11_pool.operations import raw_login
+from pkcs11_pool.pin_guard import SO, USER, PinGuard
 from pkcs11_pool.session import Session
 from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState
 
@@ -43,23 +42,12 @@ if TYPE_CHECKING:
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.jobs import Job
     from pkcs11_pool.keys import HandleCache
-    from pkcs11_pool.pins import Pin, PinCallable, RejectedPins
+    from pkcs11_pool.pins import Pin, PinCallable
     from pkcs11_pool.state import TokenInfo
 
 _RETRY: Final = 0.2
 """Seconds between two tries to reach a module that is down, at opening."""
-_USER: Final = "user"
-_SO: Final = "security officer"
 _IN: Final = frozenset({0, rv.CODES["CKR_USER_ALREADY_LOGGED_IN"]})
-_REJECTED: Final = {
-    rv.CODES[name]: text
-    for name, text in {
-        "CKR_PIN_INCORRECT": "the token refused the PIN",
-        "CKR_PIN_LOCKED": "the PIN is locked: the security officer can set a new one",
-        "CKR_PIN_INVALID": "the token does not take this PIN",
-        "CKR_PIN_LEN_RANGE": "the PIN is too short or too long for this token",
-    }.items()
-}
 
 
 class Gate(Protocol):
@@ -102,7 +90,7 @@ class LoginActor:
     Attributes:
         login: The login state, replaced whole at each change. Written by the
             actor's thread only; everybody reads.
-        book: PINs that this token refused, by user.
+        guard: What may be sent to the token as a PIN.
     """
 
     def __init__(
@@ -110,20 +98,24 @@ class LoginActor:
     ) -> None:
         self.login = Login(LoginState.PUBLIC, LoginState.PUBLIC, Epoch(1))
         self.module: modules.Module | None = None
+        # The module is remembered after the end: lost calls come back to it.
+        self._is_attached = False
         self.token: pkcs11.Token | None = None
         self.info: TokenInfo | None = None
-        self.book: RejectedPins = pins.RejectedPins()
+        self.guard = PinGuard()
         self._options = options
         self._pin = options.pin
         self._gate = gate
         self._cache = cache
         self._name = name
-        self._mail: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # Held while something is posted: nothing is left in the box at the end.
+        self._mailbox = threading.Lock()
+        self._ended = False
         self._stopping = threading.Event()
         self._anchor: Session | None = None
         # Requests that wait for the login under way, or for its PIN.
         self._logins: list[Job] = []
-        self._asking = False
         self._wanted_by_operations = False
         self._so: Session | None = None
         # What came during a SO period and can only be done after it.
@@ -176,15 +168,23 @@ class LoginActor:
         self._mail.put(partial(self._pin_changed, pin))
 
     def _post(self, job: Job, handle: Callable[..., None], *arguments: Any) -> None:
-        self._mail.put(partial(self._handle, job, handle, *arguments))
+        with self._mailbox:
+            if not self._ended:
+                self._mail.put(partial(self._handle, job, handle, *arguments))
+                return
+        self._gate.settle(job, None, PoolClosed("the pool is closed"))
 
     # -- The thread ---------------------------------------------------------------
 
     def _run(self) -> None:
-        while (message := self._mail.get()) is not None:
+        while not self._ended:
+            message = self._mail.get()
             message()
             # A request and its error live in the frame of the handler, not here.
             del message
+        with self._mailbox:
+            while not self._mail.empty():
+                self._mail.get()()
 
     def _handle(self, job: Job, handle: Callable[..., None], *arguments: Any) -> None:
         if self._so is not None and handle not in (self._so_end, self._close):
@@ -237,6 +237,7 @@ class LoginActor:
         self.module = modules.acquire(
             options.module, options.init_reserved, serialize=options.serialize
         )
+        self._is_attached = True
         with self.module.turn:
             if not self.module.library.get_slots():
                 # A client whose server was down at C_Initialize has no slots, and
@@ -246,41 +247,42 @@ class LoginActor:
             self.token, info = self.module.find(options)
             self.module.claim(info, self._name or info.label)
             self.info = info
-            self._anchor = self._open_session(rw=False)
+            self._anchor = self.new_session(rw=False)
 
     def _detach(self) -> None:
         module = self.module
-        if module is None:
+        if module is None or not self._is_attached:
             return
-        with module.turn:
+        # Where one call at a time is let in and a lost one is inside, nothing more
+        # is: the session stays, and so does the module.
+        if module.turn.wait(self._options.close_timeout):
             if self._anchor is not None:
+                if self.login.state is not LoginState.PUBLIC:
+                    module.functions.C_Logout(self._anchor.handle)
                 self._anchor.close()
-        self._anchor = None
+            module.turn.__exit__()
+        self._anchor = self._so = None
         if self.info is not None:
             module.unclaim(self.info)
-            self.info = None
         modules.release(module)
-        self.module = None
+        self._is_attached = False
+        self.info = self.token = None
 
-    def _open_session(self, *, rw: bool) -> Session:
-        assert self.module is not None  # noqa: S101  # attached
-        assert self.token is not None  # noqa: S101
-        return Session(self.module, self.token, rw=rw, epoch=self.login.epoch)
+    def new_session(self, *, rw: bool) -> Session:
+        """``C_OpenSession`` on the token; whoever calls has the turn."""
+        if self.token is None:
+            raise PoolClosed("the pool is not open")
+        return Session(self.attached, self.token, rw=rw, epoch=self.login.epoch)
 
     def _close(self, job: Job, deadline: float) -> None:
         self._fail_logins(PoolClosed("the pool is closing"))
-        if self.module is not None:
-            with self.module.turn:
-                self._gate.drain(deadline)
-                if (
-                    self._anchor is not None
-                    and self.login.state is not LoginState.PUBLIC
-                ):
-                    self.module.functions.C_Logout(self._anchor.handle)
-            self._change(LoginEvent.OUT)
+        if self._is_attached:
+            self._gate.drain(deadline)
             self._detach()
+            self._change(LoginEvent.OUT)
         self._gate.end_threads()
-        self._mail.put(None)
+        with self._mailbox:
+            self._ended = True
         self._gate.settle(job, None, None)
 
     # -- The user's login ---------------------------------------------------------
@@ -342,14 +344,11 @@ class LoginActor:
             else:
                 self._pin_came(pin, None)
             return
-        self._asking = True
         self._gate.send_for_pin(source)
 
     def _pin_came(self, pin: Pin | None, error: BaseException | None) -> None:
-        self._asking = False
-        if self.login.state is not LoginState.USER and error is None:
+        if self.login.state is not LoginState.USER and pin is not None:
             try:
-                assert pin is not None  # noqa: S101  # either a PIN or an error
                 self._try_login(pin, force=False)
             except Exception as failure:  # noqa: BLE001  # raised at the waiting
                 error = failure
@@ -371,10 +370,8 @@ class LoginActor:
             self._gate.settle(job, None, error)
 
     def _try_login(self, pin: Pin, *, force: bool) -> None:
-        assert self._anchor is not None  # noqa: S101  # the pool is open
-        assert self.module is not None  # noqa: S101
-        with self.module.turn:
-            self._send_pin(self._anchor, cryptoki.CKU_USER, pin, force=force)
+        with self.attached.turn:
+            self._send_pin(self._open_anchor, cryptoki.CKU_USER, pin, force=force)
         self._change(LoginEvent.USER_IN)
         events.info(
             events.LOGIN_COMPLETED, token=self._label, epoch=int(self.login.epoch)
@@ -382,78 +379,34 @@ class LoginActor:
 
     def _send_pin(self, session: Session, user: int, pin: Pin, *, force: bool) -> None:
         """``C_GetTokenInfo`` and ``C_Login``, if this PIN may be tried."""
-        who = _SO if user == cryptoki.CKU_SO else _USER
-        self._guard(who, pin, force=force)
+        who = SO if user == cryptoki.CKU_SO else USER
+        self.info = fresh = self._same_token()
+        self.guard.check(who, pin, fresh, force=force)
         events.info(events.LOGIN_STARTED, token=self._label, user=who)
         code = raw_login(session.functions, session.handle, user, pin)
         if code in _IN:
-            self.book.clear(who)
+            self.guard.accepted(who)
             self._gate.counted(logins_total=1)
             return
         self._gate.counted(logins_failed_total=1)
         events.warning(
             events.LOGIN_FAILED, token=self._label, user=who, rv=rv.name_of(code)
         )
-        self.answered(who, pin, code, "C_Login")
+        self.guard.answered(who, pin, code, "C_Login")
 
-    def answered(self, who: str, pin: Pin, code: int, function: str) -> None:
-        """Take down a PIN that the token refused.
-
-        Raises:
-            PinRefused, PKCS11Error: As the code says.
-        """
-        if text := _REJECTED.get(code):
-            kind = PinRefused
-            if code == rv.CODES["CKR_PIN_LEN_RANGE"]:
-                kind = PinLengthInvalid
-            self.book.add(who, pin)
-            raise kind(text) from rv.error_of(code, function)
-        rv.check(code, function)
-
-    def check_rejected(self, who: str, pin: Pin) -> None:
-        """Refuse a PIN that the token refused before.
-
-        Raises:
-            PinRefused: It is in the book.
-        """
-        if self.book.has(who, pin):
-            message = (
-                f"this PIN of the {who} was refused before and is not sent again: give "
-                "another one, or insist with force=True"
+    def _same_token(self) -> TokenInfo:
+        """What the token tells now; no PIN is ever sent to another one."""
+        known = self.known
+        fresh = self.attached.info(known.slot_id)
+        if fresh.identity != known.identity:
+            raise TokenUnavailable(
+                f"another token is in the slot: {fresh}, not {known}"
             )
-            raise PinRefused(message)
-
-    def _guard(self, who: str, pin: Pin, *, force: bool) -> None:
-        """Refuse a PIN that would be wasted on the token, or shown to another one."""
-        assert self.module is not None  # noqa: S101  # the pool is open
-        assert self.info is not None  # noqa: S101
-        fresh = self.module.info(self.info.slot_id)
-        if fresh.identity != self.info.identity:
-            message = f"another token is in the slot: {fresh}, not {self.info}"
-            raise TokenUnavailable(message)
-        self.info = fresh
-        check_length(pin, fresh)
-        if force:
-            return
-        self.check_rejected(who, pin)
-        locked, final = (
-            (TokenFlag.SO_PIN_LOCKED, TokenFlag.SO_PIN_FINAL_TRY)
-            if who == _SO
-            else (TokenFlag.USER_PIN_LOCKED, TokenFlag.USER_PIN_FINAL_TRY)
-        )
-        if fresh.flags & locked:
-            message = f"the PIN of the {who} is locked on the token"
-            raise PinRefused(message)
-        if fresh.flags & final:
-            message = (
-                f"one wrong PIN more locks the {who} out, so none is sent: insist with "
-                "force=True if this one is right"
-            )
-            raise PinRefused(message)
+        return fresh
 
     def _pin_changed(self, pin: Pin) -> None:
         self._pin = pin
-        self.book.clear(_USER)
+        self.guard.accepted(USER)
 
     # -- Logout -------------------------------------------------------------------
 
@@ -463,17 +416,15 @@ class LoginActor:
             raise PoolTimeout(message, "waiting")
         try:
             if self.login.state is LoginState.USER:
-                self._raw_logout(self._anchor)
+                self._raw_logout(self._open_anchor)
             self._change(LoginEvent.OUT)
         finally:
             self._gate.resume()
         events.info(events.LOGOUT_COMPLETED, token=self._label)
         self._gate.settle(job, None, None)
 
-    def _raw_logout(self, session: Session | None) -> None:
-        assert session is not None  # noqa: S101  # the pool is open
-        assert self.module is not None  # noqa: S101
-        with self.module.turn:
+    def _raw_logout(self, session: Session) -> None:
+        with self.attached.turn:
             code = session.functions.C_Logout(session.handle)
         if code != rv.CODES["CKR_USER_NOT_LOGGED_IN"]:
             rv.check(code, "C_Logout")
@@ -508,11 +459,10 @@ class LoginActor:
             self._gate.resume()
 
     def _so_login(self, session: Session, so_pin: Pin) -> None:
-        assert self.module is not None  # noqa: S101  # the pool is open
         if self.login.state is LoginState.USER:
             self._raw_logout(session)
             self._change(LoginEvent.LOST)
-        with self.module.turn:
+        with self.attached.turn:
             self._send_pin(session, cryptoki.CKU_SO, so_pin, force=False)
         self._change(LoginEvent.SO_IN)
 
@@ -521,9 +471,8 @@ class LoginActor:
 
         The application never has no session by accident: closing the last logs out.
         """
-        assert self.module is not None  # noqa: S101  # the pool is open
-        with self.module.turn:
-            new, old = self._open_session(rw=rw), self._anchor
+        with self.attached.turn:
+            new, old = self.new_session(rw=rw), self._anchor
             self._anchor = new
             if old is not None:
                 old.close()
@@ -534,9 +483,10 @@ class LoginActor:
         if not self._gate.pause(job.deadline, leases=False):
             message = "the period waited for its running calls; the SO is still in"
             raise PoolTimeout(message, "waiting")
-        session, self._so = self._so, None
+        self._so = None
         try:
-            self._raw_logout(session)
+            # The anchor is the period's R/W session.
+            self._raw_logout(self._open_anchor)
             self._change(LoginEvent.LOST)
             asked = self._so_restore(job)
         finally:
@@ -565,25 +515,28 @@ class LoginActor:
         return False
 
     @property
+    def attached(self) -> modules.Module:
+        """The module, also after the end of the pool."""
+        if self.module is None:
+            raise PoolClosed("the pool is not open")
+        return self.module
+
+    @property
+    def known(self) -> TokenInfo:
+        """The token of the open pool, as it told last."""
+        if self.info is None:
+            raise PoolClosed("the pool is not open")
+        return self.info
+
+    @property
+    def _open_anchor(self) -> Session:
+        if self._anchor is None:
+            raise PoolClosed("the pool is not open")
+        return self._anchor
+
+    @property
     def _label(self) -> str:
         return self.info.label if self.info is not None else self._options.wanted_token
-
-
-def check_length(pin: Pin, info: TokenInfo) -> None:
-    """Refuse a PIN that the token cannot have.
-
-    Raises:
-        PinLengthInvalid: Too short or too long.
-    """
-    if isinstance(pin, pins.PinPad):
-        return
-    # Some tokens tell no lengths: then it is theirs to refuse.
-    if 0 < info.max_pin_len < len(pin) or len(pin) < info.min_pin_len:
-        message = (
-            f"a PIN of this token has {info.min_pin_len} to {info.max_pin_len} bytes; "
-            f"this one has {len(pin)} and was not sent"
-        )
-        raise PinLengthInvalid(message)
 
 
 def _is_down(error: BaseException) -> bool:

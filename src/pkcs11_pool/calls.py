@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, TypeVar
 
 from pkcs11.constants import Attribute, ObjectClass
 
-from pkcs11_pool import arguments, config, operations
+from pkcs11_pool import arguments, config, objects, operations
 from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
 from pkcs11_pool.errors import InvalidOption, SessionObjectNeedsSession
 from pkcs11_pool.keyref import KeyRef, ObjectRef
@@ -141,7 +141,7 @@ class Calls(ABC):
         packed = [(int(k), arguments.pack(k, v)) for k, v in wanted.items()]
         cache = self._engine.cache
         entries = await self._perform(
-            lambda session: operations.find(session, cache, packed), timeout
+            lambda session: objects.find(session, cache, packed), timeout
         )
         refs = [self._found(entry) for entry in entries]
         return [ref for ref in refs if ref is not None]
@@ -313,7 +313,7 @@ class Calls(ABC):
         self._check_home(token=token)
         cache = self._engine.cache
         entries = await self._perform(
-            lambda session: operations.make(session, cache, call),
+            lambda session: objects.make(session, cache, call),
             timeout,
             rw=token,
             changes=True,

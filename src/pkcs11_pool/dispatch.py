@@ -188,11 +188,14 @@ class Dispatch:
 
         A job that still waits is taken out: nothing happened. One that runs is
         dropped when it is done, unless it may change the token: then the caller
-        has to wait for its outcome, and this gives False.
+        has to wait for its outcome, and this gives False. So it does for a job that
+        is done in any case.
         """
         leftover: Any = None
         with self._lock:
-            if job.phase is Phase.RUNNING and job.changes:
+            if job.phase is not Phase.SETTLED and (
+                job.stays or (job.changes and job.phase is Phase.RUNNING)
+            ):
                 return False
             if job.errand is not None:
                 self._errand_dropped_locked(job)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import exceptions as p11
@@ -28,7 +27,6 @@ from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.leases import Lease
 from pkcs11_pool.leasing import Leasing
 from pkcs11_pool.limits import SessionLimit
-from pkcs11_pool.session import Session
 from pkcs11_pool.state import LoginState, PoolState, SessionState
 from pkcs11_pool.stats import Counters, PoolStats
 from pkcs11_pool.timekeeper import timekeeper
@@ -36,11 +34,11 @@ from pkcs11_pool.workers import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from contextlib import AbstractContextManager
 
     from pkcs11_pool.config import PoolOptions
-    from pkcs11_pool.module import Module
+    from pkcs11_pool.module import Module, Turn
     from pkcs11_pool.pins import Pin, PinCallable
+    from pkcs11_pool.session import Session
 
 _ATTEMPTS: Final = 3
 """How often a job may start anew after a lost login."""
@@ -64,14 +62,11 @@ class TokenEngine(Leasing):
 
     @property
     def _module(self) -> Module:
-        module = self.actor.module
-        assert module is not None  # noqa: S101  # there are jobs, so the pool is open
-        return module
+        return self.actor.attached
 
-    def turn(self) -> AbstractContextManager[Any]:
+    def turn(self) -> Turn:
         """Held around each job where the module takes one call at a time."""
-        module = self.actor.module
-        return nullcontext() if module is None else module.turn
+        return self._module.turn
 
     # -- Work: called by the workers ----------------------------------------------
 
@@ -98,9 +93,7 @@ class TokenEngine(Leasing):
 
     def open_session(self, *, rw: bool) -> Session:
         """``C_OpenSession``, for a session that is counted already."""
-        actor = self.actor
-        assert actor.token is not None  # noqa: S101  # there are jobs: it is open
-        session = Session(self._module, actor.token, rw=rw, epoch=actor.login.epoch)
+        session = self.actor.new_session(rw=rw)
         with self._lock:
             self._counters.sessions_opened_total += 1
             self._room.limit.opened(self._room.open_all)
@@ -271,10 +264,10 @@ class TokenEngine(Leasing):
     def begin(self, job: Job) -> bool:
         """The actor starts on a request; False if its caller has gone."""
         with self._lock:
-            if job.phase is not Phase.WAITING:
-                return False
-            job.phase = Phase.RUNNING
-            return True
+            if job.phase is Phase.WAITING:
+                job.phase = Phase.RUNNING
+                return True
+            return job.stays
 
     def settle(self, job: Job, result: Any, error: BaseException | None) -> None:
         """A request is done."""
@@ -384,8 +377,7 @@ class TokenEngine(Leasing):
 
     def opened(self) -> None:
         """The token is there: heed its own limits, and take jobs."""
-        info = self.actor.info
-        assert info is not None  # noqa: S101  # open
+        info = self.actor.known
         most, rw = self.options.max_sessions, None
         if info.max_sessions:
             # One of the token's sessions is the anchor's.
@@ -400,7 +392,7 @@ class TokenEngine(Leasing):
         """Wait for running calls; what runs longer is lost. Closes all sessions."""
         error = PoolClosed("the pool was closed while the call was inside")
         with self._lock:
-            self._pause = Pause.ALL
+            room, self._pause = self._room, Pause.ALL
             left = max(0.0, deadline - time.monotonic())
             self._quiet.wait_for(lambda: not self._busy, left)
             wake = []
@@ -409,15 +401,18 @@ class TokenEngine(Leasing):
                     self._write_off_locked(job, error)
                     if self._settle_locked(job, None, error):
                         wake.append(job)
-            leases = list(self._room.leases)
+            leases = list(room.leases)
             for lease in leases:
                 lease.lose(PoolClosed("the pool was closed"))
                 wake += self._refuse_lane_locked(lease)
-                self._room.returned(lease)
+                room.returned(lease)
+            ahead = room.take_ahead()
         self._wake_all(wake)
-        with self.cache.changing():
-            self._close_all(lease.session for lease in leases)
-            self.close_ahead()
+        # A module that takes one call at a time, with a lost one inside, takes none.
+        if self._module.turn.wait(left):
+            with self.cache.changing():
+                self._close_all([lease.session for lease in leases] + ahead)
+            self._module.turn.__exit__()
 
     def end_threads(self) -> None:
         """Let the workers go, and wait for those that are not lost."""
@@ -427,8 +422,9 @@ class TokenEngine(Leasing):
         for worker in workers:
             worker.stop()
         timekeeper.forget(self)
+        deadline = time.monotonic() + self.options.close_timeout
         for worker in workers:
-            worker.join(self.options.close_timeout)
+            worker.join(max(0.0, deadline - time.monotonic()))
 
     def stats(self) -> PoolStats:
         """A snapshot, taken under the lock."""

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pkcs11.constants import Attribute, ObjectClass
 
-from pkcs11_pool import arguments, operations, pins
+from pkcs11_pool import arguments, objects, operations, pins
 from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
 from pkcs11_pool.errors import InvalidType
 from pkcs11_pool.keys import SessionObject
-from pkcs11_pool.waiting import blocking
+from pkcs11_pool.sync import SyncKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -67,7 +67,7 @@ class ObjectRef:
                 message = f"names must be pkcs11.Attribute, not {type(item).__name__}"
                 raise InvalidType(message)
         found: dict[Attribute, Any] = await self._perform(
-            operations.attributes, wanted, timeout=timeout
+            objects.attributes, wanted, timeout=timeout
         )
         return found
 
@@ -81,7 +81,7 @@ class ObjectRef:
             A search or ``C_GetAttributeValue`` to be sure, ``C_DestroyObject``.
         """
         token = not isinstance(self._target, SessionObject)
-        await self._perform(operations.destroy, timeout=timeout, rw=token, changes=True)
+        await self._perform(objects.destroy, timeout=timeout, rw=token, changes=True)
 
     async def _perform(
         self,
@@ -278,7 +278,7 @@ class KeyRef(ObjectRef):
             message = f"key must be a KeyRef, not {type(key).__name__}"
             raise InvalidType(message)
         result: bytes = await self._perform(
-            operations.wrap_key,
+            objects.wrap_key,
             key._target,
             timeout=timeout,
             mechanism=arguments.mechanism(mechanism),
@@ -468,7 +468,7 @@ class KeyRef(ObjectRef):
         Cryptoki:
             ``C_GetAttributeValue``; for a private key a search by its id or label.
         """
-        der: bytes = await self._perform(operations.public_key_der, timeout=timeout)
+        der: bytes = await self._perform(objects.public_key_der, timeout=timeout)
         return der
 
     async def _make(
@@ -485,7 +485,7 @@ class KeyRef(ObjectRef):
         token = arguments.makes_token_object(store=store, given=[template])
         calls._check_home(token=token)  # noqa: SLF001  # one package
         result, entries = await self._perform(
-            operations.make_with_key,
+            objects.make_with_key,
             timeout=timeout,
             rw=token,
             changes=True,
@@ -494,63 +494,3 @@ class KeyRef(ObjectRef):
             make=make,
         )
         return result, [calls._ref(entry) for entry in entries]  # noqa: SLF001
-
-
-class SyncKey:
-    """The blocking twins of a :class:`KeyRef`, for code that is not async.
-
-    On a thread that runs an event loop they raise ``WouldBlockLoop``.
-    """
-
-    def __init__(self, key: KeyRef) -> None:
-        self._key = key
-
-    def sign(self, data: Data, **options: Any) -> bytes:
-        """See :meth:`KeyRef.sign`."""
-        return blocking(self._key.sign(data, **options))
-
-    def verify(self, data: Data, signature: bytes, **options: Any) -> bool:
-        """See :meth:`KeyRef.verify`."""
-        return blocking(self._key.verify(data, signature, **options))
-
-    def encrypt(self, data: Data, **options: Any) -> bytes:
-        """See :meth:`KeyRef.encrypt`."""
-        return blocking(self._key.encrypt(data, **options))
-
-    def decrypt(self, data: Data, **options: Any) -> bytes:
-        """See :meth:`KeyRef.decrypt`."""
-        return blocking(self._key.decrypt(data, **options))
-
-    def wrap_key(self, key: KeyRef, **options: Any) -> bytes:
-        """See :meth:`KeyRef.wrap_key`."""
-        return blocking(self._key.wrap_key(key, **options))
-
-    def unwrap_key(
-        self,
-        object_class: ObjectClass,
-        key_type: KeyType,
-        key_data: bytes,
-        **options: Any,
-    ) -> KeyRef:
-        """See :meth:`KeyRef.unwrap_key`."""
-        return blocking(
-            self._key.unwrap_key(object_class, key_type, key_data, **options)
-        )
-
-    def derive_key(self, key_type: KeyType, key_length: int, **options: Any) -> KeyRef:
-        """See :meth:`KeyRef.derive_key`."""
-        return blocking(self._key.derive_key(key_type, key_length, **options))
-
-    def attributes(
-        self, names: Iterable[Attribute] | None = None, *, timeout: Timeout = DEFAULT
-    ) -> dict[Attribute, Any]:
-        """See :meth:`KeyRef.attributes`."""
-        return blocking(self._key.attributes(names, timeout=timeout))
-
-    def public_key_der(self, *, timeout: Timeout = DEFAULT) -> bytes:
-        """See :meth:`KeyRef.public_key_der`."""
-        return blocking(self._key.public_key_der(timeout=timeout))
-
-    def destroy(self, *, timeout: Timeout = DEFAULT) -> None:
-        """See :meth:`KeyRef.destroy`."""
-        blocking(self._key.destroy(timeout=timeout))

@@ -7,10 +7,10 @@ older one are never passed to the module again.
 
 from __future__ import annotations
 
-import ctypes as c
+import ctypes
 import os
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,11 +30,11 @@ from pkcs11_pool.state import Generation, TokenInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from contextlib import AbstractContextManager
 
     import pkcs11
 
     from pkcs11_pool.config import PoolOptions
+    from pkcs11_pool.session import Session
 
 _HANGS_WITH_THREADS: Final = ("p11-kit-client",)
 """Modules that lose wake-ups when several threads are inside during an outage."""
@@ -43,9 +43,38 @@ _SENSIBLE: Final = 1 << 31
 
 _lock = threading.Lock()
 _modules: dict[str, Module] = {}
-# Libraries are never destroyed: their __dealloc__ would unload the module, at
-# interpreter exit under a call that hangs in it.
-_kept: list[cryptoki.Library] = []
+
+
+class Turn:
+    """One call at a time for a whole module; no limit for one that needs none.
+
+    Held around everything that enters the module.
+    """
+
+    def __init__(self, *, serialized: bool) -> None:
+        self._lock = threading.Lock() if serialized else None
+
+    @property
+    def serialized(self) -> bool:
+        """Whether it lets one thread in at a time."""
+        return self._lock is not None
+
+    def __enter__(self) -> None:
+        """Wait for the turn."""
+        if self._lock is not None:
+            self._lock.acquire()
+
+    def __exit__(self, *_error: object) -> None:
+        """Let the next one in."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the turn, but not for ever: a call may hang inside."""
+        return self._lock is None or self._lock.acquire(timeout=timeout)
+
+
+_NO_TURN: Final = Turn(serialized=False)
 
 
 class Module:
@@ -59,8 +88,9 @@ class Module:
         self.forked = False
         #: Calls given up on that are still inside: nothing is finalised then.
         self.lost_calls = 0
-        #: Held around everything that enters a module that takes one call at a time.
-        self.turn: AbstractContextManager[Any] = nullcontext()
+        self.turn = _NO_TURN
+        #: The sessions of the present generation, by number.
+        self.live: dict[int, Session] = {}
         self._in_use: dict[tuple[str, bytes, str, str], str] = {}
 
     @property
@@ -68,17 +98,12 @@ class Module:
         """The module's function list."""
         return self.library.functions
 
-    @property
-    def serialized(self) -> bool:
-        """Whether the module is called by one thread at a time."""
-        return not isinstance(self.turn, nullcontext)
-
     def set_serialized(self, *, asked: bool | None) -> None:
         """Serve one call at a time if asked to, or if the module needs it."""
         known = any(name in Path(self.path).name for name in _HANGS_WITH_THREADS)
         needed = self.library.serialized or known if asked is None else asked
-        if needed and not self.serialized:
-            self.turn = threading.Lock()
+        if needed and not self.turn.serialized:
+            self.turn = Turn(serialized=True)
 
     def tokens(self) -> list[tuple[pkcs11.Token, TokenInfo]]:
         """Every token that is present, with what it says of itself."""
@@ -93,7 +118,7 @@ class Module:
     def info(self, slot_id: int) -> TokenInfo:
         """``C_GetTokenInfo``, asked anew: flags and counts change."""
         raw = cryptoki.RawTokenInfo()
-        code = self.functions.C_GetTokenInfo(slot_id, c.byref(raw))
+        code = self.functions.C_GetTokenInfo(slot_id, ctypes.byref(raw))
         rv.check(code, "C_GetTokenInfo")
         return TokenInfo(
             label=_text(raw, "label"),
@@ -200,7 +225,7 @@ def release(module: Module) -> None:
         module.users -= 1
         if module.users or module.lost_calls or module.forked:
             return
-        module.turn = nullcontext()
+        module.turn = _NO_TURN
         try:
             module.library.finalize()
         except p11.PKCS11Error as error:
@@ -235,7 +260,8 @@ def _load(path: str, reserved: bytes | None) -> cryptoki.Library:
             reason = "it has no C_GetFunctionList, so it is no Cryptoki module"
         message = f"{path} cannot be loaded: {reason}"
         raise ModuleError(message) from error
-    _kept.append(library)
+    # Once more than Python knows: not even the end of the interpreter destroys it.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
     _initialize(library, path, lambda: library.__init__(path, reserved))  # type: ignore[misc]
     return library
 
@@ -256,7 +282,8 @@ def _initialize(library: cryptoki.Library, path: str, how: Any = None) -> None:
 
 def _initialized(module: Module) -> None:
     module.generation = Generation(module.generation + 1)
-    module.turn = nullcontext()
+    module.live.clear()
+    module.turn = _NO_TURN
     events.info(
         events.MODULE_INITIALIZED, module=module.path, generation=module.generation
     )

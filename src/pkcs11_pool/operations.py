@@ -1,9 +1,8 @@
-"""What each operation does on its session: which ``C_`` functions, in which order.
+"""Sign, verify, encrypt, decrypt, digest and random: the hot operations.
 
 An operation gets a session that nobody else uses, and runs on a worker thread.
-Sign, verify, encrypt, decrypt, digest and random, the hot ones, go straight
-through the function list, without the size query that python-pkcs11 makes; the
-rest is python-pkcs11 on a key that is bound to the session.
+These go straight through the function list, without the size query that
+python-pkcs11 makes; the others are in ``objects``.
 """
 
 from __future__ import annotations
@@ -20,20 +19,17 @@ from pkcs11.util import dsa, ec
 
 from pkcs11_pool import cryptoki, rv
 from pkcs11_pool.errors import InvalidOption, KeyNotFound, PinRefused
-from pkcs11_pool.keys import KeySpec, SessionObject, narrowed
+from pkcs11_pool.keys import SessionObject, narrowed
 from pkcs11_pool.pins import Secret
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from pkcs11_pool.keys import Entry, HandleCache, Target
     from pkcs11_pool.pins import Pin
     from pkcs11_pool.session import Session
 
 T = TypeVar("T")
-
-_ED25519: Final = 32
-"""Bytes of an Ed25519 public key."""
 
 _ROOM: Final = 64 * 1024
 """Larger than any signature (SLH-DSA has 49,856 bytes)."""
@@ -349,207 +345,3 @@ def _coder(key_type: Any) -> _Coder:
     except KeyError:
         message = 'signature_format="der" is for EC and DSA keys only'
         raise InvalidOption(message) from None
-
-
-def bound(session: Session, entry: Entry) -> Any:
-    """A python-pkcs11 key on this session, without a call."""
-    return cryptoki.bind_key(
-        session.p11, entry.handle, entry.object_class, entry.key_type
-    )
-
-
-def wrap_key(
-    session: Session,
-    cache: HandleCache,
-    target: Target,
-    wrapped: Target,
-    *,
-    mechanism: Mechanism | None,
-    param: Any,
-) -> bytes:
-    """``C_WrapKey``, twice: for the size, and for the key."""
-
-    def call(entry: Entry) -> bytes:
-        entry.require(Attribute.WRAP, target)
-
-        def inner(other: Entry) -> bytes:
-            result: bytes = bound(session, entry).wrap_key(
-                bound(session, other), mechanism=mechanism, mechanism_param=param
-            )
-            return result
-
-        return with_object(session, cache, wrapped, PRIVATE_OR_SECRET, inner)
-
-    return with_object(session, cache, target, PUBLIC_OR_SECRET, call)
-
-
-def make_with_key(
-    session: Session,
-    cache: HandleCache,
-    target: Target,
-    *,
-    classes: tuple[int, ...],
-    capability: Attribute | None,
-    make: Callable[[Any], Any],
-) -> tuple[Any, list[Entry]]:
-    """Unwrap, derive, encapsulate or decapsulate: a key that makes another.
-
-    Gives what python-pkcs11 gave, and an entry for each object in it. An object
-    that a wrong number made is destroyed before the call is made anew.
-    """
-    made: list[tuple[Any, list[Entry]]] = []
-
-    def call(entry: Entry) -> tuple[Any, list[Entry]]:
-        for _, leftover in made:
-            _destroy_all(session, leftover)
-        made.clear()
-        entry.require(capability, target)
-        with cache.changing():
-            result = make(bound(session, entry))
-        objects = result if isinstance(result, tuple) else (result,)
-        entries = [
-            cache.describe(session, item.handle)
-            for item in objects
-            if not isinstance(item, bytes)
-        ]
-        made.append((result, entries))
-        return made[-1]
-
-    return with_object(session, cache, target, classes, call)
-
-
-def make(
-    session: Session, cache: HandleCache, call: Callable[[Any], Any]
-) -> list[Entry]:
-    """Generate or create objects: an entry for each one that was made."""
-    with cache.changing():
-        result = call(session.p11)
-    objects = result if isinstance(result, tuple) else (result,)
-    return [cache.describe(session, item.handle) for item in objects]
-
-
-def _destroy_all(session: Session, entries: Sequence[Entry]) -> None:
-    for entry in entries:
-        session.functions.C_DestroyObject(session.handle, entry.handle)
-
-
-def find(
-    session: Session,
-    cache: HandleCache,
-    template: Sequence[tuple[int, bytes]],
-) -> list[Entry]:
-    """``C_FindObjects…``, and one ``C_GetAttributeValue`` for each object."""
-    with cache.changing():
-        handles = session.find(template)
-    found = []
-    for handle in handles:
-        try:
-            found.append(cache.describe(session, handle))
-        except p11.ObjectHandleInvalid:
-            continue  # destroyed since the search, by somebody else
-    return found
-
-
-def attributes(
-    session: Session,
-    cache: HandleCache,
-    target: Target,
-    kinds: Sequence[Attribute] | None,
-) -> dict[Attribute, Any]:
-    """``C_GetAttributeValue``; attributes that the token does not tell are left out."""
-
-    def call(entry: Entry) -> dict[Attribute, Any]:
-        wanted = kinds if kinds is not None else tuple(map(Attribute, entry.seen))
-        packed = session.attributes(entry.handle, [int(kind) for kind in wanted])
-        unpack = cryptoki.MAPPER.unpack_attributes
-        return {Attribute(k): unpack(Attribute(k), v) for k, v in packed.items()}
-
-    return with_object(session, cache, target, None, call)
-
-
-def destroy(session: Session, cache: HandleCache, target: Target) -> None:
-    """``C_DestroyObject``, of a number that was verified just before.
-
-    Number and object cannot part in between: calls of this process that destroy
-    follow one another.
-    """
-    if isinstance(target, SessionObject):
-        with target.owner.used(), cache.changing():
-            target.check(session.epoch, session.generation)
-            target.destroyed = True
-            handle = target.entry.handle
-            code = session.functions.C_DestroyObject(session.handle, handle)
-            target.destroyed = code == 0
-            rv.check(code, "C_DestroyObject")
-        return
-    with cache.destroying, cache.changing():
-        entry = cache.entry(session, target, None)
-        code = session.functions.C_DestroyObject(session.handle, entry.handle)
-        cache.drop(target)
-        rv.check(code, "C_DestroyObject")
-
-
-def public_key_der(session: Session, cache: HandleCache, target: Target) -> bytes:
-    """The SubjectPublicKeyInfo (RFC 5280) of a key, or of a private key's public half.
-
-    ``C_GetAttributeValue``; for a private key also a search by its id or label.
-    """
-
-    def call(entry: Entry) -> dict[Attribute, Any]:
-        if entry.object_class == ObjectClass.PRIVATE_KEY:
-            entry = cache.entry(session, _public_half(entry), None)
-        kinds = (
-            Attribute.KEY_TYPE,
-            Attribute.MODULUS,
-            Attribute.PUBLIC_EXPONENT,
-            Attribute.EC_PARAMS,
-            Attribute.EC_POINT,
-            Attribute.PRIME,
-            Attribute.SUBPRIME,
-            Attribute.BASE,
-            Attribute.VALUE,
-        )
-        packed = session.attributes(entry.handle, [int(kind) for kind in kinds])
-        unpack = cryptoki.MAPPER.unpack_attributes
-        return {Attribute(k): unpack(Attribute(k), v) for k, v in packed.items()}
-
-    classes: tuple[int, ...] = (
-        int(ObjectClass.PUBLIC_KEY),
-        int(ObjectClass.PRIVATE_KEY),
-    )
-    if isinstance(target, KeySpec) and target.classes is None:
-        classes = classes[:1]
-    return spki(with_object(session, cache, target, classes, call))
-
-
-def _public_half(entry: Entry) -> KeySpec:
-    for kind in (Attribute.ID, Attribute.LABEL):
-        if value := entry.seen.get(kind):
-            return KeySpec(((int(kind), value),), (int(ObjectClass.PUBLIC_KEY),))
-    message = "the private key has neither id nor label to find its public key by"
-    raise KeyNotFound(message)
-
-
-def spki(seen: Mapping[Attribute, Any]) -> bytes:
-    """Encode the public values of a key as SubjectPublicKeyInfo (RFC 5280)."""
-    # Rarely used, and slow to import; python-pkcs11 itself stands on it.
-    from asn1crypto import core  # noqa: PLC0415
-    from asn1crypto import keys as asn1  # noqa: PLC0415
-
-    key_type = seen.get(Attribute.KEY_TYPE)
-    if key_type == KeyType.RSA:
-        numbers = {
-            "modulus": int.from_bytes(seen[Attribute.MODULUS], "big"),
-            "public_exponent": int.from_bytes(seen[Attribute.PUBLIC_EXPONENT], "big"),
-        }
-        info = asn1.PublicKeyInfo.wrap(asn1.RSAPublicKey(numbers), "rsa")
-        return bytes(info.dump())
-    point = seen.get(Attribute.EC_POINT)
-    if key_type == KeyType.EC:
-        return ec.encode_ec_public_key(seen)  # type: ignore[arg-type]  # reads by [] only
-    if key_type == KeyType.EC_EDWARDS and point is not None:
-        raw = bytes(core.OctetString.load(point))
-        algorithm = {"algorithm": "ed25519" if len(raw) == _ED25519 else "ed448"}
-        info = asn1.PublicKeyInfo({"algorithm": algorithm, "public_key": raw})
-        return bytes(info.dump())
-    raise InvalidOption(f"a key of type {key_type!r} has no known public form")

@@ -179,31 +179,6 @@ def answer(given: object) -> Pin:
     raise PinSourceError(message)
 
 
-class RejectedPins:
-    """The book of PINs that a token refused, as keyed hashes.
-
-    A rejected PIN is not sent again: three tries lock many a token. Any accepted
-    login strikes the user's page.
-    """
-
-    def __init__(self) -> None:
-        self._pages: dict[str, set[bytes]] = {}
-
-    def has(self, user: str, pin: Pin) -> bool:
-        """Whether this PIN was refused for ``user`` since the last good login."""
-        known = self._pages.get(user, set())
-        return isinstance(pin, Secret) and pin.fingerprint() in known
-
-    def add(self, user: str, pin: Pin) -> None:
-        """The token refused this PIN."""
-        if isinstance(pin, Secret):
-            self._pages.setdefault(user, set()).add(pin.fingerprint())
-
-    def clear(self, user: str) -> None:
-        """The PIN of ``user`` was accepted or changed."""
-        self._pages.pop(user, None)
-
-
 def env(name: str) -> PinCallable:
     """The PIN from an environment variable, read at each login."""
 

@@ -6,9 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import anyio.to_thread
-
-from pkcs11_pool import arguments, config, events, pins, tokens, uri
+from pkcs11_pool import arguments, config, events, pins, uri
 from pkcs11_pool.arguments import DEFAULT, Timeout
 from pkcs11_pool.calls import Calls
 from pkcs11_pool.config import PoolOptions
@@ -16,9 +14,11 @@ from pkcs11_pool.engine import TokenEngine
 from pkcs11_pool.errors import (
     InvalidURI,
     PoolClosed,
+    PoolTimeout,
     WouldDeadlock,
 )
 from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.pin_guard import USER
 from pkcs11_pool.pooled_session import SessionBlock
 from pkcs11_pool.security_officer import SecurityOfficerBlock, pin_change
 from pkcs11_pool.state import LoginState, PoolState
@@ -204,9 +204,13 @@ class TokenPool(Calls):
             engine.actor.close(job, time.monotonic() + grace)
 
         try:
-            await self._request(post, limit, changes=True)
+            await self._request(post, limit, stays=True)
         except PoolClosed:
-            pass  # another task closes it; it is closed now
+            # Another task closed it meanwhile.
+            return
+        except PoolTimeout:
+            # The actor itself hangs in the module; its thread is a daemon.
+            events.warning(events.POOL_FAILED, name=engine.options.name)
         finally:
             if engine.become(PoolState.CLOSED):
                 events.info(events.POOL_CLOSED, name=engine.options.name)
@@ -264,11 +268,7 @@ class TokenPool(Calls):
         Raises:
             PoolClosed: The pool is not open.
         """
-        module = self._engine.actor.module
-        if module is None:
-            message = "the pool is not open, so it has no module"
-            raise PoolClosed(message)
-        return module.library
+        return self._checked().actor.attached.library
 
     def stats(self) -> PoolStats:
         """A snapshot of gauges and counters."""
@@ -372,7 +372,7 @@ class TokenPool(Calls):
         """
         old, new = pins.literal(old), pins.literal(new)  # type: ignore[assignment]
         engine = self._checked()
-        work = pin_change(engine, "user", old, new)  # type: ignore[arg-type]
+        work = pin_change(engine, USER, old, new)  # type: ignore[arg-type]
         await self._perform(work, timeout, rw=True, changes=True, restart=False)
         engine.actor.pin_changed(new)  # type: ignore[arg-type]
 
@@ -400,7 +400,7 @@ class TokenPool(Calls):
         return self
 
     async def _request(
-        self, post: Callable[[Job], None], limit: float | None, *, changes: bool = False
+        self, post: Callable[[Job], None], limit: float | None, *, stays: bool = False
     ) -> Any:
         waiter = current_waiter()
         job = Job(
@@ -408,7 +408,7 @@ class TokenPool(Calls):
             Kind.ACTOR,
             waiter=waiter,
             deadline=None if limit is None else time.monotonic() + limit,
-            changes=changes,
+            stays=stays,
             holder=waiter.holder,
         )
         self._engine.request(job, post)
@@ -450,67 +450,3 @@ class TokenPool(Calls):
             )
         result: T = await waiter.result(engine, job)
         return result
-
-
-async def list_tokens(
-    module: str | os.PathLike[str], init_reserved: str | bytes | None = None
-) -> list[TokenInfo]:
-    """All tokens that a module has, with their mechanisms.
-
-    Raises:
-        ModuleError, ModuleInUse: The file cannot be used.
-
-    Cancellation:
-        Waits for the answer first.
-
-    Cryptoki:
-        ``C_GetSlotList``, ``C_GetTokenInfo``, ``C_GetMechanismList``.
-    """
-    path, reserved = config.module_path(module), config.reserved_bytes(init_reserved)
-    return await anyio.to_thread.run_sync(tokens.list_all, path, reserved)
-
-
-async def init_token(  # all by name
-    module: str | os.PathLike[str],
-    *,
-    slot_id: int,
-    label: str,
-    so_pin: Any,
-    user_pin: Any = None,
-    wipe: bool = False,
-    init_reserved: str | bytes | None = None,
-) -> TokenInfo:
-    """Initialise a token, and its user's PIN; what it says of itself afterwards.
-
-    Args:
-        module: Path of the Cryptoki module.
-        slot_id: The slot of the token. Some modules move it to another one.
-        label: At most 32 bytes of UTF-8.
-        so_pin: The security officer's PIN; that of a used token must be its present.
-        user_pin: The user's first PIN, or None to leave it unset.
-        wipe: Allow it on a used token, whose objects are all destroyed.
-        init_reserved: Module parameters for ``C_Initialize``.
-
-    Raises:
-        InvalidOption: The token is initialised already, and ``wipe`` is false.
-        TokenInUse: A pool of this process is open on it.
-        PinRefused: The token refused the SO's PIN.
-
-    Cancellation:
-        Waits for the outcome first.
-
-    Cryptoki:
-        ``C_InitToken``; with ``user_pin`` also ``C_OpenSession``, ``C_Login``,
-        ``C_InitPIN``, ``C_Logout``, ``C_CloseSession``.
-    """
-    so_pin = pins.literal(so_pin)
-    user_pin = None if user_pin is None else pins.literal(user_pin)
-    path, reserved = config.module_path(module), config.reserved_bytes(init_reserved)
-    arguments.text(label, "label")
-    config.check_label("label", label)
-    config.check_flag("wipe", wipe)
-    arguments.slot(slot_id)
-    order = tokens.InitOrder(
-        slot_id=slot_id, label=label, so_pin=so_pin, user_pin=user_pin, wipe=wipe
-    )
-    return await anyio.to_thread.run_sync(tokens.initialize, path, reserved, order)

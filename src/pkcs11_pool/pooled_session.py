@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pkcs11_pool import arguments
 from pkcs11_pool.arguments import DEFAULT, Timeout
 from pkcs11_pool.calls import Calls
+from pkcs11_pool.errors import PoolClosed, PoolTimeout
 from pkcs11_pool.jobs import Job, Kind
 from pkcs11_pool.waiting import checkpoint, current_waiter
 
@@ -159,12 +161,9 @@ class SessionBlock:
 
 
 async def ended(engine: TokenEngine, job: Job, waiter: Any) -> None:
-    """Wait for the end of something that ends in any case; its error is logged there.
+    """Wait for the end of a session, which comes in any case, but not for ever.
 
     The error that leaves a block is the one raised in it.
     """
-    job.changes = True
-    try:
+    with suppress(PoolTimeout, PoolClosed):
         await waiter.result(engine, job)
-    except Exception:  # noqa: BLE001  # a session that cannot be closed is the engine's
-        return

@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool import events, pins, rv
-from pkcs11_pool.actor import check_length
 from pkcs11_pool.arguments import DEFAULT, Timeout
-from pkcs11_pool.errors import WouldDeadlock
+from pkcs11_pool.errors import PoolClosed, WouldDeadlock
 from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.pin_guard import SO, check_length
 from pkcs11_pool.pooled_session import PooledSession
 from pkcs11_pool.waiting import checkpoint, current_waiter
 
@@ -68,7 +68,7 @@ class SecurityOfficer:
             ``C_SetPIN``.
         """
         old, new = pins.literal(old), pins.literal(new)  # type: ignore[assignment]
-        work = pin_change(self._engine, "security officer", old, new)  # type: ignore[arg-type]
+        work = pin_change(self._engine, SO, old, new)  # type: ignore[arg-type]
         await self.session._perform(work, timeout, changes=True)  # noqa: SLF001
 
 
@@ -146,7 +146,7 @@ class SecurityOfficerBlock:
             return
         engine.end_so_lane(lane)
         waiter = current_waiter()
-        job = Job(None, Kind.ACTOR, waiter=waiter, deadline=None, changes=True)
+        job = Job(None, Kind.ACTOR, waiter=waiter, deadline=None, stays=True)
         engine.request(job, engine.actor.so_end)
         await waiter.result(engine, job)
 
@@ -156,21 +156,21 @@ def pin_change(engine: TokenEngine, user: str, old: Secret, new: Secret) -> Any:
     info = token_info(engine)
     check_length(old, info)
     check_length(new, info)
-    engine.actor.check_rejected(user, old)
+    engine.actor.guard.check_refused(user, old)
 
     def work(session: Session) -> None:
         code = _set_pin(session, old, new)
-        engine.actor.answered(user, old, code, "C_SetPIN")
+        engine.actor.guard.answered(user, old, code, "C_SetPIN")
 
     return work
 
 
 def token_info(engine: TokenEngine) -> TokenInfo:
     """What the token told last; the pool is open."""
+    engine.check_open()
     info = engine.actor.info
     if info is None:
-        engine.check_open()
-    assert info is not None  # noqa: S101  # an open pool has a token
+        raise PoolClosed("the pool is not open")
     return info
 
 

@@ -60,23 +60,33 @@ class Session:
         self.module = module
         self.functions = module.functions
         self.generation = module.generation
-        self.handle: int = self.p11.handle  # type: ignore[attr-defined]
+        self.handle = cryptoki.handle_of(self.p11)
+        # The number is new, so whoever had it before was closed behind our back, by
+        # a caller's own close(). It must not close this one, too.
+        if before := module.live.get(self.handle):
+            before.forget()
+        module.live[self.handle] = self
         self.rw = rw
         self.epoch = epoch
 
     def close(self) -> int:
-        """``C_CloseSession``; the code that it returned.
+        """``C_CloseSession``; the code that it returned, 0 if it was closed before.
 
         The number is taken out of the ``pkcs11.Session`` first, so that a caller
         who kept it cannot reach the session that gets the number next.
         """
-        handle, self.handle = self.handle, 0
-        if not handle:
+        handle = self.forget()
+        if not handle or self.generation != self.module.generation:
             return 0
-        cryptoki.take_handle(self.p11)
-        if self.generation != self.module.generation:
-            return rv.CODES["CKR_SESSION_HANDLE_INVALID"]
+        self.module.live.pop(handle, None)
         return self.functions.C_CloseSession(handle)
+
+    def forget(self) -> int:
+        """Make this session harmless without closing it; its number so far."""
+        handle, self.handle = self.handle, 0
+        if handle:
+            cryptoki.take_handle(self.p11)
+        return handle
 
     def info(self) -> SessionInfo:
         """``C_GetSessionInfo``: what the token says, nothing guessed."""

@@ -193,7 +193,7 @@ class _TrioWaiter(_LoopWaiter):
                     await fetch_pin(engine, job)
                 else:
                     await self._wait(engine, job)
-            if job.changes:
+            if job.changes or job.stays:
                 await self._trio.lowlevel.checkpoint_if_cancelled()
         except BaseException as error:
             if not engine.cancel(job) and not isinstance(error, GeneratorExit):

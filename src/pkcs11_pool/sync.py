@@ -1,0 +1,76 @@
+"""The blocking twins of a key's operations, for code that is not async by nature."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pkcs11_pool.arguments import DEFAULT, Data, Timeout
+from pkcs11_pool.waiting import blocking
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pkcs11.constants import Attribute, ObjectClass
+    from pkcs11.mechanisms import KeyType
+
+    from pkcs11_pool.keyref import KeyRef
+
+
+class SyncKey:
+    """The blocking twins of a :class:`KeyRef`, for code that is not async.
+
+    On a thread that runs an event loop they raise ``WouldBlockLoop``.
+    """
+
+    def __init__(self, key: KeyRef) -> None:
+        self._key = key
+
+    def sign(self, data: Data, **options: Any) -> bytes:
+        """See :meth:`KeyRef.sign`."""
+        return blocking(self._key.sign(data, **options))
+
+    def verify(self, data: Data, signature: bytes, **options: Any) -> bool:
+        """See :meth:`KeyRef.verify`."""
+        return blocking(self._key.verify(data, signature, **options))
+
+    def encrypt(self, data: Data, **options: Any) -> bytes:
+        """See :meth:`KeyRef.encrypt`."""
+        return blocking(self._key.encrypt(data, **options))
+
+    def decrypt(self, data: Data, **options: Any) -> bytes:
+        """See :meth:`KeyRef.decrypt`."""
+        return blocking(self._key.decrypt(data, **options))
+
+    def wrap_key(self, key: KeyRef, **options: Any) -> bytes:
+        """See :meth:`KeyRef.wrap_key`."""
+        return blocking(self._key.wrap_key(key, **options))
+
+    def unwrap_key(
+        self,
+        object_class: ObjectClass,
+        key_type: KeyType,
+        key_data: bytes,
+        **options: Any,
+    ) -> KeyRef:
+        """See :meth:`KeyRef.unwrap_key`."""
+        return blocking(
+            self._key.unwrap_key(object_class, key_type, key_data, **options)
+        )
+
+    def derive_key(self, key_type: KeyType, key_length: int, **options: Any) -> KeyRef:
+        """See :meth:`KeyRef.derive_key`."""
+        return blocking(self._key.derive_key(key_type, key_length, **options))
+
+    def attributes(
+        self, names: Iterable[Attribute] | None = None, *, timeout: Timeout = DEFAULT
+    ) -> dict[Attribute, Any]:
+        """See :meth:`KeyRef.attributes`."""
+        return blocking(self._key.attributes(names, timeout=timeout))
+
+    def public_key_der(self, *, timeout: Timeout = DEFAULT) -> bytes:
+        """See :meth:`KeyRef.public_key_der`."""
+        return blocking(self._key.public_key_der(timeout=timeout))
+
+    def destroy(self, *, timeout: Timeout = DEFAULT) -> None:
+        """See :meth:`KeyRef.destroy`."""
+        blocking(self._key.destroy(timeout=timeout))
