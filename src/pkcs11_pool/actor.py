@@ -26,7 +26,6 @@ from pkcs11_pool.errors import (
     PinRefused,
     PoolClosed,
     PoolError,
-    PoolTimeout,
     TokenUnavailable,
 )
 from pkcs11_pool.operations import raw_login
@@ -59,8 +58,11 @@ class Gate(Protocol):
     def settle(self, job: Job, result: Any, error: BaseException | None) -> None:
         """A request is done."""
 
-    def pause(self, deadline: float | None, *, leases: bool) -> bool:
-        """Let nothing start; wait until nothing is inside; whether it succeeded."""
+    def pause(self, job: Job, *, leases: bool) -> bool:
+        """Let nothing start; wait until nothing is inside; whether it succeeded.
+
+        False: the request is settled, and all is as before.
+        """
 
     def resume(self) -> None:
         """Let jobs start again."""
@@ -411,9 +413,8 @@ class LoginActor:
     # -- Logout -------------------------------------------------------------------
 
     def _log_out(self, job: Job) -> None:
-        if not self._gate.pause(job.deadline, leases=False):
-            message = "logout waited for calls inside the module; nothing has changed"
-            raise PoolTimeout(message, "waiting")
+        if not self._gate.pause(job, leases=False):
+            return
         try:
             if self.login.state is LoginState.USER:
                 self._raw_logout(self._open_anchor)
@@ -432,12 +433,8 @@ class LoginActor:
     # -- The security officer -----------------------------------------------------
 
     def _so_begin(self, job: Job, so_pin: Pin) -> None:
-        if not self._gate.pause(job.deadline, leases=True):
-            message = (
-                "the security officer waited for running calls and open sessions; "
-                "nothing has changed"
-            )
-            raise PoolTimeout(message, "waiting")
+        if not self._gate.pause(job, leases=True):
+            return
         try:
             session = self._swap_anchor(rw=True)
             self._so_login(session, so_pin)
@@ -480,9 +477,8 @@ class LoginActor:
 
     def _so_end(self, job: Job) -> None:
         # Nothing of the period may be inside when the SO logs out.
-        if not self._gate.pause(job.deadline, leases=False):
-            message = "the period waited for its running calls; the SO is still in"
-            raise PoolTimeout(message, "waiting")
+        if not self._gate.pause(job, leases=False):
+            return
         self._so = None
         try:
             # The anchor is the period's R/W session.

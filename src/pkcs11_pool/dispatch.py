@@ -209,8 +209,8 @@ class Dispatch:
                 self._counters.operations_cancelled += 1
                 self._counters.operations_total += 1
             if job.phase is Phase.WAITING:
-                self._take_out_locked(job)
                 job.phase = Phase.SETTLED
+                self._take_out_locked(job)
         self._give_back(leftover)
         return True
 
@@ -218,6 +218,8 @@ class Dispatch:
         """Remove a waiting job from wherever it waits."""
         self._deadlines.unwatch(job)
         self._requests.discard(job)
+        # The actor may wait for quiet on its behalf.
+        self._quiet.notify_all()
         lane = job.lane
         if lane is not None and job in lane.waiting:
             lane.waiting.remove(job)

@@ -276,11 +276,12 @@ class TokenEngine(Leasing):
         if settled:
             job.waiter.wake()
 
-    def pause(self, deadline: float | None, *, leases: bool) -> bool:
+    def pause(self, job: Job, *, leases: bool) -> bool:
         """Let nothing start; wait until nothing is inside; whether it succeeded.
 
-        With ``leases``, open sessions go on until they are closed: their holders
-        must be able to come to their end.
+        The request waits meanwhile: its deadline and its cancellation end the pause,
+        and nothing has changed. With ``leases``, open sessions go on until they are
+        closed: their holders must be able to come to their end.
         """
         room = self._room
 
@@ -289,11 +290,13 @@ class TokenEngine(Leasing):
 
         with self._lock:
             before, self._pause = self._pause, Pause.NEW if leases else Pause.ALL
-            left = None if deadline is None else max(0, deadline - time.monotonic())
-            if not self._quiet.wait_for(quiet, left):
+            job.phase = Phase.WAITING
+            self._quiet.wait_for(lambda: quiet() or job.phase is Phase.SETTLED)
+            if job.phase is Phase.SETTLED:
                 self._pause = before
                 self._wake_many_locked()
                 return False
+            job.phase = Phase.RUNNING
             self._pause = Pause.ALL
         self.close_ahead()
         return True
