@@ -623,12 +623,19 @@ def test_a_bad_target_is_refused(setup: Setup) -> None:
 def test_calls_are_counted(setup: Setup) -> None:
     """Counts, those inside and the maximum follow the calls, and can be set back."""
     fault, app = start(setup)
-    fault.reset_counts()
     session = app.open()
+    fault.reset_counts()
     fault.on("C_GetSessionInfo", hang="before", every=True)
-    room = ctypes.create_string_buffer(64)
-    threads = [Thread(lambda: app("C_GetSessionInfo", session, room)) for _ in "ab"]
+
+    def info() -> int:
+        return app("C_GetSessionInfo", session, ctypes.create_string_buffer(64))
+
+    threads = [Thread(info)]
+    fault.wait_until_hanging("C_GetSessionInfo")
+    assert (fault.max_inside, fault.overlaps) == (1, 0)
+    threads.append(Thread(info))
     fault.wait_until_hanging("C_GetSessionInfo", n=2)
+    assert (fault.max_inside, fault.overlaps) == (2, 1)
     assert (fault.inside("C_GetSessionInfo"), fault.inside()) == (2, 2)
     assert fault.inside("C_Sign") == 0
     fault.reset_counts()
@@ -641,6 +648,8 @@ def test_calls_are_counted(setup: Setup) -> None:
     # C_GetSlotList is asked anew by nobody: the slot is cached.
     assert fault.counts() == {"C_GetTokenInfo": 1}
     assert fault.count("C_GetTokenInfo") == 1
+    fault.reset_counts()
+    assert (fault.max_inside, fault.overlaps, fault.counts()) == (0, 0, {})
 
 
 @own_process
@@ -864,6 +873,12 @@ def test_clear_reaches_calls_on_their_way_into_a_hang(setup: Setup) -> None:
     fault.wait_until_inside("C_Logout")
     fault.clear()
     assert thread.result() == CKR.OK
+    # A later rule is a new one.
+    fault.on("C_Logout", hang="before")
+    thread = Thread(lambda: app("C_Logout", session))
+    fault.wait_until_hanging("C_Logout")
+    fault.clear()
+    assert thread.result() == CKR.OK
 
 
 @own_process
@@ -924,6 +939,7 @@ def test_numbers_start_again_after_finalize(setup: Setup) -> None:
     session = app.open()
     app.create_aes(session, b"1" * 16)
     app.ok("C_Finalize", None)
+    assert fault.sessions() == []
     room = ctypes.create_string_buffer(64)
     answer = app("C_GetSessionInfo", session, room)
     assert answer == CKR.CRYPTOKI_NOT_INITIALIZED
@@ -1043,7 +1059,7 @@ def test_session_objects_free_their_numbers_with_their_owner(setup: Setup) -> No
     assert sorted(app.find(keeper)) == sorted([kept, stored, copied])
     for number in made:
         assert app.value(keeper, number) == CKR.OBJECT_HANDLE_INVALID
-    assert app.create_aes(keeper, b"n" * 16) == min(made)
+    assert [app.create_aes(keeper, b"n" * 16) for _ in made] == sorted(made)
 
     # With its last session an application has no handle at all.
     app.ok("C_CloseSession", keeper)
@@ -1109,6 +1125,38 @@ def test_the_real_modules_numbers_can_be_lost_too(setup: Setup) -> None:
     assert app("C_GetSessionInfo", session, room) == CKR.SESSION_HANDLE_INVALID
     assert app("C_CloseSession", session) == CKR.SESSION_HANDLE_INVALID
     assert fault.sessions() == []
+
+    # One that died unseen is noticed when its owner closes it.
+    session = app.open()
+    unseen = Application(setup.target, fault.functions)
+    unseen.ok("C_CloseSession", session)
+    assert len(fault.sessions()) == 1
+    assert app("C_CloseSession", session) == CKR.SESSION_HANDLE_INVALID
+    assert fault.sessions() == []
+
+    # With numbers for objects alone, an unknown session is still said first.
+    fault.reuse_numbers(sessions=False)
+    session, ecb = app.open(), mechanism(Mechanism.AES_ECB)
+    assert app("C_EncryptInit", session, ecb, 9) == CKR.KEY_HANDLE_INVALID
+    assert app("C_EncryptInit", session + 1, ecb, 9) == CKR.SESSION_HANDLE_INVALID
+    assert app.create_aes(session, b"k" * 16) == 1
+    assert app.value(session, 1) == b"k" * 16
+
+
+@own_process
+def test_a_real_module_may_use_numbers_again_itself(setup: Setup) -> None:
+    """A session that died unseen is not taken for the one that got its number."""
+    inner = FaultModule(
+        setup.library, setup.target, copy_to=setup.directory / "inner.so"
+    )
+    inner.reuse_numbers()
+    fault = FaultModule(setup.library, inner.path)
+    app = Application(fault.path, fault.functions)
+    assert app.initialize() == CKR.OK
+    session = app.open()
+    inner.lose_sessions(app.slot)
+    assert app.open(0) == session
+    assert fault.sessions() == [OpenSession(session, app.slot, rw=False)]
 
 
 @own_process
@@ -1304,8 +1352,8 @@ def test_reset_makes_it_behave(setup: Setup) -> None:
     fault.reset()
     assert thread.result() == CKR.OK
     fault.wait_until_idle()
-    assert (fault.latency_us, fault.pin_pad) == (0, None)
-    assert (fault.no_slots, fault.cant_lock, fault.hide_reserved) == (False,) * 3
+    left = [fault.latency_us, fault.pin_pad, fault.no_slots, fault.cant_lock]
+    assert [*left, fault.hide_reserved] == [0, None, False, False, False]
     assert fault.counts() == {}
     assert fault.calls() == []
     app.open()
@@ -1358,7 +1406,7 @@ def test_the_log_keeps_the_last_4096_calls(setup: Setup) -> None:
     fault, app = start(setup)
     session = app.open()
     room = ctypes.create_string_buffer(8)
-    fault.on("C_Logout", hang="before")
+    fault.on("C_Logout", hang="before", answer=CKR.DEVICE_ERROR)
     thread = Thread(lambda: app("C_Logout", session))
     fault.wait_until_hanging()
     for _ in range(5000):
@@ -1366,7 +1414,7 @@ def test_the_log_keeps_the_last_4096_calls(setup: Setup) -> None:
     fault.release()
     thread.result()
     calls = fault.calls()
-    assert {call.function for call in calls} == {"C_GenerateRandom"}
+    assert {(c.function, c.rv) for c in calls} == {("C_GenerateRandom", CKR.OK)}
     assert len(calls) == 4096
     first = calls[0].sequence
     assert [call.sequence for call in calls] == list(range(first, first + 4096))

@@ -252,9 +252,10 @@ class FaultModule:
             FaultError: The real module cannot be loaded, or another one is in use.
             FileExistsError: *copy_to* exists; a loaded file must not be written to.
         """
-        self.path = Path(library)
+        # Without a directory in it the loader would search its own places.
+        self.path = Path(library).absolute()
         if copy_to is not None:
-            self.path = Path(copy_to)
+            self.path = Path(copy_to).absolute()
             if self.path.exists():
                 raise FileExistsError(self.path)
             shutil.copyfile(library, self.path)

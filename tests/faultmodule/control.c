@@ -95,7 +95,8 @@ static uint64_t now_ns(void)
 
 static void pause_us(unsigned long us)
 {
-    struct timespec left = {.tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000};
+    struct timespec left = {.tv_sec = (time_t)(us / 1000000)};
+    left.tv_nsec = (long)(us % 1000000) * 1000;
     while (us != 0 && nanosleep(&left, &left) == -1 && errno == EINTR)
         ;
 }

@@ -80,8 +80,8 @@ typedef struct CK_FUNCTION_LIST CK_FUNCTION_LIST;
     PLAIN(C_GetMechanismList, (CK_SLOT_ID slot, CK_ULONG *types, CK_ULONG *count),                 \
           (slot, types, count))                                                                    \
     PLAIN(C_GetMechanismInfo, (CK_SLOT_ID slot, CK_ULONG type, void *info), (slot, type, info))    \
-    OWN(C_InitToken, (CK_SLOT_ID slot, CK_BYTE *pin, CK_ULONG pin_len, CK_BYTE *label),            \
-        (slot, pin, pin_len, label))                                                               \
+    PLAIN(C_InitToken, (CK_SLOT_ID slot, CK_BYTE *pin, CK_ULONG pin_len, CK_BYTE *label),          \
+          (slot, pin, pin_len, label))                                                             \
     SESSION(C_InitPIN, (CK_SESSION_HANDLE session, CK_BYTE *pin, CK_ULONG pin_len),                \
             (session, pin, pin_len))                                                               \
     SESSION(C_SetPIN,                                                                              \

@@ -62,7 +62,8 @@ static bool gives(const struct call *call) { return call->rv == CKR_OK && !call-
 static bool says_token(const CK_ATTRIBUTE *template, CK_ULONG count, bool otherwise)
 {
     for (CK_ULONG i = 0; template != NULL && i < count; i++)
-        if (template[i].type == CKA_TOKEN && template[i].value != NULL && template[i].value_len == 1)
+        if (template[i].type == CKA_TOKEN && template[i].value != NULL &&
+            template[i].value_len == sizeof(CK_BBOOL))
             return *(const CK_BBOOL *)template[i].value;
     return otherwise;
 }
@@ -123,8 +124,10 @@ static CK_RV my_C_Initialize(void *args)
         bool refused = cant_lock && (passed.flags & CKF_OS_LOCKING_OK);
         /* The caller is told to take turns by itself. Should it not, the test must see overlaps,
          * not a crash in the real module. */
-        if (cant_lock)
-            passed = (CK_C_INITIALIZE_ARGS){.flags = CKF_OS_LOCKING_OK, .reserved = passed.reserved};
+        if (cant_lock) {
+            void *reserved = passed.reserved;
+            passed = (CK_C_INITIALIZE_ARGS){.flags = CKF_OS_LOCKING_OK, .reserved = reserved};
+        }
         if (hide_reserved)
             passed.reserved = NULL;
         bool null = args == NULL && !cant_lock;
@@ -198,17 +201,6 @@ static CK_RV my_C_GetTokenInfo(CK_SLOT_ID slot, CK_TOKEN_INFO *info)
     return leave(&call);
 }
 
-static CK_RV my_C_InitToken(CK_SLOT_ID slot, CK_BYTE *pin, CK_ULONG pin_len, CK_BYTE *label)
-{
-    struct call call;
-    if (enter(&call, FN_C_InitToken, 0, 0)) {
-        call.rv = REAL(C_InitToken, (slot, pin, pin_len, label));
-        if (call.rv == CKR_OK)
-            objects_lost(slot);
-    }
-    return leave(&call);
-}
-
 /* ---- sessions and login ---- */
 
 static CK_RV my_C_OpenSession(CK_SLOT_ID slot, CK_FLAGS flags, void *application, CK_NOTIFY notify,
@@ -270,7 +262,8 @@ static CK_RV my_C_SetOperationState(CK_SESSION_HANDLE session, CK_BYTE *saved, C
     if (enter(&call, FN_C_SetOperationState, session, 0) && session_in(&call, &session) &&
         (encrypting == 0 || object_in(&call, &encrypting, CKR_KEY_HANDLE_INVALID)) &&
         (authenticating == 0 || object_in(&call, &authenticating, CKR_KEY_HANDLE_INVALID)))
-        call.rv = REAL(C_SetOperationState, (session, saved, saved_len, encrypting, authenticating));
+        call.rv = REAL(C_SetOperationState,
+                       (session, saved, saved_len, encrypting, authenticating));
     return leave(&call);
 }
 

@@ -161,7 +161,6 @@ bool is_token_object(const struct call *call);
 void session_closed(const struct call *call);
 void object_destroyed(const struct call *call);
 CK_RV close_all(const CK_FUNCTION_LIST *real, CK_SLOT_ID slot);
-void objects_lost(CK_SLOT_ID slot);
 void all_lost(bool initialised);
 
 #endif

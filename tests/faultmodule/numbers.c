@@ -240,13 +240,6 @@ CK_RV close_all(const CK_FUNCTION_LIST *real, CK_SLOT_ID slot)
     return rv;
 }
 
-void objects_lost(CK_SLOT_ID slot)
-{
-    lock();
-    drop_objects_of_slot(slot);
-    unlock();
-}
-
 void all_lost(bool initialised)
 {
     lock();
@@ -273,7 +266,12 @@ EXPORT int fault_reuse_numbers(int sessions, int objects)
     return none_open;
 }
 
-EXPORT void fault_forget_objects(void) { objects_lost(ANY_SLOT); }
+EXPORT void fault_forget_objects(void)
+{
+    lock();
+    drop_objects_of_slot(ANY_SLOT);
+    unlock();
+}
 
 EXPORT size_t fault_sessions(struct fault_session *out, size_t most)
 {
