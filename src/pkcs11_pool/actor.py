@@ -119,6 +119,10 @@ class LoginActor:
         # Requests that wait for the login under way, or for its PIN.
         self._logins: list[Job] = []
         self._wanted_by_operations = False
+        # Whether a caller was sent for the PIN and is not back.
+        self._asking = False
+        # Whether one of the requests said force=True.
+        self._insisted = False
         self._so: Session | None = None
         # What came during a SO period and can only be done after it.
         self._postponed: list[Callable[[], None]] = []
@@ -299,6 +303,7 @@ class LoginActor:
             message = "no PIN to log in with: await pool.login(pin)"
             raise LoginRequired(message)
         if callable(source):
+            self._insisted |= force
             self._ask(source, job)
             return
         self._try_login(source, force=force)
@@ -338,6 +343,8 @@ class LoginActor:
         """Get a PIN from a callable: here, or by a caller if it must be awaited."""
         if job is not None:
             self._logins.append(job)
+        if self._asking:
+            return
         if not pins.is_async(source):
             try:
                 pin = pins.ask(source)
@@ -346,12 +353,13 @@ class LoginActor:
             else:
                 self._pin_came(pin, None)
             return
+        self._asking = True
         self._gate.send_for_pin(source)
 
     def _pin_came(self, pin: Pin | None, error: BaseException | None) -> None:
         if self.login.state is not LoginState.USER and pin is not None:
             try:
-                self._try_login(pin, force=False)
+                self._try_login(pin, force=self._insisted)
             except Exception as failure:  # noqa: BLE001  # raised at the waiting
                 error = failure
             else:
@@ -363,7 +371,7 @@ class LoginActor:
         waiting, self._logins = self._logins, []
         for job in waiting:
             self._gate.settle(job, None, error)
-        self._wanted_by_operations = False
+        self._wanted_by_operations = self._insisted = self._asking = False
         self._gate.login_settled(error)
 
     def _fail_logins(self, error: PoolError) -> None:
@@ -421,6 +429,8 @@ class LoginActor:
             self._change(LoginEvent.OUT)
         finally:
             self._gate.resume()
+        # A login that was under way is against the user's word now.
+        self._settle_logins(LoginRequired("logged out meanwhile: pool.login(pin)"))
         events.info(events.LOGOUT_COMPLETED, token=self._label)
         self._gate.settle(job, None, None)
 

@@ -65,14 +65,18 @@ async def init_token(  # all by name
         ``C_InitToken``; with ``user_pin`` also ``C_OpenSession``, ``C_Login``,
         ``C_InitPIN``, ``C_Logout``, ``C_CloseSession``.
     """
-    so_pin = pins.literal(so_pin)
-    user_pin = None if user_pin is None else pins.literal(user_pin)
+    so_pin = pins.hide(so_pin)
+    user_pin = None if user_pin is None else pins.hide(user_pin)
     path, reserved = config.module_path(module), config.reserved_bytes(init_reserved)
     arguments.text(label, "label")
     config.check_label("label", label)
     config.check_flag("wipe", wipe)
     arguments.slot(slot_id)
     order = tokens.InitOrder(
-        slot_id=slot_id, label=label, so_pin=so_pin, user_pin=user_pin, wipe=wipe
+        slot_id=slot_id,
+        label=label,
+        so_pin=pins.secret(so_pin),
+        user_pin=None if user_pin is None else pins.secret(user_pin),
+        wipe=wipe,
     )
     return await anyio.to_thread.run_sync(tokens.initialize, path, reserved, order)

@@ -77,6 +77,8 @@ class Dispatch:
         # Requests that the actor has.
         self._requests: set[Job] = set()
         self._pause = Pause.NOT
+        # A lost login is being restored: what may not start twice waits for it.
+        self._login_awaited = False
         self._so_lane: Lease | None = None
         # The one that went idle last is the last.
         self._idle: list[Thread] = []
@@ -110,6 +112,8 @@ class Dispatch:
             self._enqueue_locked(job)
             if at_once:
                 self._wake_one_locked()
+            elif self._login_awaited:
+                self._send_one_locked()
 
     def check_open(self) -> None:
         """Refuse a pool that is not open.
@@ -263,6 +267,8 @@ class Dispatch:
     def _can_start_locked(self, job: Job) -> bool:
         if self._pause is Pause.ALL:
             return job.lane is not None and job.lane is self._so_lane
+        if self._login_awaited and not job.restart and not job.stays:
+            return False
         if job.kind is Kind.LANE:
             return True
         return self._pause is Pause.NOT and self._room.allows(job)
@@ -418,6 +424,10 @@ class Dispatch:
 
     def _write_off_locked(self, job: Job, cause: BaseException) -> None:
         """Give up on a call that is inside the module."""
+        raise NotImplementedError
+
+    def _send_one_locked(self) -> None:
+        """Send a caller who waits for the PIN, if one is needed."""
         raise NotImplementedError
 
     def _errand_dropped_locked(self, job: Job) -> None:

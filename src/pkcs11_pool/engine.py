@@ -157,6 +157,8 @@ class TokenEngine(Leasing):
     def _again(self, job: Job, *, wait: bool) -> bool:
         """Start a job again, at once or when the login is there; whether it may be."""
         with self._lock:
+            # Whatever becomes of this one: others would find the login lost, too.
+            self._login_awaited |= wait
             job.attempts += 1
             if not job.restart or job.attempts >= _ATTEMPTS:
                 return False
@@ -318,10 +320,14 @@ class TokenEngine(Leasing):
         """The login that operations wait for succeeded, or failed."""
         wake = []
         with self._lock:
+            self._login_awaited = False
+            if self._runner is not None:
+                # Back from the errand, if still on it.
+                self._runner.errand = None
+                wake.append(self._runner)
             self._source = self._runner = None
             parked, self._parked = self._parked, []
             for job in parked:
-                job.errand = None
                 if error is None:
                     self._lines.insert(job)
                     continue
@@ -350,8 +356,8 @@ class TokenEngine(Leasing):
         if self._source is None or self._runner is not None:
             return
         requests = (job for job in self._requests if job.phase is Phase.RUNNING)
-        for job in (*requests, *self._parked):
-            if not job.dropped:
+        for job in (*requests, *self._parked, *self._lines):
+            if not job.dropped and not job.stays:
                 job.errand = self._source
                 self._runner = job
                 job.waiter.wake()

@@ -166,13 +166,14 @@ class KeyRef(ObjectRef):
         Cryptoki:
             ``C_SignInit``, ``C_Sign``.
         """
+        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         result: bytes = await self._perform(
             operations.sign,
             await arguments.data(data),
             timeout=timeout,
             mechanism=arguments.mechanism(mechanism),
             param=mechanism_param,
-            pin=None if pin is None else pins.literal(pin),
+            pin=None if pin is None else pins.checked(pin),  # type: ignore[arg-type]
             der=arguments.der(signature_format),
         )
         return result
@@ -248,13 +249,14 @@ class KeyRef(ObjectRef):
         Cryptoki:
             ``C_DecryptInit``, ``C_Decrypt``.
         """
+        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         result: bytes = await self._perform(
             operations.decrypt,
             await arguments.data(data),
             timeout=timeout,
             mechanism=arguments.mechanism(mechanism),
             param=mechanism_param,
-            pin=None if pin is None else pins.literal(pin),
+            pin=None if pin is None else pins.checked(pin),  # type: ignore[arg-type]
         )
         return result
 

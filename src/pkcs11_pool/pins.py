@@ -21,7 +21,7 @@ from pkcs11_pool.errors import InvalidOption, InvalidType, PinSourceError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["PROTECTED_AUTH", "Secret", "env", "file", "source"]
+__all__ = ["PROTECTED_AUTH", "Secret", "env", "file"]
 
 # Keyed per process: a memory dump of the book of rejected PINs alone does not
 # allow to try PINs against it.
@@ -77,48 +77,80 @@ PinCallable = Callable[[], "str | Awaitable[str]"]
 PinSource = Pin | PinCallable | None
 
 
-def source(value: object) -> PinSource:
-    """A PIN source from what the user gave.
+class NoPin:
+    """What was given as a PIN and is none. Raised later, by :func:`checked`.
 
-    Raises:
-        InvalidType: It is none of the kinds that can give a PIN.
-        InvalidOption: It is an empty PIN.
+    The frame that raises must not have the value: it may be a PIN of a wrong type.
     """
-    if value is None or isinstance(value, (Secret, PinPad)):
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: InvalidOption) -> None:
+        self.error = error
+
+
+def hide(value: object) -> Pin | NoPin:
+    """Take a PIN out of sight. Never raises: put the result in the place of the PIN."""
+    if isinstance(value, (Secret, PinPad)):
         return value
     if value is PROTECTED_AUTH:
         return PIN_PAD
-    if isinstance(value, str):
-        return literal(value)
-    if callable(value):
-        return value
-    message = (
-        "pin must be a str, a callable that gives one, PROTECTED_AUTH or None, "
-        f"not {type(value).__name__}"
-    )
-    raise InvalidType(message)
-
-
-def literal(value: object) -> Secret:
-    """A PIN given as text."""
-    if isinstance(value, Secret):
-        return value
     if not isinstance(value, str):
-        message = f"a PIN is a str, not {type(value).__name__}"
-        raise InvalidType(message)
+        return NoPin(InvalidType(f"a PIN is a str, not {type(value).__name__}"))
     if not value:
-        message = "a PIN is not empty; for a token without one, leave pin=None"
-        raise InvalidOption(message)
+        return NoPin(
+            InvalidOption("a PIN is not empty; for a token without one: pin=None")
+        )
     return Secret(value)
 
 
-def given(value: object) -> Pin:
-    """A PIN given to a call: text, or the PIN pad."""
-    return PIN_PAD if value is PROTECTED_AUTH else literal(value)
+def hide_source(value: object) -> PinSource | NoPin:
+    """Take what may give a PIN out of sight. Never raises."""
+    if value is None or (callable(value) and not isinstance(value, type)):
+        return value
+    hidden = hide(value)
+    if isinstance(hidden, NoPin) and not isinstance(value, str):
+        return NoPin(
+            InvalidType(
+                "pin must be a str, a callable that gives one, PROTECTED_AUTH or None, "
+                f"not {type(value).__name__}"
+            )
+        )
+    return hidden
 
 
-officer = given
-"""The PIN of the security officer."""
+def checked_source(hidden: PinSource | NoPin) -> PinSource:
+    """A hidden PIN source.
+
+    Raises:
+        InvalidType, InvalidOption: What was given is none.
+    """
+    if isinstance(hidden, NoPin):
+        raise hidden.error
+    return hidden
+
+
+def checked(hidden: Pin | NoPin) -> Pin:
+    """A hidden PIN.
+
+    Raises:
+        InvalidType, InvalidOption: What was given is none.
+    """
+    if isinstance(hidden, NoPin):
+        raise hidden.error
+    return hidden
+
+
+def secret(hidden: Pin | NoPin) -> Secret:
+    """A hidden PIN that is text, where a PIN pad will not do.
+
+    Raises:
+        InvalidType, InvalidOption: It is none.
+    """
+    pin = checked(hidden)
+    if isinstance(pin, PinPad):
+        raise InvalidType("a PIN typed at the token cannot be set or changed here")
+    return pin
 
 
 def from_uri(value: bytes | None, where: str | None) -> PinSource:
@@ -132,8 +164,7 @@ def from_uri(value: bytes | None, where: str | None) -> PinSource:
     if where is None:
         return None
     if where.startswith("|"):
-        message = "pin-source names a program, and the pool runs none: give pin="
-        raise InvalidOption(message)
+        raise InvalidOption("pin-source names a program, and the pool runs none: pin=")
     return file(where.removeprefix("file://").removeprefix("file:"))
 
 
@@ -151,32 +182,25 @@ def ask(asked: PinCallable) -> Pin:
         PinSourceError: It raised, or gave no PIN. The cause is attached.
     """
     try:
-        return answer(asked())
+        given = answer(asked())
     except PinSourceError:
         raise
     except Exception as error:
-        message = f"the PIN source raised {type(error).__name__}"
-        raise PinSourceError(message) from error
+        raise PinSourceError(f"the PIN source raised {type(error).__name__}") from error
+    if isinstance(given, PinSourceError):
+        raise given
+    return given
 
 
-def answer(given: object) -> Pin:
-    """Check what a PIN source gave, without showing it.
-
-    Raises:
-        PinSourceError: It is no PIN.
-    """
-    if given is PROTECTED_AUTH:
-        return PIN_PAD
-    if isinstance(given, (Secret, PinPad)):
-        return given
-    if isinstance(given, str) and given:
-        return Secret(given)
-    close = getattr(given, "close", None)
-    if inspect.iscoroutine(given) and close is not None:
-        close()
+def answer(given: object) -> Pin | PinSourceError:
+    """What a PIN source gave, out of sight; or the error to raise. Never raises."""
+    hidden = hide(given)
+    if not isinstance(hidden, NoPin):
+        return hidden
+    if inspect.iscoroutine(given):
+        given.close()
     kind = "an empty str" if isinstance(given, str) else type(given).__name__
-    message = f"the PIN source must give a non-empty str, not {kind}"
-    raise PinSourceError(message)
+    return PinSourceError(f"the PIN source must give a non-empty str, not {kind}")
 
 
 def env(name: str) -> PinCallable:
@@ -197,10 +221,22 @@ def file(path: str | Path) -> PinCallable:
 
     def read() -> str:
         try:
-            with open(path, encoding="utf-8") as lines:  # noqa: PTH123  # str or Path
-                return lines.readline().rstrip("\r\n")
-        except (OSError, UnicodeError) as error:
-            message = f"cannot read a PIN from {os.fspath(path)}: {error}"
-            raise PinSourceError(message) from error
+            with open(path, "rb") as lines:  # noqa: PTH123  # str or Path
+                line = _decoded(lines.readline())
+        except OSError as error:
+            raise PinSourceError(
+                f"cannot read a PIN from {os.fspath(path)}: {error}"
+            ) from error
+        if line is None:
+            raise PinSourceError(f"the PIN in {os.fspath(path)} is not UTF-8")
+        return line
 
     return read
+
+
+def _decoded(line: bytes) -> str | None:
+    """A line as text, or None. A decoder's own error would show the line."""
+    try:
+        return line.decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        return None

@@ -90,13 +90,13 @@ class TokenPool(Calls):
         name: str | None = None,
     ) -> None:
         # First of all: from here on no frame of ours holds the PIN as text.
-        pin = pins.source(pin)
+        pin = pins.hide_source(pin)
         options = PoolOptions(
             module=config.module_path(module),
             token_label=token_label,
             token_serial=token_serial,
             slot_id=slot_id,
-            pin=pin,
+            pin=pins.checked_source(pin),
             max_sessions=max_sessions,
             timeout=timeout,
             max_waiting=max_waiting,
@@ -119,7 +119,10 @@ class TokenPool(Calls):
         Raises:
             InvalidURI: The URI is malformed, or names no module.
         """
-        parsed = uri.parse(text)
+        # In its own place: from here on no frame of ours has the URI as text.
+        text = parsed = uri.parse(text)  # type: ignore[assignment]
+        if isinstance(parsed, InvalidURI):
+            raise parsed
         given: dict[str, Any] = {
             "token_label": parsed.text("token"),
             "module": parsed.text("module-path"),
@@ -276,6 +279,8 @@ class TokenPool(Calls):
 
     def __repr__(self) -> str:
         """The token and the state."""
+        if not hasattr(self, "_engine"):
+            return "<TokenPool, not made>"  # in a traceback of the constructor
         options = self._engine.options
         return f"<TokenPool {options.name or options.wanted_token} {self.state.value}>"
 
@@ -304,7 +309,8 @@ class TokenPool(Calls):
         ``timeout`` seconds, and logs the SO in. Other operations wait meanwhile,
         inside their deadlines. At the end the login found before is restored.
         """
-        so_pin = pins.officer(so_pin)
+        so_pin = pins.hide(so_pin)
+        pins.checked(so_pin)
         limit = arguments.timeout(timeout, self._engine.options.timeout)
         return SecurityOfficerBlock(self._engine, self, so_pin, limit)
 
@@ -331,8 +337,8 @@ class TokenPool(Calls):
         Cryptoki:
             ``C_GetTokenInfo``, ``C_Login``.
         """
-        given = None if pin is None else pins.given(pin)
-        pin = None
+        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
+        given = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
         config.check_flag("force", force)
         actor = self._checked().actor
         await self._request(
@@ -370,11 +376,10 @@ class TokenPool(Calls):
         Cryptoki:
             ``C_SetPIN``, in a fresh R/W session.
         """
-        old, new = pins.literal(old), pins.literal(new)  # type: ignore[assignment]
+        old, new = pins.hide(old), pins.hide(new)  # type: ignore[assignment]  # hides them
         engine = self._checked()
-        work = pin_change(engine, USER, old, new)  # type: ignore[arg-type]
+        work = pin_change(engine, USER, pins.secret(old), pins.secret(new))  # type: ignore[arg-type]
         await self._perform(work, timeout, rw=True, changes=True, restart=False)
-        engine.actor.pin_changed(new)  # type: ignore[arg-type]
 
     # -- For code that is not async -----------------------------------------------
 

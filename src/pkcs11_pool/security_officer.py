@@ -9,7 +9,7 @@ from pkcs11_pool import events, pins, rv
 from pkcs11_pool.arguments import DEFAULT, Timeout
 from pkcs11_pool.errors import PoolClosed, WouldDeadlock
 from pkcs11_pool.jobs import Job, Kind
-from pkcs11_pool.pin_guard import SO, check_length
+from pkcs11_pool.pin_guard import SO, USER, check_length
 from pkcs11_pool.pooled_session import PooledSession
 from pkcs11_pool.waiting import checkpoint, current_waiter
 
@@ -47,12 +47,17 @@ class SecurityOfficer:
         Cryptoki:
             ``C_InitPIN``.
         """
-        pin = new = pins.literal(pin)  # type: ignore[assignment]  # hides the text
+        pin = pins.hide(pin)  # type: ignore[assignment]  # hides it
+        new = pins.secret(pin)  # type: ignore[arg-type]
         check_length(new, token_info(self._engine))
-        await self.session._perform(  # noqa: SLF001  # one package
-            lambda session: _init_pin(session, new), timeout, changes=True
-        )
-        self._engine.actor.pin_changed(new)
+        actor = self._engine.actor
+
+        def work(session: Session) -> None:
+            _init_pin(session, new)
+            # Here and not behind the await: the caller may be cancelled by then.
+            actor.pin_changed(new)
+
+        await self.session._perform(work, timeout, changes=True)  # noqa: SLF001  # one package
 
     async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
         """Change the security officer's own PIN.
@@ -67,8 +72,8 @@ class SecurityOfficer:
         Cryptoki:
             ``C_SetPIN``.
         """
-        old, new = pins.literal(old), pins.literal(new)  # type: ignore[assignment]
-        work = pin_change(self._engine, SO, old, new)  # type: ignore[arg-type]
+        old, new = pins.hide(old), pins.hide(new)  # type: ignore[assignment]  # hides them
+        work = pin_change(self._engine, SO, pins.secret(old), pins.secret(new))  # type: ignore[arg-type]
         await self.session._perform(work, timeout, changes=True)  # noqa: SLF001
 
 
@@ -161,6 +166,11 @@ def pin_change(engine: TokenEngine, user: str, old: Secret, new: Secret) -> Any:
     def work(session: Session) -> None:
         code = _set_pin(session, old, new)
         engine.actor.guard.answered(user, old, code, "C_SetPIN")
+        # Here and not behind the await: the caller may be cancelled by then.
+        if user == USER:
+            engine.actor.pin_changed(new)
+        else:
+            engine.actor.guard.accepted(user)
 
     return work
 

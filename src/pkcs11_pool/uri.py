@@ -52,23 +52,28 @@ class Pkcs11URI:
         return f"<Pkcs11URI {sorted(self.path)} {sorted(self.query)}>"
 
 
-def parse(uri: str) -> Pkcs11URI:
-    """Parse a PKCS#11 URI.
+def parse(uri: object) -> Pkcs11URI | InvalidURI:
+    """Parse a PKCS#11 URI by RFC 7512, "PKCS #11 URI Scheme ABNF".
 
-    Raises:
-        InvalidURI: It does not follow RFC 7512, section "PKCS #11 URI Scheme ABNF".
+    Never raises, but gives the error to raise: the frame that raises must not have
+    the URI, because there may be a PIN in it.
     """
+    try:
+        return _parse(uri)
+    except InvalidURI as error:
+        return InvalidURI(str(error))
+
+
+def _parse(uri: object) -> Pkcs11URI:
     if not isinstance(uri, str) or uri[:7].lower() != "pkcs11:":
-        message = "a PKCS#11 URI starts with 'pkcs11:'"
-        raise InvalidURI(message)
+        raise InvalidURI("a PKCS#11 URI starts with 'pkcs11:'")
     path, mark, query = uri[7:].partition("?")
     parsed = Pkcs11URI(_attributes(path, ";", _PATH), _attributes(query, "&", _QUERY))
     if mark and not query:
-        message = "nothing follows '?' in the PKCS#11 URI"
-        raise InvalidURI(message)
+        raise InvalidURI("nothing follows '?' in the PKCS#11 URI")
     if "pin-source" in parsed.query and "pin-value" in parsed.query:
-        message = "a PKCS#11 URI has pin-source or pin-value, not both"
-        raise InvalidURI(message)
+        raise InvalidURI("a PKCS#11 URI has pin-source or pin-value, not both")
+    parsed.text("pin-value")
     return parsed
 
 

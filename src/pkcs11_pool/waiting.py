@@ -15,6 +15,7 @@ import asyncio
 import inspect
 import sys
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from pkcs11_pool.engine import TokenEngine
 
 T = TypeVar("T")
+
+_LATE = 0.05
+"""Seconds that a blocking caller allows the engine to give out a deadline."""
 
 
 class _Port:
@@ -112,6 +116,8 @@ class _LoopWaiter:
     def __init__(self, port: Any, holder: Hashable) -> None:
         self._port = port
         self.holder = holder
+        # Around a PIN source that this caller awaits, and the job that it is for.
+        self._errand: tuple[Job, anyio.CancelScope] | None = None
 
     def wake(self) -> bool:
         """Called by any thread."""
@@ -120,7 +126,19 @@ class _LoopWaiter:
 
     def resume(self) -> None:
         """Called on the loop."""
-        raise NotImplementedError
+        if self._errand is not None:
+            job, scope = self._errand
+            if job.errand is None:
+                # The deadline came, or a login by others: the PIN is not wanted.
+                scope.cancel()
+
+    async def _run_errand(self, engine: TokenEngine, job: Job) -> None:
+        with anyio.CancelScope() as scope:
+            self._errand = (job, scope)
+            try:
+                await fetch_pin(engine, job)
+            finally:
+                self._errand = None
 
 
 class _AsyncioWaiter(_LoopWaiter):
@@ -129,6 +147,7 @@ class _AsyncioWaiter(_LoopWaiter):
         self._future = port.loop.create_future()
 
     def resume(self) -> None:
+        super().resume()
         if not self._future.done():
             self._future.set_result(None)
 
@@ -144,7 +163,7 @@ class _AsyncioWaiter(_LoopWaiter):
         try:
             while job.phase is not Phase.SETTLED:
                 if job.errand is not None:
-                    await fetch_pin(engine, job)
+                    await self._run_errand(engine, job)
                 else:
                     await self._wait()
         except BaseException as error:
@@ -170,6 +189,7 @@ class _TrioWaiter(_LoopWaiter):
         self._task: Any = None
 
     def resume(self) -> None:
+        super().resume()
         task, self._task = self._task, None
         if task is not None:
             self._trio.lowlevel.reschedule(task)
@@ -190,7 +210,7 @@ class _TrioWaiter(_LoopWaiter):
         try:
             while job.phase is not Phase.SETTLED:
                 if job.errand is not None:
-                    await fetch_pin(engine, job)
+                    await self._run_errand(engine, job)
                 else:
                     await self._wait(engine, job)
             if job.changes or job.stays:
@@ -219,7 +239,7 @@ class _ThreadWaiter:
             while job.phase is not Phase.SETTLED:
                 if job.errand is not None:
                     # No loop runs on this thread, so one may be run for the PIN.
-                    await_here(fetch_pin(engine, job))
+                    _run_errand_here(engine, job)
                 else:
                     self._woken.acquire()
         except BaseException:
@@ -256,17 +276,38 @@ async def fetch_pin(engine: TokenEngine, job: Job) -> None:
     if source is None:
         return
     try:
-        given = source()
-        pin = pins.answer(await given if inspect.isawaitable(given) else given)
+        given: Any = source()
+        if inspect.isawaitable(given):
+            given = await given
+        # In its own place: no frame keeps what the source gave.
+        given = pins.answer(given)
     except PinRefused as error:
         engine.pin_came(job, None, error)
     except Exception as error:  # noqa: BLE001  # raised at all who wait for the login
-        message = f"the PIN source raised {type(error).__name__}"
-        failure = PinSourceError(message)
+        failure = PinSourceError(f"the PIN source raised {type(error).__name__}")
         failure.__cause__ = error
         engine.pin_came(job, None, failure)
     else:
-        engine.pin_came(job, pin, None)
+        refused = isinstance(given, PinSourceError)
+        engine.pin_came(job, None if refused else given, given if refused else None)
+
+
+def _run_errand_here(engine: TokenEngine, job: Job) -> None:
+    """Await a PIN source on a thread without a loop, in a loop for it alone.
+
+    It ends soon after the deadline, which the engine has given out by then.
+    """
+
+    async def main() -> None:
+        left = None if job.deadline is None else job.deadline - time.monotonic()
+        with anyio.move_on_after(None if left is None else left + _LATE):
+            await fetch_pin(engine, job)
+
+    _local.blocking = False
+    try:
+        anyio.run(main)
+    finally:
+        _local.blocking = True
 
 
 def current_waiter() -> FaceWaiter:
@@ -338,16 +379,3 @@ def await_nothing(coroutine: Coroutine[Any, Any, T]) -> T:
     coroutine.close()
     message = "a blocking call tried to wait for an event loop"
     raise RuntimeError(message)
-
-
-def await_here(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine to its end in an event loop of its own."""
-
-    async def main() -> None:
-        await coroutine
-
-    _local.blocking = False
-    try:
-        anyio.run(main)
-    finally:
-        _local.blocking = True
