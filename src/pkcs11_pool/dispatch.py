@@ -201,11 +201,11 @@ class Dispatch:
                 job.stays or (job.changes and job.phase is Phase.RUNNING)
             ):
                 return False
-            if job.errand is not None:
-                self._errand_dropped_locked(job)
             if job.dropped:
                 return True
             job.dropped = True
+            if job.errand is not None:
+                self._errand_dropped_locked(job)
             if job.phase is Phase.SETTLED:
                 # It arrived just before its caller went.
                 leftover = job.result
@@ -245,6 +245,8 @@ class Dispatch:
             return False
         job.phase = Phase.SETTLED
         job.result, job.error = result, error
+        if job.errand is not None:
+            self._errand_dropped_locked(job)
         if job.dropped:
             return False
         counters = self._counters
@@ -379,8 +381,6 @@ class Dispatch:
             )
             if job.kind is not Kind.ACTOR:
                 self._write_off_locked(job, error)
-        if job.errand is not None:
-            self._errand_dropped_locked(job)
         if not self._settle_locked(job, None, error):
             return False
         self._counters.operations_timed_out += 1

@@ -357,7 +357,8 @@ class TokenEngine(Leasing):
             return
         requests = (job for job in self._requests if job.phase is Phase.RUNNING)
         for job in (*requests, *self._parked, *self._lines):
-            if not job.dropped and not job.stays:
+            wants = not job.dropped and job.phase is not Phase.SETTLED
+            if wants and not (job.stays and job.kind is Kind.LANE):
                 job.errand = self._source
                 self._runner = job
                 job.waiter.wake()
@@ -368,9 +369,6 @@ class TokenEngine(Leasing):
         job.errand = None
         if self._runner is job:
             self._runner = None
-            self._requests.discard(job)
-            if job in self._parked:
-                self._parked.remove(job)
             self._send_one_locked()
 
     def pin_came(self, job: Job, pin: Pin | None, error: BaseException | None) -> None:
