@@ -100,6 +100,16 @@ async def _until(condition: Callable[[], bool]) -> None:
             await anyio.lowlevel.checkpoint()
 
 
+async def _officer_waits(pool: TokenPool) -> None:
+    """Until the officer is heard: from then on nothing new starts."""
+    with anyio.fail_after(_LAST_RESORT):
+        while True:
+            try:
+                await pool.generate_random(8, timeout=0.2)
+            except PoolTimeout:
+                return
+
+
 class _Holder:
     """A task that holds a PooledSession until it is told to go."""
 
@@ -774,7 +784,7 @@ async def test_the_officer_waits_for_open_sessions_and_they_can_finish(
         session = holder.session
         assert session is not None
         group.start_soon(officer)
-        await anyio.wait_all_tasks_blocked()
+        await _officer_waits(pool)
         for _ in range(3):
             signature = await _sign(key.on(session))
             assert _is_signature(await key.on(session).public_key_der(), signature)
@@ -808,7 +818,7 @@ async def test_new_operations_wait_behind_a_waiting_officer(
         group.start_soon(holder)
         await holder.has.wait()
         group.start_soon(officer)
-        await anyio.wait_all_tasks_blocked()
+        await _officer_waits(pool)
         group.start_soon(random)
         await _until(lambda: pool.stats().operations_waiting == 1)
         holder.go.set()
@@ -816,6 +826,28 @@ async def test_new_operations_wait_behind_a_waiting_officer(
         order.append("officer")
         officer.go.set()
     assert order == ["officer", "random"]
+
+
+async def test_what_must_not_wait_does_not_wait_for_the_officer(
+    pool: TokenPool, token: ThrowawayToken
+) -> None:
+    """With timeout=0 it is served or refused, also when he comes just then."""
+    for _ in range(20):
+        officer = _Officer(pool, token.so_pin)
+        refused = 0
+        async with anyio.create_task_group() as group:
+            group.start_soon(officer)
+            try:
+                with anyio.fail_after(3):
+                    while not refused:
+                        try:
+                            await pool.generate_random(8, timeout=0)
+                        except PoolTimeout as error:
+                            assert error.phase == "waiting"  # noqa: PT017  # of many
+                            refused += 1
+            finally:
+                officer.go.set()
+        assert refused == 1
 
 
 async def test_the_officer_waits_for_a_running_call(
@@ -838,7 +870,7 @@ async def test_the_officer_waits_for_a_running_call(
         group.start_soon(run)
         await _in_thread(started.wait)
         group.start_soon(officer)
-        await anyio.wait_all_tasks_blocked()
+        await _officer_waits(pool)
         assert not officer.inside.is_set()
         assert results == []
         release.set()
@@ -961,7 +993,7 @@ async def test_a_login_lost_while_the_officer_waits_is_restored(
             await holder.has.wait()
             assert holder.session is not None
             group.start_soon(officer)
-            await anyio.wait_all_tasks_blocked()
+            await _officer_waits(pool)
             fault.lose_login()
             try:
                 signature = await _sign(key.on(holder.session), timeout=3)
@@ -987,7 +1019,7 @@ async def test_an_entry_cancelled_while_it_waits_leaves_nothing(
             group.start_soon(holder)
             await holder.has.wait()
             group.start_soon(officer)
-            await anyio.wait_all_tasks_blocked()
+            await _officer_waits(pool)
             officer.scope.cancel()
             await anyio.wait_all_tasks_blocked()
             holder.go.set()
@@ -1160,11 +1192,12 @@ async def test_closing_the_pool_ends_a_waiting_officer(
     pool = make_pool(close_timeout=0.5)
     await pool.open()
     holder, officer = _Holder(pool), _Officer(pool, token.so_pin, timeout=5)
+    officer.go.set()  # should he get in, he comes out
     async with anyio.create_task_group() as group:
         group.start_soon(holder)
         await holder.has.wait()
         group.start_soon(officer)
-        await anyio.wait_all_tasks_blocked()
+        await _officer_waits(pool)
         try:
             await pool.close()
         finally:
@@ -1203,6 +1236,7 @@ async def test_closing_the_pool_ends_what_waits_for_the_officer(
     await pool.open()
     first = _Officer(pool, token.so_pin)
     second = _Officer(pool, token.so_pin)
+    second.go.set()  # should he get in, he comes out
     errors: list[type[BaseException]] = []
 
     async def refused(call: Callable[[], Any]) -> None:

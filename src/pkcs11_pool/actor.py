@@ -14,6 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -28,6 +29,7 @@ from pkcs11_pool.errors import (
     PoolError,
     TokenUnavailable,
 )
+from pkcs11_pool.jobs import Job, Phase
 from pkcs11_pool.operations import raw_login
 from pkcs11_pool.pin_guard import SO, USER, PinGuard
 from pkcs11_pool.session import Session
@@ -39,11 +41,12 @@ if TYPE_CHECKING:
     import pkcs11
 
     from pkcs11_pool.config import PoolOptions
-    from pkcs11_pool.jobs import Job
     from pkcs11_pool.keys import HandleCache
     from pkcs11_pool.pins import Pin, PinCallable
     from pkcs11_pool.state import TokenInfo
 
+_LOOK: Final = 0.05
+"""Seconds between two looks at a request that waits for quiet, during a login."""
 _RETRY: Final = 0.2
 """Seconds between two tries to reach a module that is down, at opening."""
 _IN: Final = frozenset({0, rv.CODES["CKR_USER_ALREADY_LOGGED_IN"]})
@@ -55,14 +58,18 @@ class Gate(Protocol):
     def begin(self, job: Job) -> bool:
         """The actor starts on a request; False if its caller has gone."""
 
-    def settle(self, job: Job, result: Any, error: BaseException | None) -> None:
-        """A request is done."""
+    def settle(self, job: Job, result: Any, error: BaseException | None) -> bool:
+        """A request is done; whether its caller is still there to hear of it."""
 
-    def pause(self, job: Job, *, leases: bool) -> bool:
+    def pause(self, job: Job, *, leases: bool) -> bool | None:
         """Let nothing start; wait until nothing is inside; whether it succeeded.
 
-        False: the request is settled, and all is as before.
+        False: the request is settled, and all is as before. None: the login is lost;
+        restore it and call again.
         """
+
+    def login_awaited(self) -> bool:
+        """Whether operations wait for a lost login to be restored."""
 
     def resume(self) -> None:
         """Let jobs start again."""
@@ -110,7 +117,7 @@ class LoginActor:
         self._gate = gate
         self._cache = cache
         self._name = name
-        self._mail: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._mail: queue.SimpleQueue[partial[None]] = queue.SimpleQueue()
         # Held while something is posted: nothing is left in the box at the end.
         self._mailbox = threading.Lock()
         self._ended = False
@@ -125,7 +132,7 @@ class LoginActor:
         self._insisted = False
         self._so: Session | None = None
         # What came during a SO period and can only be done after it.
-        self._postponed: list[Callable[[], None]] = []
+        self._postponed: list[partial[None]] = []
         self._thread = threading.Thread(
             target=self._run, name="pkcs11-pool login actor", daemon=True
         )
@@ -202,6 +209,29 @@ class LoginActor:
             handle(job, *arguments)
         except Exception as error:  # noqa: BLE001  # it is the caller's, raised there
             self._gate.settle(job, None, error)
+
+    def _quiet(self, job: Job, *, leases: bool) -> bool:
+        """Pause the queue for a request; whether it succeeded.
+
+        Logins go on meanwhile: those who are waited for may need one. Everything
+        else that comes is kept for later.
+        """
+        logins = (self._need_login, self._pin_came, self._pin_changed)
+        while (quiet := self._gate.pause(job, leases=leases)) is None:
+            while self._gate.login_awaited() and job.phase is not Phase.SETTLED:
+                with suppress(queue.Empty):
+                    message = self._mail.get(timeout=_LOOK)
+                    if message.func in logins or self._log_in in message.args:
+                        message()
+                    else:
+                        self._postponed.append(message)
+        return quiet
+
+    def _repost(self) -> None:
+        """What came during a pause or a SO period can be done now."""
+        postponed, self._postponed = self._postponed, []
+        for message in postponed:
+            self._mail.put(message)
 
     def _change(self, event: LoginEvent) -> None:
         # The order matters: operations that start from here on see the new epoch,
@@ -421,7 +451,8 @@ class LoginActor:
     # -- Logout -------------------------------------------------------------------
 
     def _log_out(self, job: Job) -> None:
-        if not self._gate.pause(job, leases=False):
+        if not self._quiet(job, leases=False):
+            self._repost()
             return
         try:
             if self.login.state is LoginState.USER:
@@ -429,6 +460,7 @@ class LoginActor:
             self._change(LoginEvent.OUT)
         finally:
             self._gate.resume()
+            self._repost()
         # A login that was under way is against the user's word now.
         self._settle_logins(LoginRequired("logged out meanwhile: pool.login(pin)"))
         events.info(events.LOGOUT_COMPLETED, token=self._label)
@@ -443,7 +475,8 @@ class LoginActor:
     # -- The security officer -----------------------------------------------------
 
     def _so_begin(self, job: Job, so_pin: Pin) -> None:
-        if not self._gate.pause(job, leases=True):
+        if not self._quiet(job, leases=True):
+            self._repost()
             return
         try:
             session = self._swap_anchor(rw=True)
@@ -453,17 +486,29 @@ class LoginActor:
             self._so_undo()
             raise
         self._so = session
-        events.info(events.SO_STARTED, token=self._label, epoch=int(self.login.epoch))
-        self._gate.settle(job, session, None)
+        if self._gate.settle(job, session, None):
+            events.info(events.SO_STARTED, token=self._label)
+        else:
+            # Its deadline passed inside C_Login: nobody is there to have the period.
+            self._so_undo()
 
     def _so_undo(self) -> None:
         """The period did not begin: back to what was before."""
         try:
+            self._so_out()
             self._so_restore(None)
         except Exception as error:  # noqa: BLE001  # the first error is the one to raise
             events.warning(events.SO_FAILED, token=self._label, error=str(error))
         finally:
             self._gate.resume()
+            self._repost()
+
+    def _so_out(self) -> None:
+        """Log the SO out, if in. The anchor is the period's R/W session."""
+        self._so = None
+        if self.login.state is LoginState.SO:
+            self._raw_logout(self._open_anchor)
+            self._change(LoginEvent.LOST)
 
     def _so_login(self, session: Session, so_pin: Pin) -> None:
         if self.login.state is LoginState.USER:
@@ -487,19 +532,14 @@ class LoginActor:
 
     def _so_end(self, job: Job) -> None:
         # Nothing of the period may be inside when the SO logs out.
-        if not self._gate.pause(job, leases=False):
+        if not self._quiet(job, leases=False):
             return
-        self._so = None
         try:
-            # The anchor is the period's R/W session.
-            self._raw_logout(self._open_anchor)
-            self._change(LoginEvent.LOST)
+            self._so_out()
             asked = self._so_restore(job)
         finally:
             self._gate.resume()
-            postponed, self._postponed = self._postponed, []
-            for message_ in postponed:
-                self._mail.put(message_)
+            self._repost()
         events.info(events.SO_COMPLETED, token=self._label)
         if not asked:
             self._gate.settle(job, None, None)
@@ -515,6 +555,9 @@ class LoginActor:
         if not wanted or self.login.state is LoginState.USER or self._pin is None:
             return False
         if callable(self._pin):
+            if job is not None:
+                # The period is over; what is left is a login, and may be left alone.
+                job.stays = False
             self._ask(self._pin, job)
             return True
         self._try_login(self._pin, force=False)

@@ -43,6 +43,9 @@ _WHY_CLOSED = {
 }
 
 
+_NO_WAIT = "timeout=0, and it would have to wait"
+
+
 class Pause(Enum):
     """What may start at present."""
 
@@ -152,9 +155,19 @@ class Dispatch:
         if job.nowait:
             self._counters.operations_timed_out += 1
             self._counters.operations_total += 1
-            raise PoolTimeout("timeout=0, and it would have to wait", "waiting")
+            raise PoolTimeout(_NO_WAIT, "waiting")
         job.waited = True
         self._counters.waits_total += 1
+
+    def _refuse_nowait_locked(self) -> list[Job]:
+        """A pause came before the workers: who must not wait; who must be woken."""
+        refused = []
+        for job in self._lines:
+            if job.nowait and not self._can_start_locked(job):
+                self._take_out_locked(job)
+                if self._settle_locked(job, None, PoolTimeout(_NO_WAIT, "waiting")):
+                    refused.append(job)
+        return refused
 
     def _check_deadlock_locked(self, job: Job) -> None:
         room = self._room
@@ -197,9 +210,8 @@ class Dispatch:
         """
         leftover: Any = None
         with self._lock:
-            if job.phase is not Phase.SETTLED and (
-                job.stays or (job.changes and job.phase is Phase.RUNNING)
-            ):
+            runs = job.phase is Phase.RUNNING
+            if job.phase is not Phase.SETTLED and (job.stays or (job.changes and runs)):
                 return False
             if job.dropped:
                 return True
@@ -400,6 +412,12 @@ class Dispatch:
         """The pool closes: nobody waits any longer."""
         with self._lock:
             waiting = [*self._lines, *self._parked]
+            # A request that waits for quiet must not keep the pool from closing.
+            waiting += [
+                job
+                for job in self._requests
+                if job.phase is Phase.WAITING and not job.stays
+            ]
             waiting += [job for lease in self._room.leases for job in lease.waiting]
             wake = []
             for job in waiting:
@@ -411,7 +429,10 @@ class Dispatch:
     def holds_lease(self, holder: Hashable) -> bool:
         """Whether this task or thread has a session of the pool."""
         with self._lock:
-            return any(lease.holder == holder for lease in self._room.leases)
+            so = self._so_lane
+            return (so is not None and so.holder == holder) or any(
+                lease.holder == holder for lease in self._room.leases
+            )
 
     # -- Done by the layers above -------------------------------------------------
 

@@ -118,7 +118,7 @@ class TokenEngine(Leasing):
                 )
                 if room.limit.retry_at is not None:
                     timekeeper.call_at(self, room.limit.retry_at)
-                again = self._let_go_locked(job)
+                again = not job.nowait and self._let_go_locked(job)
                 if again:
                     self._lines.insert(job)
         self._close_all(close)
@@ -159,6 +159,7 @@ class TokenEngine(Leasing):
         with self._lock:
             # Whatever becomes of this one: others would find the login lost, too.
             self._login_awaited |= wait
+            self._quiet.notify_all()
             job.attempts += 1
             if not job.restart or job.attempts >= _ATTEMPTS:
                 return False
@@ -271,37 +272,56 @@ class TokenEngine(Leasing):
                 return True
             return job.stays
 
-    def settle(self, job: Job, result: Any, error: BaseException | None) -> None:
-        """A request is done."""
+    def settle(self, job: Job, result: Any, error: BaseException | None) -> bool:
+        """A request is done; whether its caller is still there to hear of it."""
         with self._lock:
             settled = self._settle_locked(job, result, error)
         if settled:
             job.waiter.wake()
+        return settled
 
-    def pause(self, job: Job, *, leases: bool) -> bool:
+    def pause(self, job: Job, *, leases: bool) -> bool | None:
         """Let nothing start; wait until nothing is inside; whether it succeeded.
 
         The request waits meanwhile: its deadline and its cancellation end the pause,
         and nothing has changed. With ``leases``, open sessions go on until they are
-        closed: their holders must be able to come to their end.
+        closed: their holders must be able to come to their end. When one of them
+        needs the login, the answer is None: restore it and call again.
         """
         room = self._room
 
         def quiet() -> bool:
             return not self._busy and not (leases and (room.leases or room.leasing))
 
+        def news() -> bool:
+            lost = leases and self._login_awaited
+            return quiet() or job.phase is Phase.SETTLED or lost
+
         with self._lock:
-            before, self._pause = self._pause, Pause.NEW if leases else Pause.ALL
-            job.phase = Phase.WAITING
-            self._quiet.wait_for(lambda: quiet() or job.phase is Phase.SETTLED)
+            if self._pause is Pause.NOT and leases:
+                self._pause = Pause.NEW
+            before = self._pause
+            if not leases:
+                self._pause = Pause.ALL
+            if job.phase is not Phase.SETTLED:
+                job.phase = Phase.WAITING
+            self._wake_all(self._refuse_nowait_locked())
+            self._quiet.wait_for(news)
             if job.phase is Phase.SETTLED:
-                self._pause = before
+                self._pause = Pause.NOT if leases else before
                 self._wake_many_locked()
                 return False
+            if not quiet():
+                return None
             job.phase = Phase.RUNNING
             self._pause = Pause.ALL
         self.close_ahead()
         return True
+
+    def login_awaited(self) -> bool:
+        """Whether operations wait for a lost login to be restored."""
+        with self._lock:
+            return self._login_awaited
 
     def resume(self) -> None:
         """Let jobs start again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool import events, pins, rv
@@ -99,6 +100,7 @@ class SecurityOfficerBlock:
         """
         await checkpoint()
         engine = self._engine
+        engine.check_open()
         waiter = current_waiter()
         if engine.holds_lease(waiter.holder):
             message = (
@@ -153,7 +155,9 @@ class SecurityOfficerBlock:
         waiter = current_waiter()
         job = Job(None, Kind.ACTOR, waiter=waiter, deadline=None, stays=True)
         engine.request(job, engine.actor.so_end)
-        await waiter.result(engine, job)
+        # A pool that was closed meanwhile has ended the period as well.
+        with suppress(PoolClosed):
+            await waiter.result(engine, job)
 
 
 def pin_change(engine: TokenEngine, user: str, old: Secret, new: Secret) -> Any:

@@ -1,0 +1,168 @@
+"""What several test files need: calls that stay inside, and ways to wait for them.
+
+Order is forced by what is here, never by sleeping. Blocking waits run on AnyIO's
+threads, so that the loop goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+
+import anyio
+import anyio.to_thread
+import pytest
+from pkcs11 import KeyType, Mechanism
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from faultmodule import Call, FaultModule
+    from pkcs11_pool import KeyRef, TokenPool
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LAST_RESORT = 10.0
+"""Seconds after which a wait that should have ended long ago fails its test."""
+
+ASYNCIO_ONLY = pytest.mark.parametrize(
+    "anyio_backend",
+    [
+        pytest.param(("asyncio", {"debug": True}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+    ],
+)
+"""For what only asyncio has: ``Task.cancel()`` and ``asyncio.timeout()``."""
+
+
+async def blocking(func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function that blocks, while the loop goes on."""
+    return await anyio.to_thread.run_sync(lambda: func(*args, **kwargs))
+
+
+def wait_for(predicate: Callable[[], object]) -> None:
+    """Block until something is so that no event tells of."""
+    deadline = time.monotonic() + LAST_RESORT
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {LAST_RESORT} s")
+        threading.Event().wait(0.002)
+
+
+async def eventually(predicate: Callable[[], object]) -> None:
+    """Wait until something is so that no event tells of."""
+    await blocking(wait_for, predicate)
+
+
+async def settled(pool: TokenPool) -> None:
+    """Wait until no worker is busy any more, tidying included."""
+
+    def quiet() -> bool:
+        stats = pool.stats()
+        idle = stats.sessions_open == stats.sessions_ahead + stats.sessions_leased
+        return idle and not stats.operations_running
+
+    await eventually(quiet)
+
+
+async def digest(pool: Any, data: bytes = b"data", **options: Any) -> bytes:
+    """Make the cheapest call with a result; on a pool or on a session."""
+    result: bytes = await pool.digest(data, mechanism=Mechanism.SHA256, **options)
+    return result
+
+
+async def make_ec_key(pool: Any, label: str = "signer", **options: Any) -> KeyRef:
+    """Make a P-256 key on the token; the reference names both halves."""
+    await pool.generate_keypair(
+        KeyType.EC, curve="secp256r1", label=label, store=True, **options
+    )
+    key: KeyRef = pool.key(label=label)
+    return key
+
+
+class Hold:
+    """A function for ``pool.run`` that stays inside until it is let go.
+
+    Attributes:
+        calls: The arguments of each call, in the order in which they came.
+        ended: How many calls have returned.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.ended = 0
+        self._changed = threading.Condition()
+        self._let_go = threading.Event()
+
+    def __call__(self, _session: object, *args: Any) -> tuple[Any, ...]:
+        """Stay inside; return the arguments."""
+        with self._changed:
+            self.calls.append(args)
+            self._changed.notify_all()
+        assert self._let_go.wait(2 * LAST_RESORT)
+        with self._changed:
+            self.ended += 1
+            self._changed.notify_all()
+        return args
+
+    def __enter__(self) -> Self:
+        """Nothing stays inside after the block."""
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Let all calls go."""
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let all calls return, those to come as well."""
+        self._let_go.set()
+
+    async def entered(self, calls: int = 1) -> None:
+        """Wait until so many calls have come."""
+        await blocking(self._wait, lambda: len(self.calls) >= calls)
+
+    async def left(self, calls: int = 1) -> None:
+        """Wait until so many calls have returned."""
+        await blocking(self._wait, lambda: self.ended >= calls)
+
+    def _wait(self, predicate: Callable[[], bool]) -> None:
+        with self._changed:
+            if not self._changed.wait_for(predicate, LAST_RESORT):
+                raise TimeoutError(f"{len(self.calls)} came, {self.ended} returned")
+
+
+async def hangs(fault: FaultModule, function: str, calls: int = 1) -> None:
+    """Wait until calls of a function hang in the fault module."""
+    await blocking(fault.wait_until_hanging, function, calls)
+
+
+def by_session(calls: Iterable[Call]) -> dict[int, list[str]]:
+    """The functions that were called on each session, in order."""
+    found: dict[int, list[str]] = {}
+    for call in calls:
+        if call.session is not None:
+            found.setdefault(call.session, []).append(call.function)
+    return found
+
+
+def most_open(calls: Iterable[Call]) -> int:
+    """The most sessions that can have been open at once, by a log of calls."""
+    steps = []
+    for call in calls:
+        if call.function == "C_OpenSession" and call.rv == 0:
+            assert call.ended_ns is not None
+            steps.append((call.ended_ns, 1))
+        elif call.function == "C_CloseSession":
+            steps.append((call.began_ns, -1))
+    most = count = 0
+    for _, step in sorted(steps):
+        count += step
+        most = max(most, count)
+    return most
+
+
+def workers() -> list[threading.Thread]:
+    """The worker threads of all pools."""
+    return [t for t in threading.enumerate() if t.name == "pkcs11-pool worker"]

@@ -1,0 +1,304 @@
+"""Deadlines: what ``PoolTimeout`` promises, and calls that never return."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from pkcs11_pool import PoolTimeout, TokenUnavailable, TooManyWaiting
+from poolkit import (
+    Hold,
+    blocking,
+    digest,
+    eventually,
+    hangs,
+    settled,
+    wait_for,
+    workers,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from conftest import MakePool
+    from faultmodule import FaultModule
+
+_SHORT = 0.2
+
+
+async def _times_out(call: Callable[[], Any], phase: str, promised: float) -> None:
+    began = time.monotonic()
+    with pytest.raises(PoolTimeout) as caught:
+        await call()
+    took = time.monotonic() - began
+    assert caught.value.phase == phase
+    assert isinstance(caught.value, TimeoutError)
+    assert promised <= took < 3 * promised or promised == 0
+
+
+async def test_a_deadline_while_waiting_sends_nothing(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """In the phase ``waiting`` the call has not reached the module."""
+    async with make_pool(module=fault.path, max_sessions=1) as pool:
+        async with anyio.create_task_group() as tasks:
+            with Hold() as hold:
+                tasks.start_soon(pool.run, hold)
+                await hold.entered()
+                fault.reset_counts()
+                await _times_out(
+                    lambda: digest(pool, timeout=_SHORT), "waiting", _SHORT
+                )
+                await _times_out(
+                    lambda: pool.run(hold, rw=True, timeout=_SHORT), "waiting", _SHORT
+                )
+                assert fault.counts() == {}
+                hold.let_go()
+        assert len(hold.calls) == 1
+        assert pool.stats().operations_timed_out == 2
+
+
+async def test_a_deadline_of_a_running_call_holds(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """In the phase ``running`` the call was sent; its caller goes on time."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_Digest", hang="before")
+        await _times_out(lambda: digest(pool, timeout=_SHORT), "running", _SHORT)
+        assert fault.count("C_Digest") == 1
+        with Hold() as hold:
+            await _times_out(
+                lambda: pool.run(hold, rw=True, timeout=_SHORT), "running", _SHORT
+            )
+        fault.clear()
+        await eventually(lambda: pool.stats().calls_stuck == 0)
+
+
+async def test_the_pools_own_timeout_is_the_default(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Without ``timeout=`` a call has the pool's; with ``None`` it has none."""
+    async with make_pool(module=fault.path, max_sessions=1, timeout=_SHORT) as pool:
+        async with anyio.create_task_group() as tasks:
+            with Hold() as hold:
+                tasks.start_soon(lambda: pool.run(hold, timeout=None))
+                await hold.entered()
+                tasks.start_soon(lambda: pool.run(hold, 1, timeout=None))
+                await anyio.wait_all_tasks_blocked()
+                await _times_out(lambda: digest(pool), "waiting", _SHORT)
+                assert pool.stats().operations_waiting == 1
+                hold.let_go()
+        assert hold.calls == [(), (1,)]
+
+
+async def test_an_infinite_timeout_is_none(make_pool: MakePool) -> None:
+    """``math.inf`` is a number of seconds that never pass."""
+    async with make_pool(timeout=math.inf) as pool:
+        assert await digest(pool)
+        async with pool.session(timeout=math.inf) as session:
+            assert await digest(session)
+
+
+async def test_timeout_zero_does_not_wait(make_pool: MakePool) -> None:
+    """With ``timeout=0`` a free session is used, and no other waited for."""
+    async with make_pool(max_sessions=1) as pool:
+        assert await digest(pool, timeout=0)
+        await settled(pool)
+        async with pool.session(timeout=0) as session:
+            assert await digest(session, timeout=0)
+        await settled(pool)
+        async with anyio.create_task_group() as tasks:
+            with Hold() as hold:
+                tasks.start_soon(pool.run, hold)
+                await hold.entered()
+                await _times_out(lambda: digest(pool, timeout=0), "waiting", 0)
+                await _times_out(pool.session(timeout=0).__aenter__, "waiting", 0)
+                hold.let_go()
+
+
+async def test_a_lease_has_a_deadline_too(make_pool: MakePool) -> None:
+    """``pool.session(timeout=)`` bounds the wait for the session."""
+    async with make_pool(max_sessions=1) as pool:
+        async with anyio.create_task_group() as tasks:
+            with Hold() as hold:
+                tasks.start_soon(pool.run, hold)
+                await hold.entered()
+                block = pool.session(timeout=_SHORT)
+                await _times_out(block.__aenter__, "waiting", _SHORT)
+                hold.let_go()
+        await settled(pool)
+        assert pool.stats().sessions_leased == 0
+
+
+async def test_only_so_many_may_wait(make_pool: MakePool, fault: FaultModule) -> None:
+    """``max_waiting`` bounds the line; who is refused has sent nothing."""
+    async with make_pool(module=fault.path, max_sessions=1, max_waiting=2) as pool:
+        async with anyio.create_task_group() as tasks:
+            with Hold() as hold:
+                tasks.start_soon(pool.run, hold)
+                await hold.entered()
+                for _ in range(2):
+                    tasks.start_soon(pool.run, hold)
+                await anyio.wait_all_tasks_blocked()
+                fault.reset_counts()
+                with pytest.raises(TooManyWaiting, match="2 callers"):
+                    await digest(pool)
+                assert fault.counts() == {}
+                hold.let_go()
+        assert len(hold.calls) == 3
+        assert await digest(pool)
+
+
+async def test_nobody_may_wait(make_pool: MakePool) -> None:
+    """With ``max_waiting=0`` a call starts at once or is refused."""
+    async with (
+        make_pool(max_sessions=1, max_waiting=0) as pool,
+        anyio.create_task_group() as tasks,
+    ):
+        with Hold() as hold:
+            tasks.start_soon(pool.run, hold)
+            await hold.entered()
+            with pytest.raises(TooManyWaiting):
+                await digest(pool)
+            hold.let_go()
+
+
+async def test_a_lost_call_is_replaced(make_pool: MakePool, fault: FaultModule) -> None:
+    """A call that hangs keeps its thread; the pool goes on without both."""
+    async with make_pool(module=fault.path, max_sessions=1) as pool:
+        fault.on("C_Digest", hang="before")
+        with pytest.raises(PoolTimeout):
+            await digest(pool, timeout=_SHORT)
+        stats = pool.stats()
+        assert (stats.calls_lost, stats.calls_stuck) == (1, 1)
+        assert stats.operations_running == 0
+        assert await digest(pool, timeout=5)
+        stuck = next(c for c in fault.calls("C_Digest") if c.rv is None)
+        fault.release()
+        await eventually(lambda: pool.stats().calls_stuck == 0)
+        assert pool.stats().calls_lost == 1
+        # Its session is closed, and its thread ends.
+        assert stuck.session not in {s.number for s in fault.sessions()}
+        await eventually(lambda: len(workers()) <= 2)
+        assert await digest(pool, timeout=5)
+
+
+@pytest.mark.parametrize("function", ["C_OpenSession", "C_CloseSession"])
+async def test_a_session_that_cannot_be_opened_or_closed_in_time(
+    make_pool: MakePool, fault: FaultModule, function: str
+) -> None:
+    """A pool with sessions left goes on while one hangs in its opening or closing."""
+    async with make_pool(module=fault.path, max_sessions=2) as pool:
+        fault.on(function, hang="before")
+        if function == "C_OpenSession":
+            await _times_out(lambda: digest(pool, timeout=_SHORT), "running", _SHORT)
+        else:
+            await digest(pool, timeout=5)
+        await hangs(fault, function)
+        for _ in range(3):
+            assert await digest(pool, timeout=5)
+        fault.release()
+        await settled(pool)
+        await eventually(lambda: len(fault.sessions()) == 1)
+
+
+async def test_deadlines_hold_while_every_worker_hangs(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The timekeeper needs no worker, and says when nothing can help any more."""
+    async with make_pool(module=fault.path, max_sessions=2, close_timeout=0.1) as pool:
+        fault.on("C_Digest", every=True, hang="before")
+        async with anyio.create_task_group() as tasks:
+            for _ in range(2):
+                tasks.start_soon(
+                    _times_out,
+                    lambda: digest(pool, timeout=2 * _SHORT),
+                    "running",
+                    2 * _SHORT,
+                )
+            await hangs(fault, "C_Digest", 2)
+            await _times_out(lambda: digest(pool, timeout=_SHORT), "waiting", _SHORT)
+        await _times_out(lambda: digest(pool, timeout=_SHORT), "running", _SHORT)
+        assert pool.stats().calls_stuck == 3
+        with pytest.raises(TokenUnavailable, match="new process"):
+            await digest(pool)
+        fault.clear()
+        await eventually(lambda: pool.stats().calls_stuck == 0)
+        assert await digest(pool, timeout=5)
+
+
+async def test_a_result_that_arrived_first_wins(make_pool: MakePool) -> None:
+    """A deadline that passes while the loop is busy takes nothing away."""
+    async with make_pool() as pool:
+        done = threading.Event()
+
+        def work(_session: object) -> str:
+            done.set()
+            return "result"
+
+        def stand_still() -> None:
+            # On the loop's own thread: nothing is resumed meanwhile.
+            assert done.wait(5)
+            wait_for(lambda: pool.stats().operations_running == 0)
+            until = time.monotonic() + 2 * _SHORT
+            wait_for(lambda: time.monotonic() > until)
+
+        results = []
+
+        async def call() -> None:
+            results.append(await pool.run(work, timeout=_SHORT))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call)
+            await anyio.lowlevel.checkpoint()
+            stand_still()
+        assert results == ["result"]
+        assert pool.stats().operations_timed_out == 0
+
+
+async def test_a_cancelled_call_is_lost_at_its_own_deadline(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Until then it counts as running, although its caller has gone."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_Digest", hang="before")
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(lambda: digest(pool, timeout=4 * _SHORT))
+                await hangs(fault, "C_Digest")
+                scope.cancel()
+        stats = pool.stats()
+        assert (stats.operations_running, stats.calls_lost) == (1, 0)
+        await eventually(lambda: pool.stats().calls_stuck == 1)
+        stats = pool.stats()
+        assert (stats.operations_running, stats.calls_lost) == (0, 1)
+        assert (stats.operations_cancelled, stats.operations_timed_out) == (1, 0)
+        fault.clear()
+        await eventually(lambda: pool.stats().calls_stuck == 0)
+
+
+async def test_deadlines_hold_on_plain_threads(make_pool: MakePool) -> None:
+    """The blocking twins keep the same promises."""
+    async with make_pool(max_sessions=1) as pool, anyio.create_task_group() as tasks:
+        with Hold() as hold:
+            tasks.start_soon(pool.run, hold)
+            await hold.entered()
+
+            def call() -> None:
+                began = time.monotonic()
+                with pytest.raises(PoolTimeout) as caught:
+                    pool.run_sync(_nothing, timeout=_SHORT)
+                assert caught.value.phase == "waiting"
+                assert _SHORT <= time.monotonic() - began < 3 * _SHORT
+
+            await blocking(call)
+            hold.let_go()
+
+
+def _nothing(_session: object) -> None:
+    pass
