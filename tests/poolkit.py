@@ -15,6 +15,8 @@ import anyio.to_thread
 import pytest
 from pkcs11 import KeyType, Mechanism
 
+from pkcs11_pool import PoolClosed, PoolError, PoolState
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -166,3 +168,31 @@ def most_open(calls: Iterable[Call]) -> int:
 def workers() -> list[threading.Thread]:
     """The worker threads of all pools."""
     return [t for t in threading.enumerate() if t.name == "pkcs11-pool worker"]
+
+
+def pool_threads() -> list[str]:
+    """The names of all threads that belong to pools."""
+    names = (thread.name for thread in threading.enumerate())
+    return [name for name in names if name.startswith("pkcs11-pool")]
+
+
+class Refused:
+    """A caller who is told that the pool is closed."""
+
+    def __init__(self, error: type[PoolError] = PoolClosed) -> None:
+        self.error = error
+        self.done = anyio.Event()
+
+    async def __call__(self, pool: TokenPool, **options: Any) -> None:
+        """Make a call that does not end well."""
+        with pytest.raises(self.error):
+            await digest(pool, **options)
+        self.done.set()
+
+
+async def closes_in_time(pool: TokenPool, promised: float = 0.3) -> None:
+    """Close a pool whose ``close_timeout`` was promised."""
+    began = time.monotonic()
+    await pool.close()
+    assert time.monotonic() - began < 3 * promised
+    assert pool.state is PoolState.CLOSED

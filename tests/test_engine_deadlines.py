@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -235,29 +234,24 @@ async def test_deadlines_hold_while_every_worker_hangs(
 async def test_a_result_that_arrived_first_wins(make_pool: MakePool) -> None:
     """A deadline that passes while the loop is busy takes nothing away."""
     async with make_pool() as pool:
-        done = threading.Event()
-
-        def work(_session: object) -> str:
-            done.set()
-            return "result"
+        hold = Hold()
+        results = []
 
         def stand_still() -> None:
-            # On the loop's own thread: nothing is resumed meanwhile.
-            assert done.wait(5)
+            # On the loop's own thread: nobody is resumed meanwhile.
+            hold.let_go()
             wait_for(lambda: pool.stats().operations_running == 0)
             until = time.monotonic() + 2 * _SHORT
             wait_for(lambda: time.monotonic() > until)
 
-        results = []
-
         async def call() -> None:
-            results.append(await pool.run(work, timeout=_SHORT))
+            results.append(await pool.run(hold, "result", timeout=2 * _SHORT))
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call)
-            await anyio.lowlevel.checkpoint()
+            await hold.entered()
             stand_still()
-        assert results == ["result"]
+        assert results == [("result",)]
         assert pool.stats().operations_timed_out == 0
 
 

@@ -195,9 +195,9 @@ class LoginActor:
             message()
             # A request and its error live in the frame of the handler, not here.
             del message
-        with self._mailbox:
-            while not self._mail.empty():
-                self._mail.get()()
+        # Nothing is posted any more: see _post().
+        while not self._mail.empty():
+            self._mail.get()()
 
     def _handle(self, job: Job, handle: Callable[..., None], *arguments: Any) -> None:
         if self._so is not None and handle not in (self._so_end, self._close):
@@ -291,7 +291,7 @@ class LoginActor:
             return
         # Where one call at a time is let in and a lost one is inside, nothing more
         # is: the session stays, and so does the module.
-        if module.turn.wait(self._options.close_timeout):
+        if module.wait_turn(self._options.close_timeout):
             if self._anchor is not None:
                 if self.login.state is not LoginState.PUBLIC:
                     module.functions.C_Logout(self._anchor.handle)

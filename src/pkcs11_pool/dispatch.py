@@ -43,7 +43,7 @@ _WHY_CLOSED = {
 }
 
 
-_NO_WAIT = "timeout=0, and it would have to wait"
+NO_WAIT = "timeout=0, and it would have to wait"
 
 
 class Pause(Enum):
@@ -155,7 +155,7 @@ class Dispatch:
         if job.nowait:
             self._counters.operations_timed_out += 1
             self._counters.operations_total += 1
-            raise PoolTimeout(_NO_WAIT, "waiting")
+            raise PoolTimeout(NO_WAIT, "waiting")
         job.waited = True
         self._counters.waits_total += 1
 
@@ -165,7 +165,7 @@ class Dispatch:
         for job in self._lines:
             if job.nowait and not self._can_start_locked(job):
                 self._take_out_locked(job)
-                if self._settle_locked(job, None, PoolTimeout(_NO_WAIT, "waiting")):
+                if self._settle_locked(job, None, PoolTimeout(NO_WAIT, "waiting")):
                     refused.append(job)
         return refused
 
@@ -294,7 +294,8 @@ class Dispatch:
         threads = len(self._idle) + self._most_workers - len(self._workers)
         if job.lane is not None:
             return threads > 0 and not job.lane.busy
-        return threads > 0 and self._lines.want_sessions < self._room.free
+        before = self._lines.want_sessions(self._room.more_leases)
+        return threads > 0 and before < self._room.free
 
     @property
     def _most_workers(self) -> int:
@@ -333,6 +334,7 @@ class Dispatch:
             job.phase = Phase.RUNNING
         job.worker = worker
         worker.job = job
+        worker.busy = True
         self._busy += 1
         self._running += 1
         return job

@@ -21,8 +21,8 @@ from pkcs11 import exceptions as p11
 
 from pkcs11_pool import events, recovery
 from pkcs11_pool.actor import LoginActor
-from pkcs11_pool.dispatch import Pause
-from pkcs11_pool.errors import LoginRequired, PoolClosed
+from pkcs11_pool.dispatch import NO_WAIT, Pause
+from pkcs11_pool.errors import LoginRequired, PoolClosed, PoolTimeout
 from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.leases import Lease
 from pkcs11_pool.leasing import Leasing
@@ -89,6 +89,7 @@ class TokenEngine(Leasing):
             if job.kind is Kind.LANE:
                 return job, job.lane.session, None
             session, victim = self._room.reserve(job)
+            worker.counted = job.rw
             return job, session, victim
 
     def open_session(self, *, rw: bool) -> Session:
@@ -99,14 +100,20 @@ class TokenEngine(Leasing):
             self._room.limit.opened(self._room.open_all)
         return session
 
-    def no_session(self, worker: Worker, job: Job, error: BaseException) -> bool:
-        """Opening failed; whether the job waits for another try."""
+    def no_session(
+        self, worker: Worker, job: Job, error: Exception
+    ) -> Exception | None:
+        """Opening failed; the error to raise, or None: the job waits for another try.
+
+        ``CKR_SESSION_COUNT`` is no error of the caller.
+        """
         room, again = self._room, False
         close: list[Session] = []
         with self._lock:
             if worker.lost:
-                return False
+                return error
             room.closed(rw=job.rw)
+            worker.counted = None
             room.leasing -= job.kind is Kind.LEASE
             if recovery.classify(error) is recovery.Fault.SESSION_COUNT:
                 close = room.take_ahead()
@@ -128,7 +135,10 @@ class TokenEngine(Leasing):
             sessions=room.limit.total,
             rw_sessions=room.limit.rw,
         )
-        return again
+        if again:
+            return None
+        full = recovery.classify(error) is recovery.Fault.SESSION_COUNT
+        return PoolTimeout(NO_WAIT, "waiting") if full and job.nowait else error
 
     def finished(self, job: Job, session: Session, error: Exception) -> bool:
         """Look at an error once; whether the job starts anew instead of raising it.
@@ -186,21 +196,25 @@ class TokenEngine(Leasing):
             self._counters.run_seconds_total += time.monotonic() - job.since
             if isinstance(result, Lease):
                 self._room.lent(result)
+                worker.counted = None
             elif job.kind is Kind.LEASE and error is None:
                 self._room.leasing -= 1
             settled = self._settle_locked(job, result, error)
         if not settled or not job.waiter.wake():
             self._give_back(result)
 
-    def tidied(self, job: Job, *, closed: bool, again: bool) -> bool:
+    def tidied(self, worker: Worker, job: Job, *, closed: bool, again: bool) -> bool:
         """A worker has closed what it used; whether to open a session ahead.
 
         Must come after ``deliver``: the caller waits for neither.
         """
         with self._lock:
             self._last_work = time.monotonic()
+            if worker.lost:
+                return False
             if closed:
                 self._room.closed(rw=job.rw)
+                worker.counted = None
             if job.lane is not None and not again:
                 self._next_in_lane_locked(job.lane)
             if (
@@ -212,13 +226,17 @@ class TokenEngine(Leasing):
                 # A spare for each busy worker.
                 and self._room.reserve_ahead(self._busy)
             ):
+                worker.counted = False
                 return True
-            self._no_longer_busy_locked()
+            self._no_longer_busy_locked(worker)
             return False
 
-    def opened_ahead(self, session: Session | None) -> None:
+    def opened_ahead(self, worker: Worker, session: Session | None) -> None:
         """The session asked for by ``tidied`` is there, or could not be opened."""
         with self._lock:
+            if worker.lost:
+                return
+            worker.counted = None
             wanted = self._pause is Pause.NOT and self.state is PoolState.READY
             if (
                 session is not None
@@ -232,9 +250,11 @@ class TokenEngine(Leasing):
         if session is not None:
             session.close()
         with self._lock:
-            self._no_longer_busy_locked()
+            if not worker.lost:
+                self._no_longer_busy_locked(worker)
 
-    def _no_longer_busy_locked(self) -> None:
+    def _no_longer_busy_locked(self, worker: Worker) -> None:
+        worker.busy = False
         self._busy -= 1
         self._quiet.notify_all()
         self._wake_for_next_locked()
@@ -428,6 +448,9 @@ class TokenEngine(Leasing):
                     self._write_off_locked(job, error)
                     if self._settle_locked(job, None, error):
                         wake.append(job)
+                elif worker.busy:
+                    # It hangs behind its caller's back: closing, or opening ahead.
+                    self._lose_worker_locked(worker)
             leases = list(room.leases)
             for lease in leases:
                 lease.lose(PoolClosed("the pool was closed"))
@@ -436,7 +459,7 @@ class TokenEngine(Leasing):
             ahead = room.take_ahead()
         self._wake_all(wake)
         # A module that takes one call at a time, with a lost one inside, takes none.
-        if self._module.turn.wait(left):
+        if self._module.wait_turn(self.options.close_timeout):
             with self.cache.changing():
                 self._close_all([lease.session for lease in leases] + ahead)
             self._module.turn.__exit__()
@@ -449,7 +472,9 @@ class TokenEngine(Leasing):
         for worker in workers:
             worker.stop()
         timekeeper.forget(self)
-        deadline = time.monotonic() + self.options.close_timeout
+        # Behind a lost call of a module that takes turns, they wait for theirs.
+        wait = 0.0 if self._module.is_blocked else self.options.close_timeout
+        deadline = time.monotonic() + wait
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
 

@@ -52,6 +52,10 @@ class Thread(Protocol):
 
     #: What it works on.
     job: Job | None
+    #: It is inside the module, or may be; tidying included.
+    busy: bool
+    #: A session is counted for it: whether that is R/W. None: no session is.
+    counted: bool | None
     #: Its call was given up on.
     lost: bool
 

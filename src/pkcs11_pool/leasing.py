@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from pkcs11_pool.config import PoolOptions
-    from pkcs11_pool.jobs import Waiter
+    from pkcs11_pool.jobs import Thread, Waiter
     from pkcs11_pool.keys import SessionObject
     from pkcs11_pool.module import Module
     from pkcs11_pool.session import Session
@@ -102,21 +102,23 @@ class Leasing(Dispatch):
         worker = job.worker
         if worker is None or worker.job is not job:
             return
+        self._running -= 1
+        if job.lane is not None:
+            job.lane.lose(cause)
+            self._room.returned(job.lane)
+            self._wake_all(self._refuse_lane_locked(job.lane))
+        self._room.leasing -= job.kind is Kind.LEASE
+        self._lose_worker_locked(worker)
+
+    def _lose_worker_locked(self, worker: Thread) -> None:
         worker.lost = True
         self._workers.discard(worker)
+        if worker.counted is not None:
+            self._room.closed(rw=worker.counted)
         self._busy -= 1
-        self._running -= 1
         self._stuck += 1
         self._counters.calls_lost += 1
         self._module.lost_calls += 1
-        room = self._room
-        if job.lane is None:
-            room.closed(rw=job.rw)
-            room.leasing -= job.kind is Kind.LEASE
-        else:
-            job.lane.lose(cause)
-            room.returned(job.lane)
-            self._wake_all(self._refuse_lane_locked(job.lane))
         events.warning(events.CALL_LOST, stuck=self._stuck)
         self._quiet.notify_all()
         self._wake_for_next_locked()

@@ -64,10 +64,11 @@ class Lines:
         """Take out the job that ``first`` gave."""
         self._lines[job.kind].popleft()
 
-    @property
-    def want_sessions(self) -> int:
-        """How many wait for a session, and not just for a thread."""
-        return len(self) - len(self._lines[Kind.LANE])
+    def want_sessions(self, leases: int) -> int:
+        """How many wait for a session that they may have: so many more leases may."""
+        lines = self._lines
+        waiting = len(lines[Kind.READ]) + len(lines[Kind.WRITE])
+        return waiting + min(leases, len(lines[Kind.LEASE]))
 
     def __len__(self) -> int:
         """How many jobs wait."""

@@ -84,6 +84,7 @@ class Module:
         self.path = path
         self.library = library
         self.users = 0
+        self.initialized = False
         self.generation = Generation(0)
         self.forked = False
         #: Calls given up on that are still inside: nothing is finalised then.
@@ -97,6 +98,15 @@ class Module:
     def functions(self) -> cryptoki.FunctionList:
         """The module's function list."""
         return self.library.functions
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether it takes one call at a time, and a lost one is inside."""
+        return self.turn.serialized and bool(self.lost_calls)
+
+    def wait_turn(self, timeout: float) -> bool:
+        """Wait for the turn, but not where none will come."""
+        return self.turn.wait(0.0 if self.is_blocked else timeout)
 
     def set_serialized(self, *, asked: bool | None) -> None:
         """Serve one call at a time if asked to, or if the module needs it."""
@@ -207,7 +217,7 @@ def acquire(path: str, reserved: bytes | None, *, serialize: bool | None) -> Mod
                 "method spawn or forkserver, or open the pool after the fork"
             )
             raise ForkedProcess(message)
-        elif not module.users and not module.lost_calls:
+        elif not module.initialized:
             _initialize(module.library, path)
             _initialized(module)
         module.users += 1
@@ -226,6 +236,7 @@ def release(module: Module) -> None:
         if module.users or module.lost_calls or module.forked:
             return
         module.turn = _NO_TURN
+        module.initialized = False
         try:
             module.library.finalize()
         except p11.PKCS11Error as error:
@@ -283,6 +294,7 @@ def _initialize(library: cryptoki.Library, path: str, how: Any = None) -> None:
 def _initialized(module: Module) -> None:
     module.generation = Generation(module.generation + 1)
     module.live.clear()
+    module.initialized = True
     module.turn = _NO_TURN
     events.info(
         events.MODULE_INITIALIZED, module=module.path, generation=module.generation

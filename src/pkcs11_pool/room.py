@@ -38,15 +38,18 @@ class SessionRoom:
         return max(1, self.limit.total - 1)
 
     @property
+    def more_leases(self) -> int:
+        """How many more leases may be opened."""
+        return max(0, self.most_leases - len(self.leases) - self.leasing)
+
+    @property
     def free(self) -> int:
         """How many operations could start now."""
         return self.limit.total - self.open_all + len(self.ahead)
 
     def allows(self, job: Job) -> bool:
         """Whether there is a session for this job, or may be one."""
-        if job.kind is Kind.LEASE and (
-            len(self.leases) + self.leasing >= self.most_leases
-        ):
+        if job.kind is Kind.LEASE and not self.more_leases:
             return False
         if self.ahead and not job.rw:
             return True

@@ -29,6 +29,8 @@ class Worker:
 
     Attributes:
         job: What it works on. Written under the engine's lock.
+        busy: It may be inside the module. Written under the engine's lock.
+        counted: The kind of session that is counted for it. Written there, too.
         lost: Its call was given up on. Written under the engine's lock.
     """
 
@@ -39,6 +41,8 @@ class Worker:
         self._sleep = threading.Lock()
         self._sleep.acquire()
         self.job: Job | None = None
+        self.busy = False
+        self.counted: bool | None = None
         self.lost = False
         self._thread = threading.Thread(
             target=self._run, name="pkcs11-pool worker", daemon=True
@@ -102,13 +106,13 @@ class Worker:
 
     def _no_session(self, job: Job, error: Exception) -> None:
         engine = self._engine
-        again = engine.no_session(self, job, error)
-        if not again:
-            engine.deliver(self, job, None, error)
+        failure = engine.no_session(self, job, error)
+        if failure is not None:
+            engine.deliver(self, job, None, failure)
         if self.lost:
             engine.returned(None)
             return
-        engine.tidied(job, closed=False, again=again)
+        engine.tidied(self, job, closed=False, again=failure is None)
 
     def _call(self, job: Job, session: Session) -> tuple[Any, BaseException | None]:
         if self.lost or (job.dropped and not job.stays):
@@ -127,11 +131,10 @@ class Worker:
         closes = not kept and job.kind is not Kind.LANE
         if closes:
             session.close()
-        if not engine.tidied(job, closed=closes, again=again):
-            return
-        try:
-            ahead = engine.open_session(rw=False)
-        except p11.PKCS11Error:
-            engine.opened_ahead(None)
-        else:
-            engine.opened_ahead(ahead)
+        ahead: Session | None = None
+        if engine.tidied(self, job, closed=closes, again=again):
+            with suppress(p11.PKCS11Error):
+                ahead = engine.open_session(rw=False)
+            engine.opened_ahead(self, ahead)
+        if self.lost:
+            engine.returned(ahead)
