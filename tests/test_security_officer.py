@@ -406,9 +406,8 @@ async def test_an_async_source_restores_the_login_after_a_wrong_so_pin(
 
         async def hold_the_loop() -> None:
             # The loop stands still until the actor is done with the failed entry.
-            failed = pool.stats().operations_failed
             for _ in range(2_000):
-                if pool.stats().operations_failed > failed:
+                if pool.stats().last_error is not None:
                     return
                 threading.Event().wait(0.001)
 

@@ -125,7 +125,7 @@ async def test_closing_the_owner_lets_calls_inside_finish(
                 results.append("refused")
 
         async with anyio.create_task_group() as tasks:
-            ended = anyio.Event()
+            ended, leaves = anyio.Event(), anyio.Event()
 
             async def block() -> None:
                 async with pool.session() as owner:
@@ -135,10 +135,11 @@ async def test_closing_the_owner_lets_calls_inside_finish(
                     tasks.start_soon(use, key)
                     await anyio.wait_all_tasks_blocked()
                     assert pool.stats().operations_waiting == 1
+                    leaves.set()
                 ended.set()
 
             tasks.start_soon(block)
-            await hangs(fault, "C_Encrypt")
+            await leaves.wait()
             await anyio.wait_all_tasks_blocked()
             assert not ended.is_set()
             fault.release()

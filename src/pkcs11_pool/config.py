@@ -108,7 +108,7 @@ def check_seconds(name: str, value: object, *, optional: bool = True) -> None:
     allowed = "a number of seconds" + (", or None for no limit" if optional else "")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidType(_wrong(name, allowed, value))
-    if math.isnan(value) or value < 0:
+    if math.isnan(value) or value < 0 or (value == math.inf and not optional):
         message = f"{name} must be {allowed}, at least 0, not {value!r}"
         raise InvalidOption(message)
 

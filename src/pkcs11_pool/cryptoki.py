@@ -183,7 +183,8 @@ class Library(_pkcs11.lib):
         return super().__new__(cls, so)  # type: ignore[call-arg]  # not in its stub
 
     def __init__(self, so: str, reserved: bytes | None = None) -> None:
-        self._reserved = reserved
+        #: Module parameters for the next ``C_Initialize``.
+        self.reserved = reserved
         self.serialized = False
         super().__init__(so)
 
@@ -216,8 +217,8 @@ class Library(_pkcs11.lib):
         # hand freed memory to the module.
         arguments = InitializeArgs(flags=flags)
         reserved = None
-        if self._reserved is not None:
-            reserved = c.create_string_buffer(self._reserved)
+        if self.reserved is not None:
+            reserved = c.create_string_buffer(self.reserved)
             arguments.reserved = c.cast(reserved, _P).value
         return self.functions.C_Initialize(c.byref(arguments))
 

@@ -153,8 +153,8 @@ class Dispatch:
         if job.lane is None and job.holder is not None:
             self._check_deadlock_locked(job)
         if job.nowait:
-            self._counters.operations_timed_out += 1
-            self._counters.operations_total += 1
+            self._counters.operations_timed_out += job.is_operation
+            self._counters.operations_total += job.is_operation
             raise PoolTimeout(NO_WAIT, "waiting")
         job.waited = True
         self._counters.waits_total += 1
@@ -176,7 +176,10 @@ class Dispatch:
                 "this task is the security officer: use so.session, or leave the "
                 "period first"
             )
-        if not any(lease.holder == job.holder for lease in room.leases):
+        mine = (
+            lease.holder == job.holder for lease in room.leases if not lease.closing
+        )
+        if not any(mine):
             return
         lendable = room.most_leases if job.kind is Kind.LEASE else room.limit.total
         if len(room.leases) >= max(1, lendable):
@@ -222,8 +225,8 @@ class Dispatch:
                 # It arrived just before its caller went.
                 leftover = job.result
             else:
-                self._counters.operations_cancelled += 1
-                self._counters.operations_total += 1
+                self._counters.operations_cancelled += job.is_operation
+                self._counters.operations_total += job.is_operation
             if job.phase is Phase.WAITING:
                 job.phase = Phase.SETTLED
                 self._take_out_locked(job)
@@ -262,9 +265,9 @@ class Dispatch:
         if job.dropped:
             return False
         counters = self._counters
-        counters.operations_total += 1
+        counters.operations_total += job.is_operation
         if error is not None:
-            counters.operations_failed += 1
+            counters.operations_failed += job.is_operation
             counters.last_error = f"{type(error).__name__}: {error}"
         return True
 
@@ -397,7 +400,7 @@ class Dispatch:
                 self._write_off_locked(job, error)
         if not self._settle_locked(job, None, error):
             return False
-        self._counters.operations_timed_out += 1
+        self._counters.operations_timed_out += job.is_operation
         return True
 
     # -- The life of the pool -----------------------------------------------------
@@ -433,7 +436,8 @@ class Dispatch:
         with self._lock:
             so = self._so_lane
             return (so is not None and so.holder == holder) or any(
-                lease.holder == holder for lease in self._room.leases
+                lease.holder == holder and not lease.closing
+                for lease in self._room.leases
             )
 
     # -- Done by the layers above -------------------------------------------------

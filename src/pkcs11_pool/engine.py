@@ -264,8 +264,7 @@ class TokenEngine(Leasing):
         with self._lock:
             if self._busy or time.monotonic() - self._last_work < _IDLE:
                 return
-            close = self._room.take_ahead()
-        self._close_all(close)
+        self.close_ahead()
 
     def _close_all(self, sessions: Iterable[Session]) -> None:
         for session in sessions:
@@ -351,10 +350,12 @@ class TokenEngine(Leasing):
             self._wake_many_locked()
 
     def close_ahead(self) -> None:
-        """Close the sessions that were opened ahead."""
+        """Close the sessions that were opened ahead. Whoever calls has not the turn."""
         with self._lock:
             close = self._room.take_ahead()
-        self._close_all(close)
+        if close:
+            with self._module.turn:
+                self._close_all(close)
 
     def login_settled(self, error: BaseException | None) -> None:
         """The login that operations wait for succeeded, or failed."""
@@ -458,6 +459,8 @@ class TokenEngine(Leasing):
                 room.returned(lease)
             ahead = room.take_ahead()
         self._wake_all(wake)
+        # Sessions that were just closing are closed here, and their jobs not needed.
+        self.refuse_waiting()
         # A module that takes one call at a time, with a lost one inside, takes none.
         if self._module.wait_turn(self.options.close_timeout):
             with self.cache.changing():

@@ -7,6 +7,7 @@ wakes the waiter; what comes later is dropped.
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -94,6 +95,7 @@ class Job:
         "errand",
         "error",
         "holder",
+        "is_operation",
         "kind",
         "lane",
         "nowait",
@@ -132,10 +134,12 @@ class Job:
         self.restart = restart
         self.stays = stays
         self.nowait = nowait
-        self.deadline = deadline
+        self.deadline = None if deadline == math.inf else deadline
         self.lane = lane
         self.holder = holder
         self.waiter = waiter
+        #: Whether it counts in the statistics: a lease or a request does not.
+        self.is_operation = not stays and kind not in (Kind.LEASE, Kind.ACTOR)
         self.phase = Phase.NEW
         self.errand: PinCallable | None = None
         #: The caller has gone; the result is dropped when it comes.

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 _MOST_ENTRIES: Final = 4096
 _TRIES: Final = 5
+_NEVER: Final = -2
+"""A mark that no present one equals."""
 _PRIVATE_CLASSES: Final = frozenset({ObjectClass.PRIVATE_KEY, ObjectClass.SECRET_KEY})
 _TRUE: Final = b"\x01"
 
@@ -84,12 +86,26 @@ _DESCRIBED: Final = (
 _SHOWN: Final = (Attribute.LABEL, Attribute.ID, Attribute.KEY_TYPE)
 
 
+class Origin:
+    """Tells one object from its namesakes, for a reference that was made from it."""
+
+    __slots__ = ("destroyed",)
+
+    def __init__(self) -> None:
+        self.destroyed = False
+
+
 @dataclass(frozen=True, slots=True)
 class KeySpec:
-    """How to find a token object: packed attributes, and the classes it may have."""
+    """How to find a token object: packed attributes, and the classes it may have.
+
+    With an origin it stands for one object, the one that it was made from: within a
+    login that is known by its number, and a namesake never takes its place.
+    """
 
     attributes: tuple[tuple[int, bytes], ...]
     classes: tuple[int, ...] | None = None
+    origin: Origin | None = None
 
     @classmethod
     def of(
@@ -192,7 +208,7 @@ class Entry:
             for kind, value in self.seen.items()
             if kind in _IDENTITY and kind != Attribute.CLASS and value
         )
-        return KeySpec(tuple(sorted(kept)), (self.object_class,))
+        return KeySpec(tuple(sorted(kept)), (self.object_class,), Origin())
 
 
 class ObjectOwner:
@@ -336,7 +352,11 @@ class HandleCache:
         ):
             if self._sure(entry) or self.verify(session, entry):
                 return entry
+            if spec.origin is not None:
+                raise KeyNotFound(f"{spec} is gone from the token")
             self.drop(spec)
+        if spec.origin is not None and spec.origin.destroyed:
+            raise KeyNotFound(f"{spec} was destroyed")
         return self._find(session, spec)
 
     def _sure(self, entry: Entry) -> bool:
@@ -373,7 +393,12 @@ class HandleCache:
             self._entries[spec] = entry
 
     def drop(self, spec: KeySpec) -> None:
-        """Forget an entry whose number is dead."""
+        """Do not trust a number any more: it is dead, or another object's."""
+        entry = self._entries.get(spec)
+        if entry is not None and spec.origin is not None:
+            # Kept, so that a namesake does not take its place within this login.
+            entry.mark = _NEVER
+            return
         self._entries.pop(spec, None)
 
     def clear(self) -> None:
@@ -425,7 +450,9 @@ class HandleCache:
 
 def narrowed(spec: KeySpec, classes: tuple[int, ...] | None) -> KeySpec:
     """The spec with the classes that an operation can use, unless it names its own."""
-    return spec if spec.classes is not None else KeySpec(spec.attributes, classes)
+    if spec.classes is not None:
+        return spec
+    return KeySpec(spec.attributes, classes, spec.origin)
 
 
 _DEAD: Final = {

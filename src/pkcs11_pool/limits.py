@@ -29,11 +29,11 @@ class SessionLimit:
     def refused(self, *, rw: bool, open_all: int, open_rw: int, now: float) -> None:
         """The token answered ``CKR_SESSION_COUNT`` with so many of ours open.
 
-        What was refused lowers the limit to what is open; zero is possible when
+        What was refused lowers its limit to what is open; zero is possible when
         others hold every session. The old limit comes back at ``retry_at``.
         """
-        if rw and open_all > open_rw:
-            # R/O sessions are open beside: it may be the R/W limit alone.
+        if rw:
+            # It may be the R/W limit alone; a R/O session will tell of the other.
             self.rw = min(self.rw, open_rw)
         else:
             self.total = min(self.total, open_all)

@@ -218,6 +218,7 @@ def acquire(path: str, reserved: bytes | None, *, serialize: bool | None) -> Mod
             )
             raise ForkedProcess(message)
         elif not module.initialized:
+            module.library.reserved = reserved
             _initialize(module.library, path)
             _initialized(module)
         module.users += 1

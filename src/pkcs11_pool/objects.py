@@ -166,6 +166,8 @@ def destroy(session: Session, cache: HandleCache, target: Target) -> None:
         code = session.functions.C_DestroyObject(session.handle, entry.handle)
         cache.drop(target)
         rv.check(code, "C_DestroyObject")
+        if target.origin is not None:
+            target.origin.destroyed = True
 
 
 def public_key_der(session: Session, cache: HandleCache, target: Target) -> bytes:

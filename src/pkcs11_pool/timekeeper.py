@@ -69,8 +69,12 @@ class Timekeeper:
 
     def _come_again(self, who: Punctual, when: float) -> None:
         with self._changed:
-            if who in self._due:
-                self._due[who] = min(self._due[who], when)
+            if who not in self._due:
+                return
+            self._due[who] = min(self._due[who], when)
+            if self._due[who] == math.inf:
+                # Whoever has nothing due calls again, and keeps no thread until then.
+                del self._due[who]
 
 
 timekeeper = Timekeeper()
