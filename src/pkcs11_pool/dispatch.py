@@ -153,8 +153,10 @@ class Dispatch:
         if job.lane is None and job.holder is not None:
             self._check_deadlock_locked(job)
         if job.nowait:
-            self._counters.operations_timed_out += job.is_operation
-            self._counters.operations_total += job.is_operation
+            counters = self._counters
+            counters.operations_timed_out += job.is_operation
+            counters.operations_failed += job.is_operation
+            counters.operations_total += job.is_operation
             raise PoolTimeout(NO_WAIT, "waiting")
         job.waited = True
         self._counters.waits_total += 1

@@ -24,8 +24,8 @@ from pkcs11_pool.actor import LoginActor
 from pkcs11_pool.dispatch import NO_WAIT, Pause
 from pkcs11_pool.errors import LoginRequired, PoolClosed, PoolTimeout
 from pkcs11_pool.jobs import Job, Kind, Phase
-from pkcs11_pool.leases import Lease
-from pkcs11_pool.leasing import Leasing
+from pkcs11_pool.leases import Loan
+from pkcs11_pool.leasing import NOBODY, Leasing
 from pkcs11_pool.limits import SessionLimit
 from pkcs11_pool.state import LoginState, PoolState, SessionState
 from pkcs11_pool.stats import Counters, PoolStats
@@ -194,8 +194,8 @@ class TokenEngine(Leasing):
             worker.job = None
             self._running -= 1
             self._counters.run_seconds_total += time.monotonic() - job.since
-            if isinstance(result, Lease):
-                self._room.lent(result)
+            if isinstance(result, Loan):
+                self._room.lent(result.lease)
                 worker.counted = None
             elif job.kind is Kind.LEASE and error is None:
                 self._room.leasing -= 1
@@ -260,7 +260,12 @@ class TokenEngine(Leasing):
         self._wake_for_next_locked()
 
     def look_around(self) -> None:
-        """Called by an idle worker now and then: spare sessions go when all is idle."""
+        """Called by an idle worker now and then.
+
+        Sessions whose holders are forgotten are closed; spare ones, when all is idle.
+        """
+        while self.orphans:
+            self.end_lease(self.orphans.popleft(), NOBODY)
         with self._lock:
             if self._busy or time.monotonic() - self._last_work < _IDLE:
                 return
@@ -455,6 +460,7 @@ class TokenEngine(Leasing):
             leases = list(room.leases)
             for lease in leases:
                 lease.lose(PoolClosed("the pool was closed"))
+                lease.owner.gone = True
                 wake += self._refuse_lane_locked(lease)
                 room.returned(lease)
             ahead = room.take_ahead()

@@ -83,6 +83,7 @@ class Job:
         nowait: Whether it is refused rather than let wait (``timeout=0``).
         deadline: On the monotonic clock, or None.
         lane: The lease whose session it runs on.
+        target: The session object that it uses, or None.
         holder: The task or thread that asked.
         errand: A PIN source that the caller, when woken, should await.
     """
@@ -106,6 +107,7 @@ class Job:
         "rw",
         "since",
         "stays",
+        "target",
         "waited",
         "waiter",
         "work",
@@ -125,6 +127,7 @@ class Job:
         stays: bool = False,
         nowait: bool = False,
         lane: Any = None,
+        target: Any = None,
         holder: Hashable = None,
     ) -> None:
         self.work = work
@@ -136,6 +139,7 @@ class Job:
         self.nowait = nowait
         self.deadline = None if deadline == math.inf else deadline
         self.lane = lane
+        self.target = target
         self.holder = holder
         self.waiter = waiter
         #: Whether it counts in the statistics: a lease or a request does not.

@@ -93,13 +93,20 @@ class ObjectRef:
         **options: Any,
     ) -> Any:
         calls, target = self._calls, self._target
-        cache = calls._engine.cache  # noqa: SLF001  # one package
+        engine = calls._engine  # noqa: SLF001  # one package
+        cache = engine.cache
+        used = target if isinstance(target, SessionObject) else None
+        if used is not None:
+            # At the door: where the object is gone, nothing is opened or sent.
+            engine.check_open()
+            actor = engine.actor
+            used.check(actor.login.epoch, actor.attached.generation)
 
         def work(session: Any) -> Any:
             return operation(session, cache, target, *arguments_, **options)
 
         return await calls._perform(  # noqa: SLF001
-            work, timeout, rw=rw, changes=changes, home=self._home
+            work, timeout, rw=rw, changes=changes, home=self._home, target=used
         )
 
     def __eq__(self, other: object) -> bool:

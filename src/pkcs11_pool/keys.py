@@ -217,7 +217,10 @@ class ObjectOwner:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._users = 0
+        #: It takes no more uses; those that are inside may come to their end.
         self.closed = False
+        #: Its session is closed, and the objects are gone.
+        self.gone = False
         #: The session objects that were made through the pool, by their numbers.
         self.objects: dict[int, SessionObject] = {}
 
@@ -230,7 +233,7 @@ class ObjectOwner:
         """
         with self._changed:
             if self.closed:
-                raise SessionObjectDestroyed(_GONE)
+                raise SessionObjectDestroyed(GONE)
             self._users += 1
         try:
             yield
@@ -251,7 +254,7 @@ class ObjectOwner:
             return self._changed.wait_for(lambda: not self._users, timeout)
 
 
-_GONE: Final = (
+GONE: Final = (
     "the session that owned this object is closed, so the object is destroyed: make "
     "it again in an open session"
 )
@@ -276,7 +279,7 @@ class SessionObject:
             message = "this session object was destroyed"
             raise SessionObjectDestroyed(message)
         if self.owner.closed or generation != self.entry.generation:
-            raise SessionObjectDestroyed(_GONE)
+            raise SessionObjectDestroyed(GONE)
         if self.entry.private and epoch != self.entry.epoch:
             message = (
                 "this private session object ended with the login that it was made in"

@@ -19,6 +19,25 @@ if TYPE_CHECKING:
     from pkcs11_pool.session import Session
 
 
+class Loan:
+    """A lease on its way to somebody, or in somebody's hands.
+
+    When it is forgotten, with the event loop that it was for, or with a block that
+    never ends, the lease is an orphan: the engine closes it when it looks around.
+    """
+
+    __slots__ = ("_orphans", "lease")
+
+    def __init__(self, lease: Lease, orphans: deque[Lease]) -> None:
+        self.lease = lease
+        self._orphans = orphans
+
+    def __del__(self) -> None:
+        """Called by the garbage collector, anywhere: takes no lock."""
+        if not self.lease.closing:
+            self._orphans.append(self.lease)
+
+
 class Lease:
     """One session of the pool in somebody's hands.
 

@@ -6,13 +6,15 @@ The middle layer of the engine, on :class:`~pkcs11_pool.dispatch.Dispatch`.
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11_pool import events
 from pkcs11_pool.dispatch import Dispatch
+from pkcs11_pool.errors import SessionObjectDestroyed
 from pkcs11_pool.jobs import Job, Kind
-from pkcs11_pool.keys import HandleCache
-from pkcs11_pool.leases import Lease
+from pkcs11_pool.keys import GONE, HandleCache
+from pkcs11_pool.leases import Lease, Loan
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -31,7 +33,7 @@ class _Nobody:
         return True
 
 
-_NOBODY: Final = _Nobody()
+NOBODY: Final = _Nobody()
 
 
 class Leasing(Dispatch):
@@ -40,6 +42,8 @@ class Leasing(Dispatch):
     def __init__(self, options: PoolOptions) -> None:
         super().__init__(options)
         self.cache = HandleCache(options.handle_max_age)
+        #: Leases that nobody holds any more, put here by the garbage collector.
+        self.orphans: deque[Lease] = deque()
 
     @property
     def _module(self) -> Module:
@@ -49,8 +53,8 @@ class Leasing(Dispatch):
 
     def _give_back(self, result: Any) -> None:
         """A result that nobody takes: a lease is a session, and must not leak."""
-        if isinstance(result, Lease):
-            self.end_lease(result, _NOBODY)
+        if isinstance(result, Loan):
+            self.end_lease(result.lease, NOBODY)
 
     def end_lease(self, lease: Lease, waiter: Waiter) -> Job | None:
         """Close a lease, on a worker; None if it is closed or lost already.
@@ -72,7 +76,7 @@ class Leasing(Dispatch):
             if lease.closing:
                 return None
             lease.lose(None)
-            wake = self._refuse_lane_locked(lease)
+            wake = self._refuse_lane_locked(lease) + self._refuse_users_locked(lease)
             self._enqueue_locked(job)
             self._wake_for_next_locked()
         self._wake_all(wake)
@@ -81,6 +85,7 @@ class Leasing(Dispatch):
     def _end(self, lease: Lease, session: Session) -> None:
         """On a worker: the session is closed, and its session objects die with it."""
         lease.owner.wait_unused(self.options.close_timeout)
+        lease.owner.gone = True
         with self.cache.changing():
             session.close()
         with self._lock:
@@ -95,6 +100,18 @@ class Leasing(Dispatch):
                 refused.append(job)
         return refused
 
+    def _refuse_users_locked(self, lease: Lease) -> list[Job]:
+        """Refuse jobs in line that use a session object of a lease that is over."""
+        refused = []
+        for job in [*self._lines, *self._parked]:
+            target = job.target
+            if target is None or target.owner is not lease.owner:
+                continue
+            self._take_out_locked(job)
+            if self._settle_locked(job, None, SessionObjectDestroyed(GONE)):
+                refused.append(job)
+        return refused
+
     # -- Calls that do not return -------------------------------------------------
 
     def _write_off_locked(self, job: Job, cause: BaseException) -> None:
@@ -105,6 +122,7 @@ class Leasing(Dispatch):
         self._running -= 1
         if job.lane is not None:
             job.lane.lose(cause)
+            job.lane.owner.gone = True
             self._room.returned(job.lane)
             self._wake_all(self._refuse_lane_locked(job.lane))
         self._room.leasing -= job.kind is Kind.LEASE

@@ -18,8 +18,13 @@ from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.util import dsa, ec
 
 from pkcs11_pool import cryptoki, rv
-from pkcs11_pool.errors import InvalidOption, KeyNotFound, PinRefused
-from pkcs11_pool.keys import SessionObject, narrowed
+from pkcs11_pool.errors import (
+    InvalidOption,
+    KeyNotFound,
+    PinRefused,
+    SessionObjectDestroyed,
+)
+from pkcs11_pool.keys import GONE, SessionObject, narrowed
 from pkcs11_pool.pins import Secret
 
 if TYPE_CHECKING:
@@ -135,8 +140,9 @@ def _with_session_object(
     with target.owner.used():
         target.check(session.epoch, session.generation)
         result = call(target.entry)
-        # Destroyed meanwhile: the number may have been another object's by then.
-        target.check(session.epoch, session.generation)
+        if target.destroyed or target.owner.gone:
+            # The number may have been another object's by then.
+            raise SessionObjectDestroyed(GONE)
         return result
 
 

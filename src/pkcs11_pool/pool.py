@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from pkcs11_pool.cryptoki import Library
+    from pkcs11_pool.keys import SessionObject
     from pkcs11_pool.session import Session
     from pkcs11_pool.state import TokenInfo
     from pkcs11_pool.stats import PoolStats
@@ -428,6 +429,7 @@ class TokenPool(Calls):
         changes: bool = False,
         restart: bool = True,
         home: Calls | None = None,
+        target: SessionObject | None = None,
     ) -> T:
         engine = self._engine
         limit = arguments.timeout(timeout, engine.options.timeout)
@@ -443,6 +445,7 @@ class TokenPool(Calls):
             restart=restart,
             rw=rw,
             nowait=limit == 0,
+            target=target,
             holder=waiter.holder,
         )
         try:
@@ -451,7 +454,7 @@ class TokenPool(Calls):
             if home is None or getattr(home, "closed", True):
                 raise
             return await home._perform(  # noqa: SLF001  # one package
-                work, timeout, changes=changes, restart=restart
+                work, timeout, changes=changes, restart=restart, target=target
             )
         result: T = await waiter.result(engine, job)
         return result

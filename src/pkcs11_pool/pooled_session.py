@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from pkcs11_pool.engine import TokenEngine
-    from pkcs11_pool.keys import ObjectOwner
-    from pkcs11_pool.leases import Lease
+    from pkcs11_pool.keys import ObjectOwner, SessionObject
+    from pkcs11_pool.leases import Lease, Loan
     from pkcs11_pool.session import Session
     from pkcs11_pool.state import SessionInfo
 
@@ -81,6 +81,7 @@ class PooledSession(Calls):
         changes: bool = False,
         restart: bool = True,
         home: Calls | None = None,
+        target: SessionObject | None = None,
     ) -> T:
         del rw, home  # the session is what it is
         limit = arguments.timeout(timeout, self._engine.options.timeout)
@@ -96,6 +97,7 @@ class PooledSession(Calls):
             restart=restart,
             nowait=limit == 0,
             lane=self._lease,
+            target=target,
             holder=waiter.holder,
         )
         self._engine.submit(job)
@@ -119,7 +121,7 @@ class SessionBlock:
         self._pool = pool
         self._rw = rw
         self._timeout = timeout
-        self._lease: Lease | None = None
+        self._loan: Loan | None = None
 
     async def __aenter__(self) -> PooledSession:
         """Wait for a session.
@@ -140,9 +142,10 @@ class SessionBlock:
             holder=waiter.holder,
         )
         self._engine.submit(job)
-        lease: Lease = await waiter.result(self._engine, job)
-        self._lease = lease
-        return PooledSession(self._engine, self._pool, lease)
+        loan: Loan = await waiter.result(self._engine, job)
+        # From here on the block holds it: forgotten, it is given back.
+        self._loan = loan
+        return PooledSession(self._engine, self._pool, loan.lease)
 
     async def __aexit__(
         self,
@@ -151,11 +154,11 @@ class SessionBlock:
         traceback: TracebackType | None,
     ) -> None:
         """Close the session, on a worker; its running call is let finish."""
-        lease = self._lease
-        if lease is None:
+        loan, self._loan = self._loan, None
+        if loan is None:
             return
         waiter = current_waiter()
-        job = self._engine.end_lease(lease, waiter)
+        job = self._engine.end_lease(loan.lease, waiter)
         if job is not None:
             await ended(self._engine, job, waiter)
 

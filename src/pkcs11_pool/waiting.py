@@ -16,6 +16,7 @@ import inspect
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -324,11 +325,13 @@ def current_waiter() -> FaceWaiter:
         token = trio.lowlevel.current_trio_token()
         if local.port is None or local.port.loop is not token:
             local.port = _TrioPort(trio, token)
-        return _TrioWaiter(local.port, trio.lowlevel.current_task())
+        return _TrioWaiter(local.port, weakref.ref(trio.lowlevel.current_task()))
     loop = asyncio.get_running_loop()
     if local.port is None or local.port.loop is not loop:
         local.port = _AsyncioPort(loop)
-    return _AsyncioWaiter(local.port, asyncio.current_task())
+    task = asyncio.current_task()
+    # Weak, or a session held by a task would keep the task, which keeps the session.
+    return _AsyncioWaiter(local.port, None if task is None else weakref.ref(task))
 
 
 async def checkpoint() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pkcs11 import exceptions as p11
 
 from pkcs11_pool.jobs import Kind
-from pkcs11_pool.leases import Lease
+from pkcs11_pool.leases import Lease, Loan
 
 if TYPE_CHECKING:
     from pkcs11_pool.engine import TokenEngine
@@ -102,7 +102,7 @@ class Worker:
         if self.lost:
             engine.returned(session)
             return
-        self._tidy(job, session, kept=isinstance(result, Lease), again=again)
+        self._tidy(job, session, kept=isinstance(result, Loan), again=again)
 
     def _no_session(self, job: Job, error: Exception) -> None:
         engine = self._engine
@@ -118,8 +118,10 @@ class Worker:
         if self.lost or (job.dropped and not job.stays):
             # Its caller went while the session was opened: nothing happened.
             return None, None
+        engine = self._engine
         if job.kind is Kind.LEASE:
-            return Lease(session, job.holder), None
+            lease = Lease(session, job.holder)
+            return Loan(lease, engine.orphans), None
         assert job.work is not None  # noqa: S101  # only leases have none
         try:
             return job.work(session), None
