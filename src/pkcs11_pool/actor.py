@@ -312,13 +312,15 @@ class LoginActor:
 
     def _close(self, job: Job, deadline: float) -> None:
         self._fail_logins(PoolClosed("the pool is closing"))
-        if self._is_attached:
-            self._gate.drain(deadline)
-            self._detach()
-            self._change(LoginEvent.OUT)
-        self._gate.end_threads()
-        with self._mailbox:
-            self._ended = True
+        try:
+            if self._is_attached:
+                self._gate.drain(deadline)
+                self._detach()
+                self._change(LoginEvent.OUT)
+            self._gate.end_threads()
+        finally:
+            with self._mailbox:
+                self._ended = True
         self._gate.settle(job, None, None)
 
     # -- The user's login ---------------------------------------------------------

@@ -482,7 +482,9 @@ class TokenEngine(Leasing):
             worker.stop()
         timekeeper.forget(self)
         # Behind a lost call of a module that takes turns, they wait for theirs.
-        wait = 0.0 if self._module.is_blocked else self.options.close_timeout
+        module = self.actor.module
+        blocked = module is not None and module.is_blocked
+        wait = 0.0 if blocked else self.options.close_timeout
         deadline = time.monotonic() + wait
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))

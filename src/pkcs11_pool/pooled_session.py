@@ -155,7 +155,9 @@ class SessionBlock:
     ) -> None:
         """Close the session, on a worker; its running call is let finish."""
         loan, self._loan = self._loan, None
-        if loan is None:
+        if loan is None or kind is GeneratorExit:
+            # The block was forgotten with its loop: nothing can be awaited any more,
+            # and the session is an orphan.
             return
         waiter = current_waiter()
         job = self._engine.end_lease(loan.lease, waiter)
