@@ -334,7 +334,6 @@ _WRONG_CALLS: dict[str, Callable[[Any], Any]] = {
     "run: no function": lambda p: p.run(7),
     "run: rw": lambda p: p.run(print, rw="yes"),
     "run: repeat": lambda p: p.run(print, repeat=1),
-    "run: unknown option": lambda p: p.run(print, colour="red"),
     "key: nothing": lambda p: p.key(),
     "key: label": lambda p: p.key(label=7),
     "key: id": lambda p: p.key(id="7"),

@@ -312,6 +312,11 @@ class LoginActor:
 
     def _close(self, job: Job, deadline: float) -> None:
         self._fail_logins(PoolClosed("the pool is closing"))
+        for message in self._postponed:
+            if message.func == self._handle:
+                self._gate.settle(
+                    message.args[0], None, PoolClosed("the pool is closing")
+                )
         try:
             if self._is_attached:
                 self._gate.drain(deadline)

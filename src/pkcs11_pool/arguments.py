@@ -10,14 +10,15 @@ import inspect
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from enum import Enum
 from functools import partial
+from types import NoneType
 from typing import Any, Final, Literal
 
-from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.util import ec
 
 from pkcs11_pool import cryptoki
-from pkcs11_pool.config import check_seconds
+from pkcs11_pool.config import check_flag, check_seconds
 from pkcs11_pool.errors import InvalidOption, InvalidType
 
 
@@ -171,6 +172,37 @@ def name(
     return label, id_, object_class, checked
 
 
+def making(
+    id_: object, label: object, store: object, capabilities: object
+) -> dict[str, Any]:
+    """What every new key is told, as python-pkcs11 takes it."""
+    if id_ is not None and not isinstance(id_, bytes):
+        raise InvalidType(f"id must be bytes, not {_kind(id_)}")
+    if label is not None and not isinstance(label, str):
+        raise InvalidType(f"label must be str, not {_kind(label)}")
+    check_flag("store", store)
+    if isinstance(capabilities, bool) or not isinstance(
+        capabilities, (MechanismFlag, int, NoneType)
+    ):
+        raise InvalidType(
+            f"capabilities must be pkcs11.MechanismFlag, not {_kind(capabilities)}"
+        )
+    return {"id": id_, "label": label, "store": store, "capabilities": capabilities}
+
+
+def names(value: object) -> tuple[Attribute, ...] | None:
+    """Attributes to read, or None for the usual ones."""
+    if value is None:
+        return None
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
+        raise InvalidType(f"names must be an iterable of Attribute, not {_kind(value)}")
+    wanted = tuple(value)
+    for item in wanted:
+        if not isinstance(item, Attribute):
+            raise InvalidType(f"names must be pkcs11.Attribute, not {_kind(item)}")
+    return wanted
+
+
 def template(value: object, name: str = "template") -> dict[Attribute, Any]:
     """A template, with values that can be packed."""
     if not isinstance(value, Mapping):
@@ -206,7 +238,7 @@ def makes_token_object(*, store: bool, given: Iterable[Template | None]) -> bool
 
 def curve(value: object, given: Template | None) -> dict[Attribute, Any]:
     """The template of a public key, with the parameters of a named curve."""
-    made = dict(given or {})
+    made = template({} if given is None else given, "public_template")
     if value is None:
         return made
     if not isinstance(value, str):

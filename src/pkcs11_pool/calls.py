@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pkcs11.constants import Attribute, ObjectClass
 
@@ -21,7 +21,6 @@ from pkcs11_pool.keys import KeySpec, SessionObject
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import pkcs11
     from pkcs11.constants import MechanismFlag
     from pkcs11.mechanisms import KeyType, Mechanism
 
@@ -62,7 +61,7 @@ class Calls(ABC):
 
     async def run(
         self,
-        func: Callable[Concatenate[pkcs11.Session, ...], T],
+        func: Callable[..., T],
         *args: Any,
         rw: bool = False,
         repeat: bool = False,
@@ -138,7 +137,7 @@ class Calls(ABC):
             ``C_FindObjectsInit``, ``C_FindObjects``, ``C_FindObjectsFinal``, and one
             ``C_GetAttributeValue`` for each object.
         """
-        wanted = arguments.template(template or {})
+        wanted = arguments.template({} if template is None else template)
         packed = [(int(k), arguments.pack(k, v)) for k, v in wanted.items()]
         cache = self._engine.cache
         entries = await self._perform(
@@ -216,10 +215,7 @@ class Calls(ABC):
             _generate_key,
             kind,
             length,
-            id=id,
-            label=label,
-            store=store,
-            capabilities=capabilities,
+            **arguments.making(id, label, store, capabilities),
             mechanism=arguments.mechanism(mechanism),
             mechanism_param=mechanism_param,
             template=given,
@@ -256,17 +252,16 @@ class Calls(ABC):
         """
         public = arguments.curve(curve, public_template)
         given = [
-            arguments.template(public, "public_template"),
-            arguments.template(private_template or {}, "private_template"),
+            public,
+            arguments.template(
+                {} if private_template is None else private_template, "private_template"
+            ),
         ]
         call = partial(
             _generate_keypair,
             arguments.key_type(key_type),
             arguments.key_length(key_length),
-            id=id,
-            label=label,
-            store=store,
-            capabilities=capabilities,
+            **arguments.making(id, label, store, capabilities),
             mechanism=arguments.mechanism(mechanism),
             mechanism_param=mechanism_param,
             public_template=given[0],

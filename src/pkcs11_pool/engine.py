@@ -491,6 +491,8 @@ class TokenEngine(Leasing):
 
     def stats(self) -> PoolStats:
         """A snapshot, taken under the lock."""
+        if os.getpid() != self.pid:
+            raise self.forked()
         with self._lock:
             room, counters = self._room, self._counters
             return PoolStats(

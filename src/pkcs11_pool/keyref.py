@@ -61,11 +61,7 @@ class ObjectRef:
         Cryptoki:
             ``C_GetAttributeValue``.
         """
-        wanted = None if names is None else tuple(names)
-        for item in wanted or ():
-            if not isinstance(item, Attribute):
-                message = f"names must be pkcs11.Attribute, not {type(item).__name__}"
-                raise InvalidType(message)
+        wanted = arguments.names(names)
         found: dict[Attribute, Any] = await self._perform(
             objects.attributes, wanted, timeout=timeout
         )
@@ -96,11 +92,15 @@ class ObjectRef:
         engine = calls._engine  # noqa: SLF001  # one package
         cache = engine.cache
         used = target if isinstance(target, SessionObject) else None
-        if used is not None:
+        objects = [
+            item for item in (target, *arguments_) if isinstance(item, SessionObject)
+        ]
+        if objects:
             # At the door: where the object is gone, nothing is opened or sent.
             engine.check_open()
             actor = engine.actor
-            used.check(actor.login.epoch, actor.attached.generation)
+            for item in objects:
+                item.check(actor.login.epoch, actor.attached.generation)
 
         def work(session: Any) -> Any:
             return operation(session, cache, target, *arguments_, **options)
@@ -329,12 +329,9 @@ class KeyRef(ObjectRef):
         kind = arguments.key_type(key_type)
         octets = arguments.octets(key_data, "key_data")
         options = {
-            "id": id,
-            "label": label,
+            **arguments.making(id, label, store, capabilities),
             "mechanism": arguments.mechanism(mechanism),
             "mechanism_param": mechanism_param,
-            "store": store,
-            "capabilities": capabilities,
             "template": given,
         }
         _, (ref,) = await self._make(
@@ -376,12 +373,9 @@ class KeyRef(ObjectRef):
         kind = arguments.key_type(key_type)
         length = arguments.count(key_length, "key_length", "bits")
         options = {
-            "id": id,
-            "label": label,
+            **arguments.making(id, label, store, capabilities),
             "mechanism": arguments.mechanism(mechanism),
             "mechanism_param": mechanism_param,
-            "store": store,
-            "capabilities": capabilities,
             "template": given,
         }
         _, (ref,) = await self._make(

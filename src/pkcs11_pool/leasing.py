@@ -5,6 +5,7 @@ The middle layer of the engine, on :class:`~pkcs11_pool.dispatch.Dispatch`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
@@ -63,6 +64,8 @@ class Leasing(Dispatch):
         of others that are inside with its session objects, for at most
         ``close_timeout``; the waiter waits no longer than that.
         """
+        if os.getpid() != self.pid:
+            return None  # a forked child leaves its parent's sessions alone
         job = Job(
             lambda session: self._end(lease, session),
             Kind.LANE,

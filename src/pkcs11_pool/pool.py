@@ -378,8 +378,9 @@ class TokenPool(Calls):
             ``C_SetPIN``, in a fresh R/W session.
         """
         old, new = pins.hide(old), pins.hide(new)  # type: ignore[assignment]  # hides them
-        engine = self._checked()
-        work = pin_change(engine, USER, pins.secret(old), pins.secret(new))  # type: ignore[arg-type]
+        before, after = pins.secret(old), pins.secret(new)  # type: ignore[arg-type]
+        arguments.timeout(timeout, None)
+        work = pin_change(self._checked(), USER, before, after)
         await self._perform(work, timeout, rw=True, changes=True, restart=False)
 
     # -- For code that is not async -----------------------------------------------

@@ -17,6 +17,7 @@ from pkcs11_pool.errors import (
 )
 from pkcs11_pool.module import Module, borrowed
 from pkcs11_pool.operations import raw_login
+from pkcs11_pool.pin_guard import check_length
 from pkcs11_pool.session import Session
 from pkcs11_pool.state import Epoch
 
@@ -52,9 +53,21 @@ def list_all(path: str, reserved: bytes | None) -> list[TokenInfo]:
 
 def initialize(path: str, reserved: bytes | None, order: InitOrder) -> TokenInfo:
     """Initialise a token, and its user's PIN if there is one. Blocks."""
+    made = _initialize(path, reserved, order)
+    # Some modules move it to another slot, at the next C_Initialize.
+    with borrowed(path, reserved) as module:
+        found = [info for _, info in module.tokens() if info.identity == made.identity]
+        return found[0] if len(found) == 1 else made
+
+
+def _initialize(path: str, reserved: bytes | None, order: InitOrder) -> TokenInfo:
     with borrowed(path, reserved) as module:
         before = _present(module, order)
         module.check_unused(before)
+        # Before anything is wiped: a token without its PINs helps nobody.
+        check_length(order.so_pin, before)
+        if order.user_pin is not None:
+            check_length(order.user_pin, before)
         known = {info.serial for _, info in module.tokens()}
         code = _init_token(module, order)
         if code in _REFUSED:

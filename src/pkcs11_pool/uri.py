@@ -5,6 +5,7 @@ Pure: a URI is text; nothing that it names is opened here.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
@@ -28,6 +29,7 @@ _PATH: Final = frozenset(
         "slot-id",
     }
 )
+_BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _QUERY: Final = frozenset({"pin-source", "pin-value", "module-name", "module-path"})
 
 
@@ -78,6 +80,8 @@ def _parse(uri: object) -> Pkcs11URI:
 
 
 def _attributes(text: str, separator: str, known: frozenset[str]) -> dict[str, bytes]:
+    if _BAD_ESCAPE.search(text):
+        raise InvalidURI("'%' in a PKCS#11 URI is followed by two hexadecimal digits")
     found: dict[str, bytes] = {}
     for part in text.split(separator) if text else ():
         name, equals, value = part.partition("=")
