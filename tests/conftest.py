@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 import structlog
 import uvloop
+
 from faultmodule import FaultModule
 from faultmodule.build import build
-
 from pkcs11_pool import TokenPool, softhsm
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """The names of the log events, and the one logger that writes them.
 
 Flat keys, one name per step. Never a PIN, a template value or key bytes.
-Nothing on the way of an operation logs above DEBUG.
+Nothing on the way of an operation logs above DEBUG. A program that has not
+configured structlog hears nothing: its standard output is its own.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ _log = structlog.get_logger("pkcs11_pool")
 
 def info(event: str, **keys: Any) -> None:
     """A change of state that an operator wants to see."""
-    _log.info(event, **keys)
+    if structlog.is_configured():
+        _log.info(event, **keys)
 
 
 def warning(event: str, **keys: Any) -> None:
     """Something that went wrong and that the pool deals with."""
-    _log.warning(event, **keys)
+    if structlog.is_configured():
+        _log.warning(event, **keys)
