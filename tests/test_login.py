@@ -161,7 +161,13 @@ async def test_login_and_logout_need_an_open_pool(make_pool: MakePool) -> None:
 
 
 async def test_login_and_logout_are_seen_by_every_open_session(pool: TokenPool) -> None:
-    """Sessions opened before a change are in the new state after it."""
+    """Sessions opened before a change are in the new state after it.
+
+    Text: When an application's session logs into a token, all of that application's
+    sessions with that token become logged in.
+    Text: Conversely, when an application's session logs out of a token, all of that
+    application's sessions with that token become logged out.
+    """
     async with pool.session() as reader, pool.session(rw=True) as writer:
 
         async def states() -> tuple[SessionState, SessionState]:

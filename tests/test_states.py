@@ -154,7 +154,10 @@ def test_there_are_three_kinds_of_access() -> None:
 
 @pytest.mark.parametrize(("row", "kind"), _CELLS)
 def test_the_table_as_data_is_the_users(row: _Row, kind: _Kind) -> None:
-    """SessionState.access gives what stands in the text, for each of the 20 cells."""
+    """SessionState.access gives what stands in the text, for each of the 20 cells.
+
+    Text: The following table summarizes session states and their characteristics.
+    """
     access = row.state.access(token=kind.token, private=kind.private)
     assert access is row.access[kind]
 
@@ -229,7 +232,11 @@ def _open_another(session: pkcs11.Session) -> Any:
 async def test_each_state_is_reached_and_told_by_the_token(
     pool: TokenPool, token: ThrowawayToken, row: _Row
 ) -> None:
-    """The state follows from the session's type and from who is logged in."""
+    """The state follows from the session's type and from who is logged in.
+
+    Text: Session can be in one of the five states, depending on the session type and
+    whether a login has been performed.
+    """
     async with _scene(pool, token, row) as scene:
         info = await scene.session.info()
         assert info.state is row.state
@@ -261,7 +268,13 @@ async def test_reading_on_the_token(
 async def test_making_on_the_token(
     pool: TokenPool, token: ThrowawayToken, row: _Row, kind: _Kind
 ) -> None:
-    """What the state may write can be made; else the error is the right one."""
+    """What the state may write can be made; else the error is the right one.
+
+    Text: Provides read-only access to token objects and read-write access to session
+    objects.
+    Text: Provides read-write access to token objects and read-write access to session
+    objects.
+    """
     async with _scene(pool, token, row) as scene:
         template = kind.template("new")
         if row.access[kind] is not Access.READ_WRITE:
@@ -392,7 +405,10 @@ async def test_an_error_of_info_is_the_tokens(
 
 @pytest.mark.parametrize("rw", [False, True])
 async def test_info_has_state_type_error_and_slot(pool: TokenPool, *, rw: bool) -> None:
-    """The four fields of CK_SESSION_INFO."""
+    """The four fields of CK_SESSION_INFO, for each type.
+
+    Text: There are two basic session types.
+    """
     async with pool.session(rw=rw) as session:
         info = await session.info()
         assert session.rw is rw
