@@ -11,6 +11,8 @@ from pkcs11_pool import KeyAmbiguous, KeyRef
 from poolkit import make_ec_key
 
 if TYPE_CHECKING:
+    from conftest import MakePool
+    from faultmodule import FaultModule
     from pkcs11_pool import TokenPool
 
 _DIGEST = b"d" * 32
@@ -85,3 +87,19 @@ async def test_two_names_are_two_keys(pool: TokenPool) -> None:
     signature = await one.sign(_DIGEST, mechanism=Mechanism.ECDSA)
     assert await one.verify(_DIGEST, signature, mechanism=Mechanism.ECDSA)
     assert not await two.verify(_DIGEST, signature, mechanism=Mechanism.ECDSA)
+
+
+async def test_a_number_is_never_used_in_another_login_than_its_own(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """After logout and login the key is found anew, not tried with its old number."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+        await pool.logout()
+        await pool.login()
+        fault.clear_log()
+        await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+        functions = [call.function for call in fault.calls()]
+        assert functions.index("C_FindObjectsInit") < functions.index("C_SignInit")
+        assert [call.rv for call in fault.calls("C_SignInit")] == [0]
