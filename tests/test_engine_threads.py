@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,6 @@ from poolkit import blocking, digest, make_ec_key
 if TYPE_CHECKING:
     from conftest import MakePool
     from pkcs11_pool import KeyRef, TokenPool
-    from pkcs11_pool.softhsm import ThrowawayToken
 
 _DIGEST = b"d" * 32
 
@@ -77,53 +74,3 @@ async def test_the_error_of_the_block_leaves_as_itself(make_pool: MakePool) -> N
     with pytest.raises(KeyError):
         async with make_pool():
             raise KeyError("mine")
-
-
-_FORK = """
-import os, sys, threading
-from pkcs11_pool import ForkedProcess, TokenPool
-import anyio
-
-async def main():
-    async with TokenPool(sys.argv[1], token_label="demo", pin="1234") as pool:
-        stop = threading.Event()
-        def load():
-            while not stop.is_set():
-                pool.run_sync(lambda session: session.generate_random(64))
-        threads = [threading.Thread(target=load) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        await pool.generate_random(64)
-        child = os.fork()
-        if not child:
-            refused = 0
-            for call in (pool.generate_random, pool.session().__aenter__, pool.close):
-                try:
-                    await (call(64) if call == pool.generate_random else call())
-                except ForkedProcess:
-                    refused += 1
-            os._exit(0 if refused == 3 else 1)
-        _, status = os.waitpid(child, 0)
-        for _ in range(50):
-            await pool.generate_random(64)
-        stop.set()
-        for thread in threads:
-            await anyio.to_thread.run_sync(thread.join)
-        print("child", status, "failed", pool.stats().operations_failed)
-
-anyio.run(main)
-"""
-
-
-def test_a_forked_child_is_refused_and_the_parent_goes_on(
-    token: ThrowawayToken,
-) -> None:
-    """In the middle of load; the child touches nothing."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _FORK, str(token.module)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.stdout.splitlines()[-1:] == ["child 0 failed 0"], done.stderr
