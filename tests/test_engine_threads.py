@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from poolkit import blocking, digest, make_ec_key
 if TYPE_CHECKING:
     from conftest import MakePool
     from pkcs11_pool import KeyRef, TokenPool
+    from pkcs11_pool.softhsm import ThrowawayToken
 
 _DIGEST = b"d" * 32
 
@@ -74,3 +77,151 @@ async def test_the_error_of_the_block_leaves_as_itself(make_pool: MakePool) -> N
     with pytest.raises(KeyError):
         async with make_pool():
             raise KeyError("mine")
+
+
+_FORK = """
+import os, sys, threading
+from pkcs11 import Mechanism
+from pkcs11_pool import ForkedProcess, TokenPool, WouldBlockLoop
+import anyio
+
+MODULE, BACKEND, LABEL, PIN = sys.argv[1:]
+
+
+async def refused(call):
+    try:
+        await call()
+    except ForkedProcess:
+        return True
+    return False
+
+
+async def child(pool, session, officer):
+    key = pool.key(label="any")
+    calls = {
+        "random": lambda: pool.generate_random(64),
+        "sign": lambda: key.sign(b"x", mechanism=Mechanism.ECDSA_SHA256),
+        "destroy": key.destroy,
+        "session": pool.session().__aenter__,
+        "in a session": lambda: session.generate_random(64),
+        "officer": officer.__aenter__,
+        "login": pool.login,
+        "logout": pool.logout,
+        "open": pool.open,
+        "close": pool.close,
+    }
+    wrong = [name for name, call in calls.items() if not await refused(call)]
+
+    def from_a_thread():
+        try:
+            pool.run_sync(lambda session: session)
+        except ForkedProcess:
+            return
+        wrong.append("thread")
+
+    thread = threading.Thread(target=from_a_thread, daemon=True)
+    thread.start()
+    thread.join(10)
+    return wrong + ["thread hangs"] * thread.is_alive()
+
+
+async def main():
+    async with TokenPool(MODULE, token_label=LABEL, pin=PIN) as pool:
+        stop = threading.Event()
+
+        def load():
+            while not stop.is_set():
+                pool.run_sync(lambda session: session.generate_random(64))
+
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        await pool.generate_random(64)
+        officer = pool.security_officer("12345678")
+        async with pool.session() as session:
+            pid = os.fork()
+            if not pid:
+                status = 1
+                try:
+                    wrong = await child(pool, session, officer)
+                    print("not refused:", wrong, file=sys.stderr)
+                    status = len(wrong)
+                finally:
+                    os._exit(status)
+            _, status = os.waitpid(pid, 0)
+            await session.generate_random(64)
+        for _ in range(50):
+            await pool.generate_random(64)
+        stop.set()
+        for thread in threads:
+            await anyio.to_thread.run_sync(thread.join)
+        print("child", status, "failed", pool.stats().operations_failed)
+
+
+anyio.run(main, backend=BACKEND)
+"""
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_forked_child_is_refused_and_the_parent_goes_on(
+    token: ThrowawayToken, backend: str
+) -> None:
+    """In the middle of load; the child touches nothing, and every call says so."""
+    arguments = [str(token.module), backend, token.label, token.user_pin]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _FORK, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout.splitlines()[-1:] == ["child 0 failed 0"], done.stderr
+
+
+_PRELOAD = """
+import os, sys, traceback
+from pkcs11_pool import TokenPool
+import anyio
+
+MODULE, BACKEND, LABEL, PIN = sys.argv[1:]
+pool = TokenPool(MODULE, token_label=LABEL, pin=PIN)
+
+
+async def main():
+    async with pool:
+        print(len(await pool.generate_random(64)), flush=True)
+
+
+children = []
+# One after the other: SoftHSM2 2.6.1 may miss a token that another process writes to
+# while it is initialised.
+for _ in range(2):
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            anyio.run(main, backend=BACKEND)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    children.append(os.waitpid(pid, 0)[1])
+print("children", children)
+"""
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_pool_made_before_a_fork_may_be_opened_in_each_child(
+    token: ThrowawayToken, backend: str
+) -> None:
+    """As servers do that load the application first and fork their workers then."""
+    arguments = [str(token.module), backend, token.label, token.user_pin]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PRELOAD, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout.splitlines() == ["8", "8", "children [0, 0]"], done.stderr

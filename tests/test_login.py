@@ -34,6 +34,7 @@ from pkcs11_pool import (
     KeyNotFound,
     LoginRequired,
     LoginState,
+    OutcomeUnknown,
     PinLengthInvalid,
     PinRefused,
     PinSourceError,
@@ -1354,6 +1355,50 @@ def _on_asyncio() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+async def test_a_set_pin_that_timed_out_leaves_no_pin_to_try(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+) -> None:
+    """Either PIN may be the wrong one, so the pool sends neither until login(pin)."""
+    async with make_pool(module=fault.path) as pool:
+        key = await _make_signer(pool)
+        fault.on("C_SetPIN", hang="after")
+        with pytest.raises(PoolTimeout) as caught:
+            await pool.set_pin(token.user_pin, "new-pin", timeout=0.2)
+        assert caught.value.phase == "running"
+        try:
+            fault.lose_login()
+            fault.reset_counts()
+            with pytest.raises(LoginRequired):
+                await _sign(key, timeout=2)
+            with pytest.raises(LoginRequired):
+                await pool.login()
+            assert fault.count("C_Login") == 0
+            await pool.login("new-pin")
+            assert _is_signature(await key.public_key_der(), await _sign(key))
+        finally:
+            # The call must be back before the module can be finalised.
+            fault.clear()
+            await _until(lambda: pool.stats().calls_stuck == 0)
+
+
+async def test_a_set_pin_lost_with_the_token_leaves_no_pin_to_try(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+) -> None:
+    """The token did it and could not say so: neither PIN is sent until login(pin)."""
+    async with make_pool(module=fault.path) as pool:
+        key = await _make_signer(pool)
+        fault.on("C_SetPIN", replace=CKR.DEVICE_ERROR)
+        with pytest.raises(OutcomeUnknown):
+            await pool.set_pin(token.user_pin, "new-pin")
+        fault.lose_login()
+        fault.reset_counts()
+        with pytest.raises(LoginRequired):
+            await _sign(key, timeout=2)
+        assert fault.count("C_Login") == 0
+        await pool.login("new-pin")
+        assert _is_signature(await key.public_key_der(), await _sign(key))
 
 
 # -- PINs do not show -------------------------------------------------------------

@@ -981,6 +981,18 @@ async def test_an_officer_inside_his_period_would_deadlock(
     assert _who(pool) is LoginState.USER
 
 
+async def test_an_officer_who_logs_in_or_out_would_deadlock(
+    make_pool: MakePool, token: ThrowawayToken
+) -> None:
+    """Both wait for the end of the period, and that waits for this very task."""
+    async with make_pool(timeout=2) as pool:
+        async with pool.security_officer(token.so_pin):
+            for call in (pool.login, pool.logout):
+                with pytest.raises(WouldDeadlock):
+                    await call()
+        assert _who(pool) is LoginState.USER
+
+
 async def test_a_login_lost_while_the_officer_waits_is_restored(
     make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
 ) -> None:

@@ -361,10 +361,15 @@ async def test_private_objects_are_invisible_to_the_officer(
         classes = await seen.on(so.session).attributes([Attribute.CLASS])
         assert classes == {Attribute.CLASS: ObjectClass.PUBLIC_KEY}
         assert await so.session.find({Attribute.PRIVATE: True}) == []
-        with pytest.raises(pkcs11.UserNotLoggedIn):
+        with pytest.raises(pkcs11.UserNotLoggedIn) as caught:
             await so.session.key(label="pair").sign(
                 bytes(32), mechanism=pkcs11.Mechanism.ECDSA
             )
+        assert "nobody" not in str(caught.value)
+        # Somebody is logged in: to say that nobody is would lead astray.
+        with pytest.raises(pkcs11.UserNotLoggedIn) as caught:
+            await so.session.create_object(_TOKEN_PRIVATE.template("new"))
+        assert "nobody" not in str(caught.value)
     assert len(await pool.find()) == 2
 
 

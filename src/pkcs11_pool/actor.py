@@ -114,6 +114,9 @@ class LoginActor:
         self.guard = PinGuard()
         self._options = options
         self._pin = options.pin
+        # Whether the PIN was being changed, and nobody knows if it was: neither the
+        # old nor the new one is sent then. Set by the worker that changes it.
+        self._in_doubt = False
         self._gate = gate
         self._cache = cache
         self._name = name
@@ -176,8 +179,17 @@ class LoginActor:
         """The caller who was sent for the PIN has it, or not."""
         self._mail.put(partial(self._pin_came, pin, error))
 
+    def pin_in_doubt(self) -> None:
+        """The PIN is being changed: until the token answers, none is known."""
+        self._in_doubt = True
+
+    def pin_kept(self) -> None:
+        """The token refused to change it."""
+        self._in_doubt = False
+
     def pin_changed(self, pin: Pin) -> None:
         """The user's PIN on the token is another now."""
+        self._in_doubt = False
         self._mail.put(partial(self._pin_changed, pin))
 
     def _post(self, job: Job, handle: Callable[..., None], *arguments: Any) -> None:
@@ -335,17 +347,14 @@ class LoginActor:
             self._gate.settle(job, None, None)
             return
         given = pin is not None
-        source = pin if given else self._pin
-        if source is None:
-            message = "no PIN to log in with: await pool.login(pin)"
-            raise LoginRequired(message)
+        source = self._own_pin if pin is None else pin
         if callable(source):
             self._insisted |= force
             self._ask(source, job)
             return
         self._try_login(source, force=force)
         if given:
-            self._pin = source
+            self._pin, self._in_doubt = source, False
         self._gate.settle(job, None, None)
         self._settle_logins(None)
 
@@ -366,10 +375,11 @@ class LoginActor:
             return
         self._wanted_by_operations = True
         try:
-            if callable(self._pin):
-                self._ask(self._pin, None)
+            source = self._own_pin
+            if callable(source):
+                self._ask(source, None)
                 return
-            self._try_login(self._pin, force=False)
+            self._try_login(source, force=False)
         except Exception as error:  # noqa: BLE001  # raised at those who wait for it
             self._settle_logins(error)
         else:
@@ -561,14 +571,34 @@ class LoginActor:
         wanted = self.login.wanted is LoginState.USER
         if not wanted or self.login.state is LoginState.USER or self._pin is None:
             return False
-        if callable(self._pin):
+        source = self._own_pin
+        if callable(source):
             if job is not None:
                 # The period is over; what is left is a login, and may be left alone.
                 job.stays = False
-            self._ask(self._pin, job)
+            self._ask(source, job)
             return True
-        self._try_login(self._pin, force=False)
+        self._try_login(source, force=False)
         return False
+
+    @property
+    def _own_pin(self) -> Pin | PinCallable:
+        """The pool's PIN or its source.
+
+        Raises:
+            LoginRequired: It has none; or a change of the PIN was lost, and either
+                may be the wrong one.
+        """
+        if self._pin is None:
+            message = "no PIN to log in with: await pool.login(pin)"
+            raise LoginRequired(message)
+        if self._in_doubt:
+            message = (
+                "a change of the PIN was lost, so the pool sends neither the old nor "
+                "the new one: await pool.login(pin)"
+            )
+            raise LoginRequired(message)
+        return self._pin
 
     @property
     def attached(self) -> modules.Module:

@@ -102,8 +102,7 @@ class Dispatch:
             TokenUnavailable: It was not taken; nothing happens.
             PoolTimeout: It would have to wait, and must not.
         """
-        if os.getpid() != self.pid:
-            raise self.forked()
+        self.check_process()
         job.since = time.monotonic()
         with self._lock:
             self._check_open_locked()
@@ -124,17 +123,42 @@ class Dispatch:
         Raises:
             PoolClosed, ForkedProcess, TokenUnavailable: See there.
         """
-        if os.getpid() != self.pid:
-            raise self.forked()
+        self.check_process()
         with self._lock:
             self._check_open_locked()
 
-    def forked(self) -> ForkedProcess:
-        """The error for a child process that uses its parent's pool."""
-        return ForkedProcess(
-            f"this pool belongs to process {self.pid}: use the start method spawn or "
-            "forkserver, or open a pool after the fork"
-        )
+    @property
+    def is_forked(self) -> bool:
+        """Whether the pool was opened in the process that this one was forked from."""
+        return os.getpid() != self.pid and self.state is not PoolState.NEW
+
+    def start_here(self) -> bool:
+        """Begin to open, in this process; False if it was opened before.
+
+        A pool that was made before a fork and not opened may be opened in the child.
+
+        Raises:
+            ForkedProcess: It was opened in the parent process.
+        """
+        self.check_process()
+        self.pid = os.getpid()
+        return self.become(PoolState.OPENING)
+
+    def check_process(self) -> None:
+        """Refuse a child process that uses its parent's pool, and touch nothing.
+
+        First of all in each call: in a child even the lock may be held for ever, and
+        asyncio says that no loop is running.
+
+        Raises:
+            ForkedProcess: This is such a child.
+        """
+        if self.is_forked:
+            message = (
+                f"this pool belongs to process {self.pid}: use the start method spawn "
+                "or forkserver, or open a pool after the fork"
+            )
+            raise ForkedProcess(message)
 
     def _check_open_locked(self) -> None:
         if self.state not in (PoolState.READY, PoolState.RECOVERING):
@@ -171,13 +195,18 @@ class Dispatch:
                     refused.append(job)
         return refused
 
-    def _check_deadlock_locked(self, job: Job) -> None:
-        room = self._room
-        if self._so_lane is not None and self._so_lane.holder == job.holder:
+    def _check_officer_locked(self, job: Job) -> None:
+        """Refuse what waits for the end of the period to him whose period it is."""
+        so = self._so_lane
+        if so is not None and job.holder is not None and so.holder == job.holder:
             raise WouldDeadlock(
                 "this task is the security officer: use so.session, or leave the "
                 "period first"
             )
+
+    def _check_deadlock_locked(self, job: Job) -> None:
+        room = self._room
+        self._check_officer_locked(job)
         mine = (
             lease.holder == job.holder for lease in room.leases if not lease.closing
         )

@@ -13,7 +13,6 @@ The top layer: on :class:`~pkcs11_pool.leasing.Leasing`, which is on
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -187,7 +186,7 @@ class TokenEngine(Leasing):
     ) -> None:
         """Settle a job that ran, and wake its caller."""
         if error is not None:
-            error = _login_required(error)
+            error = _login_required(error, self.actor.login.state)
         with self._lock:
             if worker.lost:
                 return
@@ -278,10 +277,16 @@ class TokenEngine(Leasing):
     # -- The gate: called by the actor --------------------------------------------
 
     def request(self, job: Job, post: Callable[[Job], None]) -> None:
-        """Hand a request to the actor."""
-        if os.getpid() != self.pid:
-            raise self.forked()
+        """Hand a request to the actor.
+
+        Raises:
+            WouldDeadlock: It waits for the end of a period of the security officer,
+                who is the one that asks.
+        """
+        self.check_process()
         with self._lock:
+            if not job.stays:
+                self._check_officer_locked(job)
             job.phase = Phase.WAITING
             job.since = time.monotonic()
             self._requests.add(job)
@@ -322,6 +327,11 @@ class TokenEngine(Leasing):
             return quiet() or job.phase is Phase.SETTLED or lost
 
         with self._lock:
+            if job.nowait and (self._running or room.leases or room.leasing):
+                # What is only tidied behind its caller's back is no reason.
+                self._settle_locked(job, None, PoolTimeout(NO_WAIT, "waiting"))
+                job.waiter.wake()
+                return False
             if self._pause is Pause.NOT and leases:
                 self._pause = Pause.NEW
             before = self._pause
@@ -491,8 +501,7 @@ class TokenEngine(Leasing):
 
     def stats(self) -> PoolStats:
         """A snapshot, taken under the lock."""
-        if os.getpid() != self.pid:
-            raise self.forked()
+        self.check_process()
         with self._lock:
             room, counters = self._room, self._counters
             return PoolStats(
@@ -507,10 +516,13 @@ class TokenEngine(Leasing):
             )
 
 
-def _login_required(error: BaseException) -> BaseException:
+def _login_required(error: BaseException, state: LoginState) -> BaseException:
     """The pool's own error for a login that is missing, whoever noticed."""
     if isinstance(error, LoginRequired) or not isinstance(error, p11.UserNotLoggedIn):
         return error
-    wrapped = LoginRequired("nobody is logged in: await pool.login(pin)")
+    message = "nobody is logged in: await pool.login(pin)"
+    if state is LoginState.SO:
+        message = "private objects are not for the security officer: end the period"
+    wrapped = LoginRequired(message)
     wrapped.__cause__ = error
     return wrapped

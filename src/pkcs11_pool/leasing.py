@@ -5,7 +5,6 @@ The middle layer of the engine, on :class:`~pkcs11_pool.dispatch.Dispatch`.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
@@ -64,7 +63,7 @@ class Leasing(Dispatch):
         of others that are inside with its session objects, for at most
         ``close_timeout``; the waiter waits no longer than that.
         """
-        if os.getpid() != self.pid:
+        if self.is_forked:
             return None  # a forked child leaves its parent's sessions alone
         job = Job(
             lambda session: self._end(lease, session),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -25,6 +24,7 @@ from pkcs11_pool.state import LoginState, PoolState
 from pkcs11_pool.waiting import blocking, checkpoint, current_waiter
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
     from types import TracebackType
 
@@ -163,11 +163,10 @@ class TokenPool(Calls):
             ``C_Initialize``, ``C_GetSlotList``, ``C_GetTokenInfo``,
             ``C_OpenSession``, ``C_Login``.
         """
-        await checkpoint()
         engine = self._engine
-        if os.getpid() != engine.pid:
-            raise engine.forked()
-        if not engine.become(PoolState.OPENING):
+        engine.check_process()
+        await checkpoint()
+        if not engine.start_here():
             message = f"this pool is {engine.state.value}: a pool is opened once"
             raise PoolClosed(message)
         engine.actor.start()
@@ -190,8 +189,7 @@ class TokenPool(Calls):
             ``C_CloseSession``, ``C_Logout``; ``C_Finalize`` by the module's last pool.
         """
         engine = self._engine
-        if os.getpid() != engine.pid:
-            raise engine.forked()
+        engine.check_process()
         if engine.state is PoolState.NEW:
             engine.become(PoolState.CLOSED)
         elif engine.state is not PoolState.CLOSED:
@@ -331,6 +329,7 @@ class TokenPool(Calls):
         Raises:
             PinRefused: The token refused it, or it was not sent. The pool stays open.
             LoginRequired: There is no PIN.
+            WouldDeadlock: This task is the security officer.
 
         Cancellation:
             Stops the wait, not the login.
@@ -354,6 +353,7 @@ class TokenPool(Calls):
 
         Raises:
             PoolTimeout: They did not end in time; nothing has changed.
+            WouldDeadlock: This task is the security officer.
 
         Cancellation:
             Stops the wait, not the logout.
@@ -370,6 +370,9 @@ class TokenPool(Calls):
         Raises:
             PinLengthInvalid: The token takes no PIN of this length; nothing was sent.
             PinRefused: ``old`` is not the PIN.
+            OutcomeUnknown: The token went away during the call. The pool tries
+                neither PIN until ``login(pin)``; so it is after ``PoolTimeout`` with
+                the phase ``"running"``, until the call returns.
 
         Cancellation:
             The outcome is waited for, then the cancellation raised.
@@ -409,6 +412,7 @@ class TokenPool(Calls):
     async def _request(
         self, post: Callable[[Job], None], limit: float | None, *, stays: bool = False
     ) -> Any:
+        self._engine.check_process()
         waiter = current_waiter()
         job = Job(
             None,
@@ -434,6 +438,7 @@ class TokenPool(Calls):
     ) -> T:
         engine = self._engine
         limit = arguments.timeout(timeout, engine.options.timeout)
+        engine.check_process()
         if changes:
             await checkpoint()
         waiter = current_waiter()

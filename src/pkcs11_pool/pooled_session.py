@@ -85,6 +85,7 @@ class PooledSession(Calls):
     ) -> T:
         del rw, home  # the session is what it is
         limit = arguments.timeout(timeout, self._engine.options.timeout)
+        self._engine.check_process()
         if changes:
             await checkpoint()
         waiter = current_waiter()
@@ -131,6 +132,7 @@ class SessionBlock:
             PoolTimeout: None came free in time.
         """
         limit = self._timeout
+        self._engine.check_process()
         waiter = current_waiter()
         job = Job(
             None,
@@ -158,6 +160,9 @@ class SessionBlock:
         if loan is None or kind is GeneratorExit:
             # The block was forgotten with its loop: nothing can be awaited any more,
             # and the session is an orphan.
+            return
+        if self._engine.is_forked:
+            # In a child the session is its parent's.
             return
         waiter = current_waiter()
         job = self._engine.end_lease(loan.lease, waiter)

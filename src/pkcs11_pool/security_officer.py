@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from pkcs11_pool import events, pins, rv
+from pkcs11_pool import events, pins, recovery, rv
 from pkcs11_pool.arguments import DEFAULT, Timeout
-from pkcs11_pool.errors import PoolClosed, WouldDeadlock
+from pkcs11_pool.errors import OutcomeUnknown, PoolClosed, WouldDeadlock
 from pkcs11_pool.jobs import Job, Kind
 from pkcs11_pool.pin_guard import SO, USER, check_length
 from pkcs11_pool.pooled_session import PooledSession
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pkcs11_pool.pins import Secret
     from pkcs11_pool.session import Session
     from pkcs11_pool.state import TokenInfo
+
+_GOES_AWAY: Final = frozenset({recovery.Fault.TOKEN, recovery.Fault.MODULE})
 
 
 class SecurityOfficer:
@@ -54,8 +56,13 @@ class SecurityOfficer:
         actor = self._engine.actor
 
         def work(session: Session) -> None:
-            _init_pin(session, new)
+            actor.pin_in_doubt()
+            code = session.functions.C_InitPIN(session.handle, new.encoded(), len(new))
+            _known(code, "C_InitPIN")
             # Here and not behind the await: the caller may be cancelled by then.
+            if code:
+                actor.pin_kept()
+            rv.check(code, "C_InitPIN")
             actor.pin_changed(new)
 
         await self.session._perform(work, timeout, changes=True)  # noqa: SLF001  # one package
@@ -98,8 +105,9 @@ class SecurityOfficerBlock:
             PoolTimeout: Calls or sessions did not end in time; nothing has changed.
             PinRefused: The token refused the PIN; the login found before is restored.
         """
-        await checkpoint()
         engine = self._engine
+        engine.check_process()
+        await checkpoint()
         engine.check_open()
         waiter = current_waiter()
         if engine.holds_lease(waiter.holder):
@@ -108,12 +116,15 @@ class SecurityOfficerBlock:
                 "task holds one: leave its block first"
             )
             raise WouldDeadlock(message)
-        limit = self._timeout
+        # timeout=0 waits for nobody, but the login itself takes its time.
+        nowait = self._timeout == 0
+        limit = engine.options.timeout or None if nowait else self._timeout
         job = Job(
             None,
             Kind.ACTOR,
             waiter=waiter,
             deadline=None if limit is None else time.monotonic() + limit,
+            nowait=nowait,
             changes=True,
         )
         try:
@@ -149,7 +160,7 @@ class SecurityOfficerBlock:
 
     async def _end(self) -> None:
         engine, lane = self._engine, self._lane
-        if lane is None:
+        if lane is None or engine.is_forked:
             return
         engine.end_so_lane(lane)
         waiter = current_waiter()
@@ -165,16 +176,22 @@ def pin_change(engine: TokenEngine, user: str, old: Secret, new: Secret) -> Any:
     info = token_info(engine)
     check_length(old, info)
     check_length(new, info)
-    engine.actor.guard.check_refused(user, old)
+    actor = engine.actor
+    actor.guard.check_refused(user, old)
 
     def work(session: Session) -> None:
-        code = _set_pin(session, old, new)
-        engine.actor.guard.answered(user, old, code, "C_SetPIN")
-        # Here and not behind the await: the caller may be cancelled by then.
         if user == USER:
-            engine.actor.pin_changed(new)
+            actor.pin_in_doubt()
+        code = _set_pin(session, old, new)
+        _known(code, "C_SetPIN")
+        # Here and not behind the await: the caller may be cancelled by then.
+        if code and user == USER:
+            actor.pin_kept()
+        actor.guard.answered(user, old, code, "C_SetPIN")
+        if user == USER:
+            actor.pin_changed(new)
         else:
-            engine.actor.guard.accepted(user)
+            actor.guard.accepted(user)
 
     return work
 
@@ -188,9 +205,20 @@ def token_info(engine: TokenEngine) -> TokenInfo:
     return info
 
 
-def _init_pin(session: Session, pin: Secret) -> None:
-    code = session.functions.C_InitPIN(session.handle, pin.encoded(), len(pin))
-    rv.check(code, "C_InitPIN")
+def _known(code: int, function: str) -> None:
+    """Refuse an answer that does not tell whether the PIN was changed.
+
+    Raises:
+        OutcomeUnknown: The token or its module went away during the call.
+    """
+    error = rv.error_of(code, function) if code else None
+    if error is None or recovery.classify(error) not in _GOES_AWAY:
+        return
+    message = (
+        "the token went away while the PIN was changed: it may be the old or the new "
+        "one; try with pool.login(pin)"
+    )
+    raise OutcomeUnknown(message) from error
 
 
 def _set_pin(session: Session, old: Secret, new: Secret) -> int:
