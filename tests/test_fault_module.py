@@ -620,6 +620,30 @@ def test_a_bad_target_is_refused(setup: Setup) -> None:
 
 
 @own_process
+def test_a_call_that_was_let_go_does_not_hang_any_more(setup: Setup) -> None:
+    """At once, though its thread may be slow to wake: the next one can be waited for."""
+    fault, app = start(setup)
+    session = app.open()
+
+    def info() -> int:
+        return app("C_GetSessionInfo", session, ctypes.create_string_buffer(64))
+
+    for let_go in (fault.release, fault.clear):
+        for _ in range(50):
+            fault.on("C_GetSessionInfo", hang="before")
+            thread = Thread(info)
+            fault.wait_until_hanging("C_GetSessionInfo")
+            let_go()
+            assert "not 1 hanging" in refused(
+                lambda: fault.wait_until_hanging("C_GetSessionInfo", timeout=0.001)
+            )
+            assert "not 1 hanging" in refused(
+                lambda: fault.wait_until_hanging(timeout=0.001)
+            )
+            assert thread.result() == CKR.OK
+
+
+@own_process
 def test_calls_are_counted(setup: Setup) -> None:
     """Counts, those inside and the maximum follow the calls, and can be set back."""
     fault, app = start(setup)

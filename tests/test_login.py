@@ -235,6 +235,47 @@ async def test_operations_under_changing_logins_are_right_or_refused(
     assert _who(pool) is LoginState.USER
 
 
+async def test_searches_that_began_logged_out_are_login_required(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """However often a login comes just too late for a search: not KeyNotFound.
+
+    Each round: a search finds nothing, a login comes before it ends, and a logout
+    before it is made again.
+    """
+    async with make_pool(module=fault.path) as pool:
+        key = await _make_signer(pool)
+        await pool.logout()
+
+        async def sign() -> None:
+            with pytest.raises(LoginRequired):
+                await _sign(key)
+
+        async with anyio.create_task_group() as group:
+            # The second search of a lookup: private keys first, then secret keys.
+            fault.on("C_FindObjectsFinal", nth=2, hang="before")
+            group.start_soon(sign)
+            for _ in range(3):
+                await _in_thread(fault.wait_until_hanging, "C_FindObjectsFinal")
+                await pool.login()
+                group.start_soon(pool.logout)
+                await _until_paused(pool)
+                fault.on("C_FindObjectsFinal", nth=2, hang="before")
+                fault.release()
+            fault.clear()
+        assert _who(pool) is LoginState.PUBLIC
+
+
+async def _until_paused(pool: TokenPool) -> None:
+    """Wait until nothing starts: a caller that must not wait tells."""
+    with anyio.fail_after(_LAST_RESORT):
+        while True:
+            try:
+                await pool.generate_random(64, timeout=0)
+            except PoolTimeout:
+                return
+
+
 # -- Logged out -------------------------------------------------------------------
 
 _PRIVATE_USES: dict[str, Callable[[TokenPool], Awaitable[object]]] = {

@@ -249,7 +249,7 @@ class LoginActor:
         # The order matters: operations that start from here on see the new epoch,
         # and what was opened or found in the old one is not used in it.
         self.login = self.login.after(event)
-        self._cache.login = self.login.state
+        self._cache.login = self.login
         self._gate.close_ahead()
 
     # -- Opening and closing ------------------------------------------------------

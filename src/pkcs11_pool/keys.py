@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pkcs11_pool.session import Session
-    from pkcs11_pool.state import Epoch, Generation
+    from pkcs11_pool.state import Epoch, Generation, Login
 
 _MOST_ENTRIES: Final = 4096
 _TRIES: Final = 5
@@ -300,7 +300,7 @@ class HandleCache:
     def __init__(self, max_age: float | None) -> None:
         self._max_age = max_age
         #: Who is logged in, as the login actor last told. Written by it alone.
-        self.login = LoginState.PUBLIC
+        self.login: Login | None = None
         self._entries: dict[KeySpec, Entry] = {}
         self._lock = threading.Lock()
         #: Held from looking a number up to destroying it: no other call of this
@@ -414,7 +414,7 @@ class HandleCache:
         for _ in range(_TRIES):
             found = self._search(session, spec)
             if not found:
-                raise self._missing(spec)
+                raise self._missing(session, spec)
             if len(found) > 1:
                 message = f"more than one object matches {spec}: name it more closely"
                 raise KeyAmbiguous(message)
@@ -442,8 +442,15 @@ class HandleCache:
                 )
             ]
 
-    def _missing(self, spec: KeySpec) -> KeyNotFound | LoginRequired:
-        if self.login is not LoginState.USER and _may_be_private(spec):
+    def _missing(self, session: Session, spec: KeySpec) -> KeyNotFound | LoginRequired:
+        # As it was when the search began: a login since then did not help it.
+        login = self.login
+        visible = (
+            login is not None
+            and login.state is LoginState.USER
+            and login.epoch == session.epoch
+        )
+        if not visible and _may_be_private(spec):
             return LoginRequired(
                 f"{spec} is not to be seen while the user is not logged in: "
                 "await pool.login(pin)"

@@ -114,15 +114,23 @@ static void hang(const struct call *call)
     int function = call->function;
     lock();
     uint64_t released_at = state.released_at[function];
-    state.status.hanging[function]++;
-    state.status.hanging_all++;
-    tell_waiters();
+    if (state.cleared == call->cleared) {
+        state.status.hanging[function]++;
+        state.status.hanging_all++;
+        tell_waiters();
+    }
+    /* Whoever lets it go has counted it out by then: see let_go. */
     while (state.cleared == call->cleared && state.released_at[function] == released_at)
         pthread_cond_wait(&state.released, &state.lock);
-    state.status.hanging[function]--;
-    state.status.hanging_all--;
-    tell_waiters();
     unlock();
+}
+
+/* A call that was let go hangs no more, though its thread may not have woken yet: a test that
+ * waits for the next one to hang must not see this one. */
+static void let_go(int function)
+{
+    state.status.hanging_all -= state.status.hanging[function];
+    state.status.hanging[function] = 0;
 }
 
 /* Everything that the firing rules ask is done: delays add up, the first answer wins. */
@@ -297,6 +305,9 @@ EXPORT void fault_clear(void)
     struct rule *gone = state.rules;
     state.rules = NULL;
     state.cleared++;
+    for (int i = 0; i < FUNCTIONS; i++)
+        let_go(i);
+    tell_waiters();
     pthread_cond_broadcast(&state.released);
     unlock();
     while (gone != NULL) {
@@ -310,8 +321,11 @@ EXPORT void fault_release(int function)
 {
     lock();
     for (int i = 0; i < FUNCTIONS; i++)
-        if (function == ANY_FUNCTION || function == i)
+        if (function == ANY_FUNCTION || function == i) {
             state.released_at[i]++;
+            let_go(i);
+        }
+    tell_waiters();
     pthread_cond_broadcast(&state.released);
     unlock();
 }
