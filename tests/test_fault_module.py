@@ -621,7 +621,7 @@ def test_a_bad_target_is_refused(setup: Setup) -> None:
 
 @own_process
 def test_a_call_that_was_let_go_does_not_hang_any_more(setup: Setup) -> None:
-    """At once, though its thread may be slow to wake: the next one can be waited for."""
+    """At once, though its thread may wake late: the next one can be waited for."""
     fault, app = start(setup)
     session = app.open()
 
