@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pkcs11.constants import Attribute, ObjectClass
 
-from pkcs11_pool import arguments, config, objects, operations
+from pkcs11_pool import arguments, config, cryptoki, objects, operations
 from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
 from pkcs11_pool.errors import InvalidOption, SessionObjectNeedsSession
 from pkcs11_pool.keyref import KeyRef, ObjectRef
@@ -102,8 +102,11 @@ class Calls(ABC):
         def work(session: Session) -> T:
             # The caller may change any object: no number is sure meanwhile.
             with cache.changing():
-                result: T = arguments.no_awaitable(called(session.p11, *args))
-                return result
+                try:
+                    result: T = arguments.no_awaitable(called(session.lend(), *args))
+                    return result
+                finally:
+                    cryptoki.end_operations(session.p11)
 
         return await self._perform(work, timeout, rw=rw, changes=rw, restart=repeat)
 

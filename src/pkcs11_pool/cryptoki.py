@@ -14,11 +14,15 @@ argument, and must not stand in a frame that an exception keeps.
 from __future__ import annotations
 
 import ctypes as c
+import gc
 import struct
+import threading
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from pkcs11 import _pkcs11
+from pkcs11 import exceptions as p11
 from pkcs11.attributes import AttributeMapper
 
 from pkcs11_pool import rv as ckr
@@ -38,6 +42,8 @@ UNAVAILABLE: Final = c.c_ulong(-1).value
 """``CK_UNAVAILABLE_INFORMATION``, for lengths and counts."""
 
 _HEADER: Final = object.__basicsize__
+_COUNT: Final = 68
+"""Functions in a list of version 2; a later one begins with the same."""
 _VERSIONS: Final = ((2, 0), (3, 255))
 """The first field of a function list is its version; anything else is no list."""
 
@@ -169,6 +175,31 @@ class FunctionList:
         return function
 
 
+class WatchedList:
+    """A copy of a module's function list, with a ``C_CloseSession`` that tells first.
+
+    For sessions in the hands of a caller's function. A number must be known as
+    closed before the module can give it to the next session. What the caller keeps
+    goes on pointing here, so this is never destroyed either.
+    """
+
+    def __init__(self, functions: FunctionList, closes: Callable[[int], None]) -> None:
+        def close(handle: int) -> int:
+            closes(handle)
+            return functions.C_CloseSession(handle)
+
+        index, arguments = _FUNCTIONS["C_CloseSession"]
+        size = (1 + _COUNT) * c.sizeof(_P)
+        self._list = c.create_string_buffer(c.string_at(functions.pointer, size), size)
+        self._close = c.CFUNCTYPE(ULong, *arguments)(close)
+        slot = _P.from_buffer(self._list, (1 + index) * c.sizeof(_P))
+        slot.value = c.cast(self._close, _P).value
+
+    def watch(self, session: pkcs11.Session) -> None:
+        """Let this session call through the copy: the list is its first C field."""
+        _P.from_address(id(session) + _HEADER).value = c.addressof(self._list)
+
+
 class Library(_pkcs11.lib):
     """python-pkcs11's library object, initialised for several threads.
 
@@ -233,6 +264,7 @@ MAPPER: Final = AttributeMapper()
 
 # The C module's classes are not in its stub.
 _native: Any = _pkcs11
+_RLock: Final = type(threading.RLock())
 
 
 def handle_of(session: Any) -> int:
@@ -259,6 +291,23 @@ def take_handle(session: pkcs11.Session) -> int:
         raise RuntimeError(message)
     field.value = 0
     return handle
+
+
+def end_operations(session: pkcs11.Session) -> None:
+    """End the searches and other operations that this thread left under way.
+
+    Whoever keeps one, be it the traceback of an error, keeps the session's
+    operation lock taken for the thread that began it: another thread that used the
+    session would wait for ever. Called before the session leaves the thread.
+    """
+    lock: Any = next(o for o in gc.get_referents(session) if isinstance(o, _RLock))
+    if not lock._is_owned():  # noqa: SLF001  # as threading.Condition asks it
+        return
+    # Seldom, so it may be slow. Whatever each of them says, it is over.
+    for operation in gc.get_referrers(session):
+        if isinstance(operation, _native.OperationContext):
+            with suppress(p11.PKCS11Error):
+                operation._finalize()  # noqa: SLF001
 
 
 def mechanism_address(packed: object) -> int:

@@ -92,7 +92,15 @@ class Module:
         self.turn = _NO_TURN
         #: The sessions of the present generation, by number.
         self.live: dict[int, Session] = {}
+        #: For sessions in the hands of a caller's function.
+        self.watched = cryptoki.WatchedList(library.functions, self._closes)
         self._in_use: dict[tuple[str, bytes, str, str], str] = {}
+
+    def _closes(self, handle: int) -> None:
+        """A caller closes the session that it was given: it is not ours to close."""
+        session = self.live.pop(handle, None)
+        if session is not None:
+            session.forget()
 
     @property
     def functions(self) -> cryptoki.FunctionList:

@@ -62,12 +62,17 @@ class Session:
         self.generation = module.generation
         self.handle = cryptoki.handle_of(self.p11)
         # The number is new, so whoever had it before was closed behind our back, by
-        # a caller's own close(). It must not close this one, too.
+        # the token. It must not close this one, too.
         if before := module.live.get(self.handle):
             before.forget()
         module.live[self.handle] = self
         self.rw = rw
         self.epoch = epoch
+
+    def lend(self) -> pkcs11.Session:
+        """The ``pkcs11.Session``, for a caller's function, which may close it."""
+        self.module.watched.watch(self.p11)
+        return self.p11
 
     def close(self) -> int:
         """``C_CloseSession``; the code that it returned, 0 if it was closed before.
