@@ -192,6 +192,11 @@ class LoginActor:
         self._in_doubt = False
         self._mail.put(partial(self._pin_changed, pin))
 
+    def later(self, call: partial[Any]) -> None:
+        """Make a call on this thread. Takes no lock, and holds up nobody."""
+        # put() of this queue, and of no other, may be called by the collector.
+        self._mail.put(call)
+
     def _post(self, job: Job, handle: Callable[..., None], *arguments: Any) -> None:
         with self._mailbox:
             if not self._ended:
@@ -225,18 +230,18 @@ class LoginActor:
     def _quiet(self, job: Job, *, leases: bool) -> bool:
         """Pause the queue for a request; whether it succeeded.
 
-        Logins go on meanwhile: those who are waited for may need one. Everything
-        else that comes is kept for later.
+        Logins go on meanwhile: those who are waited for may need one. Every other
+        request is kept for later.
         """
-        logins = (self._need_login, self._pin_came, self._pin_changed)
         while (quiet := self._gate.pause(job, leases=leases)) is None:
             while self._gate.login_awaited() and job.phase is not Phase.SETTLED:
                 with suppress(queue.Empty):
                     message = self._mail.get(timeout=_LOOK)
-                    if message.func in logins or self._log_in in message.args:
-                        message()
-                    else:
+                    request = message.func == self._handle
+                    if request and self._log_in not in message.args:
                         self._postponed.append(message)
+                    else:
+                        message()
         return quiet
 
     def _repost(self) -> None:

@@ -14,6 +14,7 @@ The top layer: on :class:`~pkcs11_pool.leasing.Leasing`, which is on
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import exceptions as p11
@@ -351,6 +352,14 @@ class TokenEngine(Leasing):
             self._pause = Pause.ALL
         self.close_ahead()
         return True
+
+    def forget(self, job: Job) -> None:
+        """The caller is gone without a word, with its loop.
+
+        Called by the garbage collector, on any thread: takes no lock.
+        """
+        if job.phase is not Phase.SETTLED:
+            self.actor.later(partial(self.cancel, job))
 
     def login_awaited(self) -> bool:
         """Whether operations wait for a lost login to be restored."""

@@ -55,7 +55,9 @@ class _Port:
         self._scheduled = True
         try:
             self._schedule()
-        except RuntimeError:  # trio.RunFinishedError is one, too
+        except (RuntimeError, OSError):
+            # trio.RunFinishedError is a RuntimeError; a run of trio's that its host
+            # abandoned has no socket any more to be woken by.
             self._scheduled = False
             return False
         return True
@@ -167,8 +169,11 @@ class _AsyncioWaiter(_LoopWaiter):
                     await self._run_errand(engine, job)
                 else:
                     await self._wait()
-        except BaseException as error:
-            if not engine.cancel(job) and not isinstance(error, GeneratorExit):
+        except GeneratorExit:
+            engine.forget(job)
+            raise
+        except BaseException:
+            if not engine.cancel(job):
                 await self._outlast(job)
             raise
         return outcome(job)
@@ -216,8 +221,11 @@ class _TrioWaiter(_LoopWaiter):
                     await self._wait(engine, job)
             if job.changes or job.stays:
                 await self._trio.lowlevel.checkpoint_if_cancelled()
-        except BaseException as error:
-            if not engine.cancel(job) and not isinstance(error, GeneratorExit):
+        except GeneratorExit:
+            engine.forget(job)
+            raise
+        except BaseException:
+            if not engine.cancel(job):
                 while job.phase is not Phase.SETTLED:
                     await self._wait(None, job)
             raise

@@ -1,0 +1,464 @@
+"""Loops that end, loops side by side, and loops one after the other, on one pool."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import queue
+import signal
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+import trio
+import uvloop
+from pkcs11 import KeyType, Mechanism
+
+from pkcs11_pool import PoolState
+from poolkit import (
+    LAST_RESORT,
+    Hold,
+    blocking,
+    digest,
+    make_ec_key,
+    pool_threads,
+    wait_for,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
+
+    from conftest import MakePool
+    from faultmodule import FaultModule
+    from pkcs11_pool import TokenPool
+
+_DIGEST = b"d" * 32
+_BLOCK = b"b" * 16
+_ECB = Mechanism.AES_ECB
+_BACKENDS: dict[str, dict[str, Any]] = {
+    "asyncio": {"backend": "asyncio", "backend_options": {"debug": True}},
+    "uvloop": {"backend": "asyncio", "backend_options": {"use_uvloop": True}},
+    "trio": {"backend": "trio"},
+}
+_KINDS = list(_BACKENDS)
+
+
+def _run(kind: str, func: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+    """Run a loop of its own on this thread, from its beginning to its end."""
+    return anyio.run(func, *args, **_BACKENDS[kind])
+
+
+def _in_thread(func: Callable[..., object], *args: Any) -> threading.Thread:
+    thread = threading.Thread(target=func, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
+def _joined(*threads: threading.Thread) -> None:
+    for thread in threads:
+        thread.join(LAST_RESORT)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(params=_KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of loop."""
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+def pool(make_pool: MakePool, fault: FaultModule) -> Iterator[TokenPool]:
+    """A small pool that was opened in a loop which has ended, and is closed in another.
+
+    Afterwards nothing may be left of it.
+    """
+    pool = make_pool(module=fault.path, max_sessions=2)
+    _run("asyncio", pool.open)
+    yield pool
+    _run("trio", pool.close)
+    wait_for(lambda: not pool_threads())
+    assert fault.sessions() == []
+    assert fault.count("C_Finalize") == 1
+
+
+def _is_at_rest(pool: TokenPool) -> bool:
+    stats = pool.stats()
+    gauges = (
+        stats.operations_running,
+        stats.operations_waiting,
+        stats.sessions_open,
+        stats.sessions_leased,
+        stats.sessions_ahead,
+        stats.calls_stuck,
+    )
+    return not any(gauges)
+
+
+def _serves_all(pool: TokenPool) -> None:
+    """Loops of each kind are served, and so is a plain thread."""
+    for each in _KINDS:
+        assert _run(each, digest, pool)
+    assert pool.run_sync(lambda session: session.generate_random(64))
+
+
+# -- Loops that end ---------------------------------------------------------------
+
+
+class _Work:
+    """Two operations that are inside, and three that wait for a session."""
+
+    def __init__(self, pool: TokenPool) -> None:
+        self.pool = pool
+        self.hold = Hold()
+        self.results: list[object] = []
+
+    def jobs(self) -> list[Callable[[], Awaitable[None]]]:
+        """What a loop is to start, all at once."""
+        return [partial(self._one, number) for number in range(5)]
+
+    async def _one(self, number: int) -> None:
+        self.results.append(await self.pool.run(self.hold, number))
+
+    async def under_way(self) -> None:
+        """Wait until two are inside and three wait."""
+        await self.hold.entered(2)
+        assert self.pool.stats().operations_waiting == 3
+
+    def left_alone(self) -> None:
+        """Their loop is gone: see that they end, and that nobody has a result."""
+        self.hold.let_go()
+        wait_for(lambda: _is_at_rest(self.pool))
+        assert self.results == []
+
+
+async def _cancelled_by_asyncio(work: _Work) -> None:
+    # asyncio.run() cancels what its main coroutine leaves.
+    tasks = [asyncio.ensure_future(job()) for job in work.jobs()]
+    await work.under_way()
+    assert len(tasks) == 5
+
+
+async def _cancelled_by_trio(work: _Work) -> None:
+    # So does trio.run() with its system tasks.
+    for job in work.jobs():
+        trio.lowlevel.spawn_system_task(job)
+    await work.under_way()
+
+
+def test_a_loop_ends_while_its_operations_run_and_wait(
+    pool: TokenPool, kind: str
+) -> None:
+    """Those that wait are taken out at once; what those inside return is dropped."""
+    work = _Work(pool)
+    with work.hold:
+        main = _cancelled_by_trio if kind == "trio" else _cancelled_by_asyncio
+        _run(kind, main, work)
+        stats = pool.stats()
+        assert stats.operations_waiting == 0
+        assert stats.operations_running == 2
+        assert stats.operations_cancelled == 5
+        work.left_alone()
+    assert len(work.hold.calls) == 2
+    _serves_all(pool)
+
+
+def _abandon_asyncio(work: _Work, loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop and close it under its tasks."""
+    tasks = [asyncio.ensure_future(job(), loop=loop) for job in work.jobs()]
+    loop.run_until_complete(work.under_way())
+    for task in tasks:
+        # asyncio's own complaint, that nobody can catch, is not of interest here.
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
+    loop.close()
+
+
+def _abandon_trio(
+    jobs: Iterable[Callable[[], Awaitable[None]]],
+    under_way: Callable[[], Awaitable[None]],
+) -> None:
+    """Run trio as a guest of a host that stops serving it."""
+    calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+    ready: list[object] = []
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for job in jobs:
+                nursery.start_soon(job)
+            await under_way()
+            ready.append(True)
+            # Always ready to go on, or a thread of trio's would wait for ever.
+            while True:
+                await trio.lowlevel.checkpoint()
+
+    trio.lowlevel.start_guest_run(
+        main, run_sync_soon_threadsafe=calls.put, done_callback=ready.append
+    )
+    while not ready:
+        calls.get(timeout=LAST_RESORT)()
+    assert ready == [True]
+
+
+def _abandon(kind: str, work: _Work) -> None:
+    if kind == "trio":
+        _abandon_trio(work.jobs(), work.under_way)
+    else:
+        new = uvloop.new_event_loop if kind == "uvloop" else asyncio.new_event_loop
+        _abandon_asyncio(work, new())
+
+
+# What trio itself says of a guest run that its host abandons.
+_TRIO_COMPLAINS = (
+    pytest.mark.filterwarnings("ignore:Trio guest run got abandoned:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+)
+_ABANDONED = pytest.mark.parametrize(
+    "kind", ["asyncio", "uvloop", pytest.param("trio", marks=_TRIO_COMPLAINS)]
+)
+
+
+@_ABANDONED
+@pytest.mark.parametrize("collected", [False, True])
+def test_a_loop_is_abandoned_with_its_operations(
+    pool: TokenPool, kind: str, *, collected: bool
+) -> None:
+    """Nobody cancels them, and nobody will ever look at their results."""
+    work = _Work(pool)
+    gc.disable()
+    try:
+        with work.hold:
+            _joined(_in_thread(_abandon, kind, work))
+            if collected:
+                gc.collect()
+            work.left_alone()
+        _serves_all(pool)
+    finally:
+        gc.enable()
+        gc.collect()
+
+
+class _Collecting(int):
+    """A limit that collects garbage when it is looked at: under the engine's lock."""
+
+    __slots__ = ()
+
+    def __le__(self, other: object) -> bool:
+        gc.collect()
+        return int(self) <= other  # type: ignore[operator]
+
+
+# Not trio: a guest run that it finds abandoned is cancelled by the collector itself.
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_garbage_is_collected_at_any_moment(
+    make_pool: MakePool, fault: FaultModule, kind: str
+) -> None:
+    """Also of an abandoned loop, on a thread that is deciding about another job."""
+    pool = make_pool(module=fault.path, max_sessions=2, max_waiting=_Collecting(100))
+    _run("asyncio", pool.open)
+    work = _Work(pool)
+    gc.disable()
+    try:
+        with work.hold:
+            _joined(_in_thread(_abandon, kind, work))
+            work.left_alone()
+        with Hold() as hold:
+            # The third one has to wait, so the limit is looked at.
+            callers = [_in_thread(pool.run_sync, hold) for _ in range(3)]
+            wait_for(lambda: len(hold.calls) == 2)
+            hold.let_go()
+            _joined(*callers)
+    finally:
+        gc.enable()
+    _serves_all(pool)
+    _run("trio", pool.close)
+
+
+@_TRIO_COMPLAINS[0]
+@_TRIO_COMPLAINS[1]
+def test_a_session_held_in_an_abandoned_trio_loop_is_given_back(
+    pool: TokenPool, fault: FaultModule
+) -> None:
+    """Nobody will ever leave its block."""
+    held = threading.Event()
+
+    async def hold() -> None:
+        async with pool.session():
+            held.set()
+            await trio.sleep_forever()
+
+    async def until_held() -> None:
+        await trio.to_thread.run_sync(held.wait, LAST_RESORT)
+
+    _joined(_in_thread(_abandon_trio, [hold], until_held))
+    gc.collect()
+    wait_for(lambda: _is_at_rest(pool))
+    assert len(fault.sessions()) == 1
+    _serves_all(pool)
+
+
+@pytest.mark.parametrize("way", ["asyncio", "trio", "thread"])
+def test_an_interrupt_from_the_keyboard_leaves_a_good_pool(
+    pool: TokenPool, way: str
+) -> None:
+    """The caller goes at once, out of a loop or out of a blocking call."""
+
+    def interrupt() -> None:
+        wait_for(lambda: hold.calls)
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with Hold() as hold:
+        thread = _in_thread(interrupt)
+        call = partial(_run, way, pool.run) if way != "thread" else pool.run_sync
+        with pytest.raises(KeyboardInterrupt):
+            call(hold)
+        _joined(thread)
+        assert pool.stats().operations_running == 1
+        assert pool.stats().operations_cancelled == 1
+        hold.let_go()
+    wait_for(lambda: _is_at_rest(pool))
+    _serves_all(pool)
+
+
+# -- Loops one after the other ----------------------------------------------------
+
+
+def test_loops_follow_one_another_on_one_thread(pool: TokenPool) -> None:
+    """Each hears of its own results, though the last one was a moment ago."""
+    for number in range(12):
+        data = str(number).encode()
+        found = _run(_KINDS[number % 3], digest, pool, data)
+        assert found == hashlib.sha256(data).digest()
+        assert pool.run_sync(lambda session: session.generate_random(64))
+
+
+@pytest.mark.parametrize("last", _KINDS)
+def test_a_pool_is_opened_in_one_loop_and_closed_in_another(
+    make_pool: MakePool, fault: FaultModule, kind: str, last: str
+) -> None:
+    """The first has ended long before, on another thread; the login is still kept."""
+    pool = make_pool(module=fault.path)
+    _joined(_in_thread(_run, kind, pool.open))
+    key = _run("asyncio", make_ec_key, pool)
+    fault.lose_login()
+    for each in _KINDS:
+        assert _run(each, partial(key.sign, mechanism=Mechanism.ECDSA), _DIGEST)
+    assert fault.count("C_Login") == 2
+    _joined(_in_thread(_run, last, pool.close))
+    assert pool.state is PoolState.CLOSED
+    wait_for(lambda: not pool_threads())
+    assert fault.sessions() == []
+    assert fault.count("C_Finalize") == 1
+
+
+def test_another_loop_closes_the_pool_over_the_calls_of_an_ended_one(
+    make_pool: MakePool, fault: FaultModule, kind: str
+) -> None:
+    """They are let finish, and what nobody hears of holds up nobody."""
+    pool = make_pool(module=fault.path, max_sessions=2)
+    _run("asyncio", pool.open)
+    work = _Work(pool)
+    with work.hold:
+        main = _cancelled_by_trio if kind == "trio" else _cancelled_by_asyncio
+        _run(kind, main, work)
+        closing = _in_thread(_run, kind, pool.close)
+        wait_for(lambda: pool.state is PoolState.CLOSING)
+        assert len(fault.sessions()) == 3
+        work.hold.let_go()
+        _joined(closing)
+    assert work.results == []
+    assert pool.stats().calls_lost == 0
+    wait_for(lambda: not pool_threads())
+    assert fault.sessions() == []
+    assert fault.count("C_Finalize") == 1
+
+
+# -- Loops side by side -----------------------------------------------------------
+
+
+def test_a_loop_that_stands_still_holds_up_no_other(pool: TokenPool, kind: str) -> None:
+    """Its results wait for it; other loops and threads get theirs."""
+    stuck, go_on = threading.Event(), threading.Event()
+    hold = Hold()
+    results: list[object] = []
+
+    async def main() -> None:
+        async def call() -> None:
+            results.append(await pool.run(hold, "late"))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call)
+            await hold.entered()
+            stuck.set()
+            # On the loop's own thread: the loop stands still.
+            assert go_on.wait(LAST_RESORT)
+
+    thread = _in_thread(_run, kind, main)
+    assert stuck.wait(LAST_RESORT)
+    hold.let_go()
+    wait_for(lambda: pool.stats().operations_running == 0)
+    _serves_all(pool)
+    assert results == []
+    go_on.set()
+    _joined(thread)
+    assert results == [("late",)]
+
+
+def test_a_session_of_one_loop_is_used_by_another_and_by_a_thread(
+    pool: TokenPool, kind: str
+) -> None:
+    """While its block is open, wherever that is; its calls run one at a time."""
+    other = {"asyncio": "trio", "uvloop": "asyncio", "trio": "uvloop"}[kind]
+    numbers: list[int] = []
+
+    def number(session: Any) -> int:
+        found: int = session.handle
+        return found
+
+    async def main() -> None:
+        async with pool.session() as session:
+
+            async def elsewhere() -> None:
+                numbers.append(await session.run(number))
+
+            key = await session.generate_key(KeyType.AES, 128)
+            bound = key.on(session)
+            with anyio.fail_after(LAST_RESORT):
+                await blocking(_run, other, elsewhere)
+                sealed = await blocking(bound.sync.encrypt, _BLOCK, mechanism=_ECB)
+                assert sealed == await bound.encrypt(_BLOCK, mechanism=_ECB)
+            assert numbers == [session.handle]
+
+    _run(kind, main)
+
+
+def test_trio_as_a_guest_of_asyncio_shares_the_pool_with_it(pool: TokenPool) -> None:
+    """Two loops by turns on one thread: each call waits in the way of its own."""
+    found: list[tuple[str, bytes]] = []
+
+    async def work(name: str) -> None:
+        for number in range(20):
+            data = f"{name} {number}".encode()
+            assert await digest(pool, data) == hashlib.sha256(data).digest()
+            found.append((name, data))
+
+    async def host() -> None:
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        trio.lowlevel.start_guest_run(
+            work,
+            "guest",
+            run_sync_soon_threadsafe=loop.call_soon_threadsafe,
+            done_callback=done.set_result,
+        )
+        await work("host")
+        (await done).unwrap()
+
+    _run("asyncio", host)
+    assert len(found) == 40
+    # They did take turns.
+    assert {name for name, _ in found[:20]} == {"host", "guest"}
