@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _HANGS_WITH_THREADS: Final = ("p11-kit-client",)
 """Modules that lose wake-ups when several threads are inside during an outage."""
+_NOT_INITIALIZED: Final = rv.CODES["CKR_CRYPTOKI_NOT_INITIALIZED"]
 _SENSIBLE: Final = 1 << 31
 """Larger counts are ``-1``, ``-2`` and the like: no number of sessions."""
 
@@ -249,6 +250,8 @@ def release(module: Module) -> None:
         try:
             module.library.finalize()
         except p11.PKCS11Error as error:
+            # It stays ours, or the next pool would take it for a stranger's.
+            module.initialized = rv.code_of(error) != _NOT_INITIALIZED
             events.warning(
                 events.MODULE_FINALIZED, module=module.path, error=str(error)
             )
@@ -302,6 +305,9 @@ def _initialize(library: cryptoki.Library, path: str, how: Any = None) -> None:
 
 def _initialized(module: Module) -> None:
     module.generation = Generation(module.generation + 1)
+    # Numbers start again, and callers may still have those of before.
+    for session in module.live.values():
+        session.forget()
     module.live.clear()
     module.initialized = True
     module.turn = _NO_TURN
