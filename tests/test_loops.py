@@ -240,6 +240,47 @@ def test_a_loop_is_abandoned_with_its_operations(
         gc.collect()
 
 
+class _Closing(asyncio.SelectorEventLoop):
+    """A loop that is closed just when a worker has seen that it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.gone = threading.Event(), threading.Event()
+
+    def is_closed(self) -> bool:
+        found = super().is_closed()
+        if threading.current_thread().name == "pkcs11-pool worker":
+            self.asked.set()
+            assert self.gone.wait(LAST_RESORT)
+        return found
+
+    def close(self) -> None:
+        super().close()
+        self.gone.set()
+
+
+def test_a_loop_is_closed_just_when_its_result_comes(pool: TokenPool) -> None:
+    """The session that nobody will take goes back, and the worker goes on."""
+    loop = _Closing()
+
+    async def ask() -> None:
+        await pool.session().__aenter__()
+
+    async def main() -> None:
+        task = loop.create_task(ask())
+        # asyncio's own complaint, that nobody can catch, is not of interest here.
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
+        await blocking(loop.asked.wait, LAST_RESORT)
+
+    def run() -> None:
+        loop.run_until_complete(main())
+        loop.close()
+
+    _joined(_in_thread(run))
+    wait_for(lambda: _is_at_rest(pool))
+    _serves_all(pool)
+
+
 class _Collecting(int):
     """A limit that collects garbage when it is looked at: under the engine's lock."""
 

@@ -409,7 +409,7 @@ async def test_a_module_that_does_not_end_well_is_used_again(
     else:
         fault.on("C_Finalize", answer=CKR.GENERAL_ERROR)
     await pool.close()
-    async with make_pool(module=fault.path) as again:
+    async with make_pool(module=fault.path, open_timeout=LAST_RESORT / 2) as again:
         assert await digest(again)
     with pytest.raises(PoolClosed):
         await digest(pool)
