@@ -13,6 +13,7 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from pkcs11_pool.awake import Awake
 from pkcs11_pool.deadlines import Deadlines
 from pkcs11_pool.errors import (
     ForkedProcess,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
     from pkcs11_pool.config import PoolOptions
-    from pkcs11_pool.jobs import Thread
+    from pkcs11_pool.jobs import Thread, Waiter
     from pkcs11_pool.leases import Lease
 
 _WHY_CLOSED = {
@@ -43,7 +44,27 @@ _WHY_CLOSED = {
 }
 
 
+IDLE = 0.3
+"""Seconds without work after which sessions opened ahead are closed."""
+_LATE = 0.0005
+"""Seconds that a result may wait for others, so that one wake-up serves all."""
+_LOOK = 0.005
+"""Seconds after which it is looked at jobs for which nobody was woken."""
 NO_WAIT = "timeout=0, and it would have to wait"
+
+
+class _Process:
+    """The number of this process, without a system call for each operation."""
+
+    def __init__(self) -> None:
+        self.look()
+        os.register_at_fork(after_in_child=self.look)
+
+    def look(self) -> None:
+        self.pid = os.getpid()
+
+
+_process = _Process()
 
 
 class Pause(Enum):
@@ -66,7 +87,7 @@ class Dispatch:
 
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
-        self.pid = os.getpid()
+        self.pid = _process.pid
         self.state = PoolState.NEW
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
@@ -83,6 +104,16 @@ class Dispatch:
         # A lost login is being restored: what may not start twice waits for it.
         self._login_awaited = False
         self._so_lane: Lease | None = None
+        self._awake = Awake()
+        # Whether the timekeeper comes to look at jobs for which nobody was woken.
+        self._looked_after = False
+        # When an idle worker is sent to look for sessions that should go, and whether
+        # one was sent.
+        self._look_at: float | None = None
+        self._look_wanted = False
+        # Callers whose results are there and who are woken together, in a moment.
+        self._held: list[Waiter] = []
+        self._held_since = 0.0
         # The one that went idle last is the last.
         self._idle: list[Thread] = []
         self._workers: set[Thread] = set()
@@ -105,7 +136,8 @@ class Dispatch:
         self.check_process()
         job.since = time.monotonic()
         with self._lock:
-            self._check_open_locked()
+            if self.state is not PoolState.READY or self._stuck:
+                self._check_open_locked()
             if job.lane is not None:
                 job.lane.check()
             at_once = self._can_start_at_once_locked(job)
@@ -130,7 +162,7 @@ class Dispatch:
     @property
     def is_forked(self) -> bool:
         """Whether the pool was opened in the process that this one was forked from."""
-        return os.getpid() != self.pid and self.state is not PoolState.NEW
+        return _process.pid != self.pid and self.state is not PoolState.NEW
 
     def start_here(self) -> bool:
         """Begin to open, in this process; False if it was opened before.
@@ -141,7 +173,7 @@ class Dispatch:
             ForkedProcess: It was opened in the parent process.
         """
         self.check_process()
-        self.pid = os.getpid()
+        self.pid = _process.pid
         return self.become(PoolState.OPENING)
 
     def check_process(self) -> None:
@@ -336,31 +368,78 @@ class Dispatch:
         # One more than sessions: closing a lease needs a thread and no session.
         return self.options.max_sessions + 1
 
-    def _wake_one_locked(self) -> None:
-        """Wake the worker that went idle last, or start one."""
-        if self._idle:
-            self._idle.pop().wake()
-        elif len(self._workers) < self._most_workers:
-            self._start_worker_locked()
+    def _wake_one_locked(self) -> bool:
+        """Wake the worker that went idle last, or start one; False if enough are.
 
-    def _wake_for_next_locked(self) -> None:
-        if self._lines.first(self._can_start_locked) is not None:
-            self._wake_one_locked()
+        The next of those takes the job then. Should all be inside long calls, the
+        timekeeper comes and wakes more.
+        """
+        now = time.monotonic()
+        if self._awake.is_full(now):
+            self._look_later_locked(now)
+            return False
+        if self._idle:
+            worker = self._idle.pop()
+            worker.wake()
+        elif len(self._workers) < self._most_workers:
+            worker = self._start_worker_locked()
+        else:
+            return False
+        self._awake.woken(worker, now)
+        return True
+
+    def _look_later_locked(self, now: float) -> None:
+        """Have the timekeeper come soon: what was put off may not be done else."""
+        if not self._looked_after:
+            self._looked_after = True
+            timekeeper.call_at(self, now + _LOOK)
+
+    def _hold_locked(self, waiter: Waiter, now: float) -> None:
+        """Put off waking a caller whose result is there."""
+        if not self._held:
+            self._held_since = now
+            self._look_later_locked(now)
+        self._held.append(waiter)
+
+    def _held_locked(self, now: float, *, idle: bool) -> list[Waiter] | tuple[()]:
+        """Those whose time has come."""
+        if not self._held or not (idle or now - self._held_since > _LATE):
+            return ()
+        held, self._held = self._held, []
+        return held
+
+    def _wake_for_next_locked(self) -> bool:
+        if self._lines.first(self._can_start_locked) is None:
+            return False
+        return self._wake_one_locked()
 
     def _wake_many_locked(self) -> None:
         """Many jobs may be able to start at once."""
         for _ in range(min(self._room.limit.total, len(self._lines))):
-            self._wake_for_next_locked()
+            if not self._wake_for_next_locked():
+                break
 
-    def _claim_locked(self, worker: Thread) -> Job | None:
+    def _claim_locked(self, worker: Thread, now: float) -> Job | None:
         """The next job, now running on this worker; None: the worker is idle."""
+        came = self._awake.came(worker)
         job = self._lines.first(self._can_start_locked)
+        if job is not None and not worker.awake and self._awake.is_full(now):
+            # It comes back from a call, and the others do without it.
+            self._wake_one_locked()
+            job = None
         if job is None:
+            self._awake.ended(worker)
             if worker in self._workers:
                 self._idle.append(worker)
+            if self._look_at is None and (self._room.ahead or self._room.leases):
+                self._look_at = now + IDLE
+                timekeeper.call_at(self, self._look_at)
             return None
         self._lines.pop(job)
-        now = time.monotonic()
+        self._awake.started(worker, now)
+        if came and self._lines:
+            # There may be more for whom nobody was woken.
+            self._wake_for_next_locked()
         if job.waited:
             self._counters.wait_seconds_total += now - job.since
         job.since = now
@@ -406,13 +485,26 @@ class Dispatch:
         """Give ``PoolTimeout`` to those that are due; when to come again."""
         with self._lock:
             wake = [job for job in self._deadlines.due(now) if self._expire_locked(job)]
+            held = self._held_locked(now, idle=True)
             again = self._deadlines.next()
+            if self._look_at is not None and now >= self._look_at:
+                self._look_at = None
+                if self._idle:
+                    self._look_wanted = True
+                    self._idle.pop().wake()
             limit = self._room.limit
-            if limit.retry(now):
+            if limit.retry(now) or self._looked_after:
+                self._looked_after = False
                 self._wake_many_locked()
-            elif limit.retry_at is not None:
+            if limit.retry_at is not None:
                 again = min(again, limit.retry_at)
+            if self._looked_after:
+                again = min(again, now + _LOOK)
+            if self._look_at is not None:
+                again = min(again, self._look_at)
         self._wake_all(wake)
+        for waiter in held:
+            waiter.wake()
         return again
 
     def _expire_locked(self, job: Job) -> bool:
@@ -473,7 +565,7 @@ class Dispatch:
 
     # -- Done by the layers above -------------------------------------------------
 
-    def _start_worker_locked(self) -> None:
+    def _start_worker_locked(self) -> Thread:
         raise NotImplementedError
 
     def _give_back(self, result: Any) -> None:

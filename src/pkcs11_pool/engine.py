@@ -21,7 +21,7 @@ from pkcs11 import exceptions as p11
 
 from pkcs11_pool import events, recovery
 from pkcs11_pool.actor import LoginActor
-from pkcs11_pool.dispatch import NO_WAIT, Pause
+from pkcs11_pool.dispatch import IDLE, NO_WAIT, Pause
 from pkcs11_pool.errors import LoginRequired, PoolClosed, PoolTimeout
 from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.leases import Loan
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 _ATTEMPTS: Final = 3
 """How often a job may start anew after a lost login."""
-_IDLE: Final = 0.3
-"""Seconds without work after which sessions opened ahead are closed."""
 _LOGGED_OUT: Final = frozenset(
     {SessionState.RO_PUBLIC_SESSION, SessionState.RW_PUBLIC_SESSION}
 )
@@ -70,40 +68,85 @@ class TokenEngine(Leasing):
 
     # -- Work: called by the workers ----------------------------------------------
 
-    def _start_worker_locked(self) -> None:
+    def _start_worker_locked(self) -> Worker:
         worker = Worker(self)
         self._workers.add(worker)
         worker.start()
+        return worker
 
     def claim(
-        self, worker: Worker
+        self, worker: Worker, ahead: Session | None
     ) -> tuple[Job, Session | None, Session | None] | None:
         """The next job, with a session opened ahead, or one to close first.
 
-        None: nothing to do; the worker is on the list of the idle then.
+        None: nothing to do; the worker is on the list of the idle then. ``ahead`` is
+        the session that it opened behind its last job.
         """
+        session: Session | None = None
+        victim: Session | None = None
+        if ahead is not None and not self._keep_ahead(worker, ahead):
+            # While the worker still counts as busy: a pause waits for this, too.
+            ahead.close()
         with self._lock:
-            job = self._claim_locked(worker)
-            if job is None:
+            if worker.lost:
                 return None
-            if job.kind is Kind.LANE:
-                return job, job.lane.session, None
-            session, victim = self._room.reserve(job)
-            worker.counted = job.rw
-            return job, session, victim
+            now = time.monotonic()
+            if worker.busy:
+                self._tidied_locked(worker, now)
+            job = self._claim_locked(worker, now)
+            held = self._held_locked(now, idle=job is None)
+            if job is None:
+                pass
+            elif job.kind is Kind.LANE:
+                session = job.lane.session
+            else:
+                session, victim = self._room.reserve(job)
+                worker.counted = job.rw
+        for waiter in held:
+            waiter.wake()
+        return None if job is None else (job, session, victim)
 
-    def open_session(self, *, rw: bool) -> Session:
+    def _keep_ahead(self, worker: Worker, session: Session) -> bool:
+        """Whether a session opened behind a job may wait for the next one."""
+        with self._lock:
+            wanted = (
+                self._pause is Pause.NOT
+                and self.state is PoolState.READY
+                and session.epoch == self.actor.login.epoch
+                and not worker.lost
+            )
+            if wanted:
+                self._room.ahead.append(session)
+                worker.counted = None
+        return wanted
+
+    def _tidied_locked(self, worker: Worker, now: float) -> None:
+        """A worker has closed what it used."""
+        self._last_work = now
+        worker.busy = False
+        self._busy -= 1
+        self._awake.ended(worker)
+        if worker.opened:
+            self._opened_locked(worker)
+        if worker.counted is not None:
+            self._room.closed(rw=worker.counted)
+            worker.counted = None
+        if self._pause is not Pause.NOT:
+            self._quiet.notify_all()
+
+    def _opened_locked(self, worker: Worker) -> None:
+        self._counters.sessions_opened_total += worker.opened
+        worker.opened = 0
+        self._room.limit.opened(self._room.open_all)
+
+    def open_session(self, worker: Worker, *, rw: bool) -> Session:
         """``C_OpenSession``, for a session that is counted already."""
         session = self.actor.new_session(rw=rw)
-        with self._lock:
-            self._counters.sessions_opened_total += 1
-            self._room.limit.opened(self._room.open_all)
+        worker.opened += 1
         return session
 
-    def no_session(
-        self, worker: Worker, job: Job, error: Exception
-    ) -> Exception | None:
-        """Opening failed; the error to raise, or None: the job waits for another try.
+    def no_session(self, worker: Worker, job: Job, error: Exception) -> None:
+        """Opening failed: it is the caller's error, or the job waits for another try.
 
         ``CKR_SESSION_COUNT`` is no error of the caller.
         """
@@ -111,7 +154,7 @@ class TokenEngine(Leasing):
         close: list[Session] = []
         with self._lock:
             if worker.lost:
-                return error
+                return
             room.closed(rw=job.rw)
             worker.counted = None
             room.leasing -= job.kind is Kind.LEASE
@@ -135,10 +178,10 @@ class TokenEngine(Leasing):
             sessions=room.limit.total,
             rw_sessions=room.limit.rw,
         )
-        if again:
-            return None
-        full = recovery.classify(error) is recovery.Fault.SESSION_COUNT
-        return PoolTimeout(NO_WAIT, "waiting") if full and job.nowait else error
+        if not again:
+            full = recovery.classify(error) is recovery.Fault.SESSION_COUNT
+            failure = PoolTimeout(NO_WAIT, "waiting") if full and job.nowait else error
+            self.deliver(worker, job, None, failure)
 
     def finished(self, job: Job, session: Session, error: Exception) -> bool:
         """Look at an error once; whether the job starts anew instead of raising it.
@@ -184,90 +227,59 @@ class TokenEngine(Leasing):
 
     def deliver(
         self, worker: Worker, job: Job, result: Any, error: BaseException | None
-    ) -> None:
-        """Settle a job that ran, and wake its caller."""
+    ) -> bool:
+        """Settle a job that ran, and wake its caller; whether to open the next session.
+
+        Before the session is closed: the caller waits for neither.
+        """
         if error is not None:
             error = _login_required(error, self.actor.login.state)
         with self._lock:
             if worker.lost:
-                return
+                return False
             worker.job = None
             self._running -= 1
-            self._counters.run_seconds_total += time.monotonic() - job.since
+            now = time.monotonic()
+            duration = now - job.since
+            self._counters.run_seconds_total += duration
+            self._awake.took(duration)
             if isinstance(result, Loan):
                 self._room.lent(result.lease)
                 worker.counted = None
             elif job.kind is Kind.LEASE and error is None:
                 self._room.leasing -= 1
+            if worker.opened:
+                self._opened_locked(worker)
             settled = self._settle_locked(job, result, error)
+            if job.lane is not None:
+                self._next_in_lane_locked(job.lane)
+            opens = (
+                job.kind is Kind.READ
+                and not self._lines
+                and self._pause is Pause.NOT
+                and self.state is PoolState.READY
+                # A spare for each busy worker.
+                and len(self._room.ahead) < self._busy
+            )
+            if settled and self._awake.fast and job.kind is not Kind.LEASE:
+                self._hold_locked(job.waiter, now)
+                return opens
         if not settled or not job.waiter.wake():
             self._give_back(result)
-
-    def tidied(self, worker: Worker, job: Job, *, closed: bool, again: bool) -> bool:
-        """A worker has closed what it used; whether to open a session ahead.
-
-        Must come after ``deliver``: the caller waits for neither.
-        """
-        with self._lock:
-            self._last_work = time.monotonic()
-            if worker.lost:
-                return False
-            if closed:
-                self._room.closed(rw=job.rw)
-                worker.counted = None
-            if job.lane is not None and not again:
-                self._next_in_lane_locked(job.lane)
-            if (
-                closed
-                and job.kind is Kind.READ
-                and self.state is PoolState.READY
-                and self._pause is Pause.NOT
-                and not self._lines
-                # A spare for each busy worker.
-                and self._room.reserve_ahead(self._busy)
-            ):
-                worker.counted = False
-                return True
-            self._no_longer_busy_locked(worker)
-            return False
-
-    def opened_ahead(self, worker: Worker, session: Session | None) -> None:
-        """The session asked for by ``tidied`` is there, or could not be opened."""
-        with self._lock:
-            if worker.lost:
-                return
-            worker.counted = None
-            wanted = self._pause is Pause.NOT and self.state is PoolState.READY
-            if (
-                session is not None
-                and wanted
-                and session.epoch == self.actor.login.epoch
-            ):
-                self._room.ahead.append(session)
-                session = None
-            else:
-                self._room.closed(rw=False)
-        if session is not None:
-            session.close()
-        with self._lock:
-            if not worker.lost:
-                self._no_longer_busy_locked(worker)
-
-    def _no_longer_busy_locked(self, worker: Worker) -> None:
-        worker.busy = False
-        self._busy -= 1
-        self._quiet.notify_all()
-        self._wake_for_next_locked()
+        return opens
 
     def look_around(self) -> None:
-        """Called by an idle worker now and then.
+        """Called by a worker that goes idle; to the point when the timekeeper asks.
 
         Sessions whose holders are forgotten are closed; spare ones, when all is idle.
         """
+        if not self._look_wanted:
+            return
+        self._look_wanted = False
         while self.orphans:
             self.end_lease(self.orphans.popleft(), NOBODY)
         with self._lock:
-            if self._busy or time.monotonic() - self._last_work < _IDLE:
+            if self._busy or time.monotonic() - self._last_work < IDLE:
                 return
         self.close_ahead()
 

@@ -29,6 +29,9 @@ class Phase(Enum):
 class Kind(Enum):
     """What a job needs to start."""
 
+    # By identity, as Enum compares: its own hash is a call into Python.
+    __hash__ = object.__hash__
+
     READ = "read"
     """A fresh session of its own; a R/O one will do."""
     WRITE = "write"
@@ -59,6 +62,12 @@ class Thread(Protocol):
     counted: bool | None
     #: Its call was given up on.
     lost: bool
+    #: Not 0 while it counts as awake; see ``awake``.
+    awake: int
+    #: It was woken, and is not there yet.
+    coming: bool
+    #: How many sessions it opened, not yet counted.
+    opened: int
 
     def wake(self) -> None:
         """End its sleep."""

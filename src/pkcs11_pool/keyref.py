@@ -92,14 +92,11 @@ class ObjectRef:
         engine = calls._engine  # noqa: SLF001  # one package
         cache = engine.cache
         used = target if isinstance(target, SessionObject) else None
-        objects = [
-            item for item in (target, *arguments_) if isinstance(item, SessionObject)
-        ]
-        if objects:
-            # At the door: where the object is gone, nothing is opened or sent.
-            engine.check_open()
-            actor = engine.actor
-            for item in objects:
+        for item in (target, *arguments_):
+            if isinstance(item, SessionObject):
+                # At the door: where the object is gone, nothing is opened or sent.
+                engine.check_open()
+                actor = engine.actor
                 item.check(actor.login.epoch, actor.attached.generation)
 
         def work(session: Any) -> Any:

@@ -106,6 +106,20 @@ class KeySpec:
     attributes: tuple[tuple[int, bytes], ...]
     classes: tuple[int, ...] | None = None
     origin: Origin | None = None
+    # The same with the classes of an operation: made once, used by each operation.
+    _narrowed: dict[tuple[int, ...] | None, KeySpec] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _hash: list[int] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
+
+    def __hash__(self) -> int:
+        """By what it says; computed once."""
+        known = self._hash
+        if not known:
+            known.append(hash((self.attributes, self.classes, self.origin)))
+        return known[0]
 
     @classmethod
     def of(
@@ -462,7 +476,11 @@ def narrowed(spec: KeySpec, classes: tuple[int, ...] | None) -> KeySpec:
     """The spec with the classes that an operation can use, unless it names its own."""
     if spec.classes is not None:
         return spec
-    return KeySpec(spec.attributes, classes, spec.origin)
+    made = spec._narrowed.get(classes)  # noqa: SLF001  # its own module
+    if made is None:
+        made = KeySpec(spec.attributes, classes, spec.origin)
+        spec._narrowed[classes] = made  # noqa: SLF001
+    return made
 
 
 _DEAD: Final = {

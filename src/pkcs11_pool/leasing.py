@@ -132,6 +132,7 @@ class Leasing(Dispatch):
 
     def _lose_worker_locked(self, worker: Thread) -> None:
         worker.lost = True
+        self._awake.ended(worker)
         self._workers.discard(worker)
         if worker.counted is not None:
             self._room.closed(rw=worker.counted)

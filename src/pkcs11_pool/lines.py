@@ -26,10 +26,12 @@ class Lines:
         self._lines: dict[Kind, deque[Job]] = {
             kind: deque() for kind in Kind if kind is not Kind.ACTOR
         }
+        self._count = 0
 
     def add(self, job: Job) -> None:
         """Put a job at the end of its line."""
         self._lines[job.kind].append(job)
+        self._count += 1
 
     def insert(self, job: Job) -> None:
         """Put a job that started in vain back where it stood.
@@ -41,6 +43,7 @@ class Lines:
             (i for i, j in enumerate(line) if j.number > job.number), len(line)
         )
         line.insert(place, job)
+        self._count += 1
 
     def remove(self, job: Job) -> bool:
         """Take a job out; whether it was in."""
@@ -48,11 +51,14 @@ class Lines:
             self._lines[job.kind].remove(job)
         except (KeyError, ValueError):
             return False
+        self._count -= 1
         return True
 
     def first(self, can_start: Callable[[Job], bool]) -> Job | None:
         """The first job that can start. It stays in its line."""
         found: Job | None = None
+        if not self._count:
+            return None
         for line in self._lines.values():
             if line:
                 head = line[0]
@@ -63,16 +69,19 @@ class Lines:
     def pop(self, job: Job) -> None:
         """Take out the job that ``first`` gave."""
         self._lines[job.kind].popleft()
+        self._count -= 1
 
     def want_sessions(self, leases: int) -> int:
         """How many wait for a session that they may have: so many more leases may."""
+        if not self._count:
+            return 0
         lines = self._lines
         waiting = len(lines[Kind.READ]) + len(lines[Kind.WRITE])
         return waiting + min(leases, len(lines[Kind.LEASE]))
 
     def __len__(self) -> int:
         """How many jobs wait."""
-        return sum(map(len, self._lines.values()))
+        return self._count
 
     def __iter__(self) -> Iterator[Job]:
         """All of them, line by line."""

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 import threading
 import time
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
@@ -88,6 +90,41 @@ class _AsyncioPort(_Port):
         self.loop.call_soon_threadsafe(self._drain)
 
 
+class _EventPort(_AsyncioPort):
+    """A descriptor of its own costs half of what ``call_soon_threadsafe`` does.
+
+    The loop keeps the port, by its reader, and lets it go when it is closed. The
+    descriptor is closed after the last waiter: nobody writes to a number that
+    belongs to another file by then.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        loop.add_reader(self._descriptor, self._drain)
+
+    def _schedule(self) -> None:
+        os.eventfd_write(self._descriptor, 1)
+
+    def _drain(self) -> None:
+        # Before the base class lets others write again, or a wake-up would be lost.
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._descriptor)
+        super()._drain()
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):
+            os.close(self._descriptor)
+
+
+def _asyncio_port(loop: asyncio.AbstractEventLoop) -> _AsyncioPort:
+    if hasattr(os, "eventfd"):
+        # Not every loop has readers.
+        with suppress(NotImplementedError):
+            return _EventPort(loop)
+    return _AsyncioPort(loop)
+
+
 class _TrioPort(_Port):
     def __init__(self, trio: Any, token: Any) -> None:
         super().__init__()
@@ -147,20 +184,21 @@ class _LoopWaiter:
 class _AsyncioWaiter(_LoopWaiter):
     def __init__(self, port: _AsyncioPort, holder: Hashable) -> None:
         super().__init__(port, holder)
-        self._future = port.loop.create_future()
+        self._future: asyncio.Future[None] | None = None
 
     def resume(self) -> None:
-        super().resume()
-        if not self._future.done():
-            self._future.set_result(None)
+        if self._errand is not None:
+            super().resume()
+        future = self._future
+        if future is not None and not future.done():
+            future.set_result(None)
 
-    async def _wait(self) -> None:
-        try:
-            await self._future
-        finally:
-            # A cancelled wait leaves a dead future. What came meanwhile is seen in
-            # the job, which every wait is preceded by a look at.
-            self._future = self._port.loop.create_future()
+    def _wait(self) -> asyncio.Future[None]:
+        # A new one for each wait, after a look at the job: what came before is seen
+        # there, and nothing can come between, because it comes on this thread.
+        future: asyncio.Future[None] = self._port.loop.create_future()
+        self._future = future
+        return future
 
     async def result(self, engine: TokenEngine, job: Job) -> Any:
         try:
@@ -257,12 +295,27 @@ class _ThreadWaiter:
         return outcome(job)
 
 
+class _Kept:
+    """Looks like a weak reference, to a port that nobody else keeps."""
+
+    def __init__(self, port: _Port | None) -> None:
+        self._port = port
+
+    def __call__(self) -> _Port | None:
+        return self._port
+
+
 class _Local(threading.local):
-    """What the current thread waits with."""
+    """What the current thread waits with.
+
+    Attributes:
+        blocking: Whether its own waiting blocks it.
+        port: Gives the way into the loop that ran here last, or None.
+    """
 
     def __init__(self) -> None:
         self.blocking = False
-        self.port: Any = None
+        self.port: Any = _Kept(None)
 
 
 _local = _Local()
@@ -328,18 +381,21 @@ def current_waiter() -> FaceWaiter:
     local = _local
     if local.blocking:
         return _ThreadWaiter()
+    port = local.port()
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_task():
         token = trio.lowlevel.current_trio_token()
-        if local.port is None or local.port.loop is not token:
-            local.port = _TrioPort(trio, token)
-        return _TrioWaiter(local.port, weakref.ref(trio.lowlevel.current_task()))
+        if port is None or port.loop is not token:
+            port = _TrioPort(trio, token)
+            local.port = _Kept(port)
+        return _TrioWaiter(port, weakref.ref(trio.lowlevel.current_task()))
     loop = asyncio.get_running_loop()
-    if local.port is None or local.port.loop is not loop:
-        local.port = _AsyncioPort(loop)
-    task = asyncio.current_task()
+    if port is None or port.loop is not loop:
+        port = _asyncio_port(loop)
+        local.port = (weakref.ref if isinstance(port, _EventPort) else _Kept)(port)
+    task = asyncio.current_task(loop)
     # Weak, or a session held by a task would keep the task, which keeps the session.
-    return _AsyncioWaiter(local.port, None if task is None else weakref.ref(task))
+    return _AsyncioWaiter(port, None if task is None else weakref.ref(task))
 
 
 async def checkpoint() -> None:

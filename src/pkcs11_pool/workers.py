@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pkcs11 import exceptions as p11
 
+from pkcs11_pool.errors import PoolClosed
 from pkcs11_pool.jobs import Kind
 from pkcs11_pool.leases import Lease, Loan
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from pkcs11_pool.engine import TokenEngine
     from pkcs11_pool.jobs import Job
     from pkcs11_pool.session import Session
-
-_LOOK_AROUND: Final = 0.3
-"""Seconds after which an idle worker looks whether spare sessions should go."""
 
 
 class Worker:
@@ -32,6 +30,9 @@ class Worker:
         busy: It may be inside the module. Written under the engine's lock.
         counted: The kind of session that is counted for it. Written there, too.
         lost: Its call was given up on. Written under the engine's lock.
+        awake: Not 0 while it counts as awake. Written there, too.
+        coming: It was woken and is not there yet. Written there, too.
+        opened: How many sessions it opened since the engine last looked.
     """
 
     def __init__(self, engine: TokenEngine) -> None:
@@ -44,6 +45,9 @@ class Worker:
         self.busy = False
         self.counted: bool | None = None
         self.lost = False
+        self.awake = 0
+        self.coming = False
+        self.opened = 0
         self._thread = threading.Thread(
             target=self._run, name="pkcs11-pool worker", daemon=True
         )
@@ -69,50 +73,56 @@ class Worker:
 
     def _run(self) -> None:
         engine = self._engine
-        while not self._stopping:
+        ahead: Session | None = None
+        while True:
             with engine.turn():
-                claimed = engine.claim(self)
+                claimed = engine.claim(self, ahead)
+                ahead = None
                 if claimed is not None:
-                    self._do(*claimed)
+                    ahead = self._do(*claimed)
                     if self.lost:
+                        engine.returned(ahead)
                         return
                     # The job and its error must not live on in an idle thread.
                     del claimed
                     continue
-            while not self._sleep.acquire(timeout=_LOOK_AROUND):
-                engine.look_around()
+            if self.lost:
+                engine.returned(None)
+                return
+            if self._stopping:
+                return
+            engine.look_around()
+            self._sleep.acquire()
 
-    def _do(self, job: Job, session: Session | None, victim: Session | None) -> None:
+    def _do(
+        self, job: Job, session: Session | None, victim: Session | None
+    ) -> Session | None:
+        """Do a job and tidy up; a session opened ahead, or what is left if lost."""
         engine = self._engine
         if victim is not None:
             victim.close()
         if session is None:
             try:
-                session = engine.open_session(rw=job.rw)
+                session = engine.open_session(self, rw=job.rw)
             except Exception as error:  # noqa: BLE001  # raised at the caller
-                self._no_session(job, error)
-                return
+                engine.no_session(self, job, error)
+                return None
         session.epoch = engine.actor.login.epoch
         result, failure = self._call(job, session)
         again = isinstance(failure, Exception) and engine.finished(
             job, session, failure
         )
-        if not again:
-            engine.deliver(self, job, result, failure)
+        opens = not again and engine.deliver(self, job, result, failure)
         if self.lost:
-            engine.returned(session)
-            return
-        self._tidy(job, session, kept=isinstance(result, Loan), again=again)
-
-    def _no_session(self, job: Job, error: Exception) -> None:
-        engine = self._engine
-        failure = engine.no_session(self, job, error)
-        if failure is not None:
-            engine.deliver(self, job, None, failure)
-        if self.lost:
-            engine.returned(None)
-            return
-        engine.tidied(self, job, closed=False, again=failure is None)
+            return session
+        if job.kind is Kind.LANE or isinstance(result, Loan):
+            return None
+        # Behind the caller's back.
+        session.close()
+        if opens and not self.lost:
+            with suppress(p11.PKCS11Error, PoolClosed):
+                return engine.open_session(self, rw=False)
+        return None
 
     def _call(self, job: Job, session: Session) -> tuple[Any, BaseException | None]:
         if self.lost or (job.dropped and not job.stays):
@@ -127,16 +137,3 @@ class Worker:
             return job.work(session), None
         except BaseException as error:  # noqa: BLE001  # raised again at the caller
             return None, error
-
-    def _tidy(self, job: Job, session: Session, *, kept: bool, again: bool) -> None:
-        engine = self._engine
-        closes = not kept and job.kind is not Kind.LANE
-        if closes:
-            session.close()
-        ahead: Session | None = None
-        if engine.tidied(self, job, closed=closes, again=again):
-            with suppress(p11.PKCS11Error):
-                ahead = engine.open_session(rw=False)
-            engine.opened_ahead(self, ahead)
-        if self.lost:
-            engine.returned(ahead)

@@ -1,0 +1,101 @@
+"""How many workers may be awake at once: few on a fast token, many on a slow one.
+
+Pure; called under the engine's lock. A worker that comes back from its call takes
+the next job without being woken. Where calls are short, the next one is back
+sooner than another could be woken, and a woken one only takes the interpreter's
+lock from those at work and from the event loops. Where calls are long, because
+they wait for a network or compute for themselves, many may be inside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pkcs11_pool.jobs import Thread
+
+_WAKING: Final = 70e-6
+"""Seconds that it takes, at best, until a worker that is woken is at work."""
+_SHORT: Final = 0.0005
+"""Seconds. Results of calls that are shorter may wait for each other."""
+_WINDOW: Final = 16
+"""Calls of which the shortest tells how fast the token is: the machine's load makes
+some longer than they are, none shorter."""
+
+
+class Awake:
+    """The workers that are at work, and not inside one call for very long."""
+
+    def __init__(self) -> None:
+        self._least = max(2, min(4, os.cpu_count() or 1))
+        #: How many may be awake; as many as want to before anything was measured.
+        self.most = 1 << 30
+        #: Whether calls are short.
+        self.fast = False
+        self._long = _SHORT
+        self._count = 0
+        # Woken, and not there yet: behind a busy processor that takes long, and
+        # those who are at work take the jobs meanwhile.
+        self._coming = 0
+        self._number = 0
+        self._recent: deque[tuple[float, Thread, int]] = deque()
+        self._shortest = 0.0
+        self._seen = 0
+
+    def woken(self, worker: Thread, now: float) -> None:
+        """A worker is woken."""
+        self._coming += not worker.coming
+        worker.coming = True
+        self.started(worker, now)
+
+    def came(self, worker: Thread) -> bool:
+        """Whether a worker comes because it was woken."""
+        came, worker.coming = worker.coming, False
+        self._coming -= came
+        return came
+
+    def started(self, worker: Thread, now: float) -> None:
+        """A worker takes a job."""
+        self._forget_long(now)
+        self._number += 1
+        self._count += not worker.awake
+        worker.awake = self._number
+        self._recent.append((now, worker, self._number))
+
+    def ended(self, worker: Thread) -> None:
+        """It found nothing to do, is done, or lost."""
+        if worker.awake:
+            worker.awake = 0
+            self._count -= 1
+
+    def took(self, duration: float) -> None:
+        """So long a job was inside the module."""
+        if not self._seen or duration < self._shortest:
+            self._shortest = duration
+        self._seen += 1
+        if self._seen < _WINDOW:
+            return
+        self._seen = 0
+        self.fast = self._shortest < _SHORT
+        self.most = max(self._least, int(self._shortest / _WAKING))
+        # One long call among short ones must not keep others from starting.
+        self._long = max(_SHORT, 4 * self._shortest)
+
+    def is_full(self, now: float) -> bool:
+        """Whether no more should be woken."""
+        if self._coming >= self._least:
+            return True
+        if self._count < self.most:
+            return False
+        self._forget_long(now)
+        return self._count >= self.most
+
+    def _forget_long(self, now: float) -> None:
+        recent = self._recent
+        while recent and now - recent[0][0] > self._long:
+            _, worker, number = recent.popleft()
+            if worker.awake == number:
+                worker.awake = 0
+                self._count -= 1
