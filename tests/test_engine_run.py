@@ -501,6 +501,26 @@ async def test_it_may_close_its_session(
         assert await digest(pool)
 
 
+async def test_it_may_close_a_session_that_is_lent(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """What the block does then raises, whoever has the number now; it ends well."""
+    fault.reuse_numbers()
+    async with make_pool(module=fault.path) as pool:
+        async with pool.session(rw=True) as session:
+            assert await session.run(_close) == 0
+            async with pool.session(rw=True) as stranger:
+                assert stranger.handle == session.handle
+                fault.clear_log()
+                for call in (session.info, partial(digest, session)):
+                    with pytest.raises(pkcs11.SessionHandleInvalid):
+                        await call()
+                assert [c for c in fault.calls() if c.session is not None] == []
+                assert await digest(stranger)
+        await _at_rest(pool)
+        assert len(fault.sessions()) == 1
+
+
 async def test_a_session_that_it_closed_is_not_closed_again(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pkcs11
 import pytest
+import structlog
 
 from pkcs11_pool import PoolStats, PoolTimeout
-from poolkit import Hold, digest, settled
+from poolkit import Hold, digest, eventually, settled
 
 if TYPE_CHECKING:
     from conftest import MakePool
@@ -129,3 +130,24 @@ async def test_a_session_block_is_no_operation(pool: TokenPool) -> None:
     async with pool.session() as session:
         await digest(session)
     assert pool.stats().operations_total == before + 1
+
+
+async def test_what_writes_the_log_may_ask_for_them(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """A processor of structlog that adds the gauges holds up nothing."""
+    seen: list[PoolStats] = []
+    pool = make_pool(module=fault.path, close_timeout=0.3)
+
+    def add_gauges(_logger: object, _name: str, _event: object) -> Any:
+        seen.append(pool.stats())
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[add_gauges])
+    async with pool:
+        fault.on("C_Digest", hang="before")
+        with pytest.raises(PoolTimeout):
+            await digest(pool, timeout=0.1)
+        await eventually(lambda: seen[-1].calls_stuck == 1)
+        fault.release()
+        await eventually(lambda: seen[-1].calls_stuck == 0)

@@ -505,6 +505,7 @@ class Dispatch:
         self._wake_all(wake)
         for waiter in held:
             waiter.wake()
+        self._tell_lost()
         return again
 
     def _expire_locked(self, job: Job) -> bool:
@@ -574,6 +575,10 @@ class Dispatch:
 
     def _write_off_locked(self, job: Job, cause: BaseException) -> None:
         """Give up on a call that is inside the module."""
+        raise NotImplementedError
+
+    def _tell_lost(self) -> None:
+        """Log the calls that were given up on."""
         raise NotImplementedError
 
     def _send_one_locked(self) -> None:

@@ -496,6 +496,7 @@ class TokenEngine(Leasing):
                 room.returned(lease)
             ahead = room.take_ahead()
         self._wake_all(wake)
+        self._tell_lost()
         # Sessions that were just closing are closed here, and their jobs not needed.
         self.refuse_waiting()
         # A module that takes one call at a time, with a lost one inside, takes none.

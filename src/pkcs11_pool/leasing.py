@@ -44,6 +44,8 @@ class Leasing(Dispatch):
         self.cache = HandleCache(options.handle_max_age)
         #: Leases that nobody holds any more, put here by the garbage collector.
         self.orphans: deque[Lease] = deque()
+        # Calls given up on that the log has not been told of.
+        self._lost_news: deque[int] = deque()
 
     @property
     def _module(self) -> Module:
@@ -140,9 +142,14 @@ class Leasing(Dispatch):
         self._stuck += 1
         self._counters.calls_lost += 1
         self._module.lost_calls += 1
-        events.warning(events.CALL_LOST, stuck=self._stuck)
+        self._lost_news.append(self._stuck)
         self._quiet.notify_all()
         self._wake_for_next_locked()
+
+    def _tell_lost(self) -> None:
+        """Log it, without the lock: what writes the log may ask for statistics."""
+        while self._lost_news:
+            events.warning(events.CALL_LOST, stuck=self._lost_news.popleft())
 
     def returned(self, session: Session | None) -> None:
         """A call that was given up on has returned after all."""

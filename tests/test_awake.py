@@ -1,0 +1,112 @@
+"""How many workers are awake: as data, without a token and without a clock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pkcs11_pool.awake import Awake
+
+if TYPE_CHECKING:
+    from pkcs11_pool.jobs import Job
+
+_LIKE_16 = 16
+"""Calls that are measured before anything is concluded from them."""
+
+
+class _Worker:
+    """A worker, as far as this is concerned."""
+
+    job: Job | None = None
+    busy = False
+    counted: bool | None = None
+    lost = False
+    awake = 0
+    coming = False
+    opened = 0
+
+    def wake(self) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+    def join(self, timeout: float) -> None:
+        raise NotImplementedError
+
+
+def _measured(duration: float) -> Awake:
+    awake = Awake()
+    for _ in range(_LIKE_16):
+        awake.took(duration)
+    return awake
+
+
+def _at_work(awake: Awake, now: float) -> int:
+    """How many come to work at one moment before no more should."""
+    for count in range(1000):
+        if awake.is_full(now):
+            return count
+        awake.started(_Worker(), now)
+    return 1000
+
+
+def test_before_anything_was_measured_all_may_be_awake() -> None:
+    """The first callers must not wait for a measurement."""
+    assert _at_work(Awake(), 0.0) == 1000
+
+
+def test_on_a_fast_token_few_are_awake() -> None:
+    """About as many as the machine can run."""
+    assert 2 <= _at_work(_measured(80e-6), 0.0) <= 4
+
+
+@pytest.mark.parametrize(("duration", "least"), [(0.001, 10), (0.005, 50), (0.1, 999)])
+def test_the_longer_the_calls_the_more_are_awake(duration: float, least: int) -> None:
+    """They are inside the module and want nothing."""
+    assert _at_work(_measured(duration), 0.0) >= least
+
+
+def test_some_long_calls_among_short_ones_change_nothing() -> None:
+    """The shortest tells how fast the token is; the machine makes others longer."""
+    awake = Awake()
+    for i in range(_LIKE_16):
+        awake.took(80e-6 if i == 7 else 0.05)
+    assert 2 <= _at_work(awake, 0.0) <= 4
+    assert awake.fast
+
+
+def test_a_worker_inside_a_long_call_does_not_count() -> None:
+    """One long call must not stop the pool."""
+    awake = _measured(80e-6)
+    first = _at_work(awake, 0.0)
+    assert awake.is_full(0.0001)
+    assert not awake.is_full(0.1)
+    assert _at_work(awake, 0.1) == first
+
+
+def test_a_worker_that_is_done_makes_room() -> None:
+    """Also one that was inside for long, and counts only once."""
+    awake = _measured(80e-6)
+    workers = [_Worker() for _ in range(10)]
+    for worker in workers:
+        awake.started(worker, 0.0)
+    for worker in workers[:-1]:
+        awake.ended(worker)
+        awake.ended(worker)
+    assert not awake.is_full(0.0)
+    awake.ended(workers[-1])
+    assert _at_work(awake, 0.0) >= 2
+
+
+def test_those_who_are_woken_and_not_there_yet_are_few() -> None:
+    """Behind a busy processor, more wake-ups only make it busier."""
+    awake = Awake()
+    workers = [_Worker() for _ in range(4)]
+    for worker in workers:
+        awake.woken(worker, 0.0)
+    assert awake.is_full(0.0)
+    assert [awake.came(worker) for worker in workers] == [True] * 4
+    assert not awake.came(workers[0])
+    assert not awake.is_full(0.0)

@@ -1,0 +1,154 @@
+"""What an operation costs on the module, counted; and that nobody waits for others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from pkcs11 import KeyType, Mechanism
+
+from poolkit import blocking, eventually, make_ec_key, settled
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from conftest import MakePool
+    from faultmodule import FaultModule
+    from pkcs11_pool import KeyRef, TokenPool
+
+_DIGEST = b"d" * 32
+_MANY = 200
+_CALLERS = 8
+
+
+async def _warm(operation: Callable[[], Awaitable[object]]) -> None:
+    """Until numbers are known, and the pool knows how fast the token is."""
+    for _ in range(40):
+        await operation()
+
+
+async def _operations(pool: TokenPool) -> dict[str, tuple[Any, dict[str, int]]]:
+    """Each operation, with the calls of one."""
+    key = await make_ec_key(pool)
+    signature = await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+    aes: KeyRef = await pool.generate_key(KeyType.AES, 256, label="aes", store=True)
+    iv = bytes(16)
+    cipher: Any = {"mechanism": Mechanism.AES_CBC_PAD, "mechanism_param": iv}
+    hidden = await aes.encrypt(b"hidden", **cipher)
+    return {
+        "sign": (
+            lambda: key.sign(_DIGEST, mechanism=Mechanism.ECDSA),
+            {"C_SignInit": 1, "C_Sign": 1},
+        ),
+        "verify": (
+            lambda: key.verify(_DIGEST, signature, mechanism=Mechanism.ECDSA),
+            {"C_VerifyInit": 1, "C_Verify": 1},
+        ),
+        "encrypt": (
+            lambda: aes.encrypt(b"hidden", **cipher),
+            {"C_EncryptInit": 1, "C_Encrypt": 1},
+        ),
+        "decrypt": (
+            lambda: aes.decrypt(hidden, **cipher),
+            {"C_DecryptInit": 1, "C_Decrypt": 1},
+        ),
+        "digest": (
+            lambda: pool.digest(b"x", mechanism=Mechanism.SHA256),
+            {"C_DigestInit": 1, "C_Digest": 1},
+        ),
+        "random": (lambda: pool.generate_random(64), {"C_GenerateRandom": 1}),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["sign", "verify", "encrypt", "decrypt", "digest", "random"]
+)
+@pytest.mark.parametrize("callers", [1, _CALLERS])
+async def test_an_operation_costs_its_own_calls_and_a_session(
+    make_pool: MakePool, fault: FaultModule, name: str, callers: int
+) -> None:
+    """No lookup, no login, no size query, no state; only sessions ahead may differ."""
+    most = 2 * _CALLERS
+    async with make_pool(module=fault.path, max_sessions=most) as pool:
+        operation, calls = (await _operations(pool))[name]
+        await _warm(operation)
+        await settled(pool)
+        before = fault.counts()
+
+        async def caller() -> None:
+            for _ in range(_MANY // callers):
+                await operation()
+
+        async with anyio.create_task_group() as group:
+            for _ in range(callers):
+                group.start_soon(caller)
+        await settled(pool)
+        after = fault.counts()
+    spent = {k: after[k] - before.get(k, 0) for k in after}
+    spent = {k: n for k, n in spent.items() if n}
+    opened, closed = spent.pop("C_OpenSession"), spent.pop("C_CloseSession")
+    assert spent == {k: n * _MANY for k, n in calls.items()}
+    assert abs(opened - _MANY) <= most
+    assert abs(closed - _MANY) <= most
+
+
+async def test_more_objects_on_the_token_cost_no_call_more(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """A number that is known is not looked for again, however much else is there."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        for i in range(50):
+            await pool.generate_key(KeyType.AES, 128, label=f"other {i}", store=True)
+        await _warm(lambda: key.sign(_DIGEST, mechanism=Mechanism.ECDSA))
+        before = fault.count("C_FindObjectsInit")
+        for _ in range(_MANY):
+            await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+        assert fault.count("C_FindObjectsInit") == before
+        assert fault.count("C_GetAttributeValue") < _MANY
+
+
+@pytest.mark.parametrize("function", ["C_CloseSession", "C_OpenSession"])
+async def test_a_result_does_not_wait_for_a_hang_behind_it(
+    make_pool: MakePool, fault: FaultModule, function: str
+) -> None:
+    """On a fast token results wait for each other a moment, but for no call."""
+    async with make_pool(module=fault.path, close_timeout=0.3) as pool:
+        await _warm(lambda: pool.generate_random(64))
+        await settled(pool)
+        # What a worker does behind its caller's back.
+        fault.on(function, hang="before")
+        with anyio.fail_after(5):
+            while not fault.inside(function):
+                await pool.generate_random(64)
+        fault.clear()
+
+
+async def test_behind_slow_calls_all_workers_come(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Also when calls were short until now: what hangs does not count as awake."""
+    async with make_pool(module=fault.path, max_sessions=_CALLERS) as pool:
+        await _warm(lambda: pool.digest(b"x", mechanism=Mechanism.SHA256))
+        fault.on("C_Digest", hang="before", every=True)
+        async with anyio.create_task_group() as group:
+            for _ in range(_CALLERS):
+                group.start_soon(_digest, pool)
+            await blocking(fault.wait_until_hanging, "C_Digest", _CALLERS)
+            assert pool.stats().operations_running == _CALLERS
+            fault.clear()
+
+
+async def _digest(pool: TokenPool) -> None:
+    await pool.digest(b"x", mechanism=Mechanism.SHA256)
+
+
+async def test_sessions_ahead_are_open_in_use_and_gone_when_idle(
+    pool: TokenPool,
+) -> None:
+    """The next operation finds a session; an idle pool keeps none."""
+    await _warm(lambda: pool.generate_random(64))
+    await settled(pool)
+    assert pool.stats().sessions_ahead >= 1
+    await eventually(lambda: pool.stats().sessions_open == 0)
