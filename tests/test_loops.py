@@ -17,7 +17,7 @@ import trio
 import uvloop
 from pkcs11 import KeyType, Mechanism
 
-from pkcs11_pool import PoolState
+from pkcs11_pool import LoginState, PoolState
 from poolkit import (
     LAST_RESORT,
     Hold,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from conftest import MakePool
     from faultmodule import FaultModule
     from pkcs11_pool import TokenPool
+    from pkcs11_pool.softhsm import ThrowawayToken
 
 _DIGEST = b"d" * 32
 _BLOCK = b"b" * 16
@@ -338,6 +339,38 @@ def test_a_session_held_in_an_abandoned_trio_loop_is_given_back(
     wait_for(lambda: _is_at_rest(pool))
     assert len(fault.sessions()) == 1
     _serves_all(pool)
+
+
+# Not trio: a guest run that it finds abandoned is cancelled, and waits for its end.
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_a_period_of_the_officer_ends_with_its_abandoned_loop(
+    pool: TokenPool, token: ThrowawayToken, kind: str
+) -> None:
+    """Nobody will ever leave the block, and everybody else waits for its end."""
+    begun = threading.Event()
+
+    async def officer() -> None:
+        async with pool.security_officer(token.so_pin):
+            begun.set()
+            await anyio.sleep_forever()
+
+    async def until_begun() -> None:
+        with anyio.fail_after(LAST_RESORT):
+            while not begun.is_set():
+                await anyio.lowlevel.checkpoint()
+
+    def abandon() -> None:
+        loop = uvloop.new_event_loop() if kind == "uvloop" else asyncio.new_event_loop()
+        task = loop.create_task(officer())
+        loop.run_until_complete(until_begun())
+        # Not even the loop's own complaint of a task that was never done.
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
+        loop.close()
+
+    _joined(_in_thread(abandon))
+    gc.collect()
+    _serves_all(pool)
+    assert pool.login_state is LoginState.USER
 
 
 @pytest.mark.parametrize("way", ["asyncio", "trio", "thread"])

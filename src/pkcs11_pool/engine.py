@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pkcs11_pool.config import PoolOptions
+    from pkcs11_pool.leases import Lease
     from pkcs11_pool.module import Module, Turn
     from pkcs11_pool.pins import Pin, PinCallable
     from pkcs11_pool.session import Session
@@ -372,6 +373,19 @@ class TokenEngine(Leasing):
         """
         if job.phase is not Phase.SETTLED:
             self.actor.later(partial(self.cancel, job))
+
+    def forget_so_lane(self, lane: Lease) -> None:
+        """The security officer is gone without a word, with his loop.
+
+        Called by the garbage collector, on any thread: takes no lock.
+        """
+        if not self.is_forked:
+            self.actor.later(partial(self._end_forgotten, lane))
+
+    def _end_forgotten(self, lane: Lease) -> None:
+        self.end_so_lane(lane)
+        job = Job(None, Kind.ACTOR, waiter=NOBODY, deadline=None, stays=True)
+        self.request(job, self.actor.so_end)
 
     def login_awaited(self) -> bool:
         """Whether operations wait for a lost login to be restored."""

@@ -151,6 +151,11 @@ class SecurityOfficerBlock:
             PinRefused, PKCS11Error: The login could not be restored: the pool is
                 ``PUBLIC``. Not raised over an error of the block.
         """
+        if kind is GeneratorExit:
+            # Forgotten with its loop: nothing can be awaited any more.
+            if self._lane is not None:
+                self._engine.forget_so_lane(self._lane)
+            return
         try:
             await self._end()
         except Exception as failure:
