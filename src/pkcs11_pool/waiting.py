@@ -105,6 +105,10 @@ class _EventPort(_AsyncioPort):
 
     def _schedule(self) -> None:
         os.eventfd_write(self._descriptor, 1)
+        if self.loop.is_closed():
+            # Closed meanwhile: nobody reads it any more.
+            message = "the event loop is closed"
+            raise RuntimeError(message)
 
     def _drain(self) -> None:
         # Before the base class lets others write again, or a wake-up would be lost.
