@@ -30,7 +30,7 @@ from pkcs11_pool.errors import PinRefused, PinSourceError, WouldBlockLoop
 from pkcs11_pool.jobs import Job, Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Hashable
+    from collections.abc import Callable, Coroutine, Hashable
 
     from pkcs11_pool.engine import TokenEngine
 
@@ -93,9 +93,9 @@ class _AsyncioPort(_Port):
 class _EventPort(_AsyncioPort):
     """A descriptor of its own costs half of what ``call_soon_threadsafe`` does.
 
-    The loop keeps the port, by its reader, and lets it go when it is closed. The
-    descriptor is closed after the last waiter: nobody writes to a number that
-    belongs to another file by then.
+    The loop alone keeps the port, by its reader, and lets it go when it is closed.
+    Whoever posts keeps it meanwhile: nobody writes to a number that belongs to
+    another file by then.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -130,9 +130,8 @@ def _asyncio_port(loop: asyncio.AbstractEventLoop) -> _AsyncioPort:
 
 
 class _TrioPort(_Port):
-    def __init__(self, trio: Any, token: Any) -> None:
+    def __init__(self, token: Any) -> None:
         super().__init__()
-        self.trio = trio
         self.loop = token
 
     def _ended(self) -> bool:
@@ -157,7 +156,9 @@ class FaceWaiter(Protocol):
 class _LoopWaiter:
     """One caller on an event loop."""
 
-    def __init__(self, port: Any, holder: Hashable) -> None:
+    def __init__(self, port: Callable[[], _Port | None], holder: Hashable) -> None:
+        # A call away, because it goes with its loop, and the waiter may stay: the
+        # traceback of an error keeps it.
         self._port = port
         self.holder = holder
         # Around a PIN source that this caller awaits, and the job that it is for.
@@ -165,8 +166,8 @@ class _LoopWaiter:
 
     def wake(self) -> bool:
         """Called by any thread."""
-        posted: bool = self._port.post(self)
-        return posted
+        port = self._port()
+        return port is not None and port.post(self)
 
     def resume(self) -> None:
         """Called on the loop."""
@@ -186,8 +187,14 @@ class _LoopWaiter:
 
 
 class _AsyncioWaiter(_LoopWaiter):
-    def __init__(self, port: _AsyncioPort, holder: Hashable) -> None:
+    def __init__(
+        self,
+        port: Callable[[], _Port | None],
+        holder: Hashable,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
         super().__init__(port, holder)
+        self._loop = loop
         self._future: asyncio.Future[None] | None = None
 
     def resume(self) -> None:
@@ -200,8 +207,7 @@ class _AsyncioWaiter(_LoopWaiter):
     def _wait(self) -> asyncio.Future[None]:
         # A new one for each wait, after a look at the job: what came before is seen
         # there, and nothing can come between, because it comes on this thread.
-        future: asyncio.Future[None] = self._port.loop.create_future()
-        self._future = future
+        self._future = future = self._loop.create_future()
         return future
 
     async def result(self, engine: TokenEngine, job: Job) -> Any:
@@ -231,9 +237,11 @@ class _AsyncioWaiter(_LoopWaiter):
 
 
 class _TrioWaiter(_LoopWaiter):
-    def __init__(self, port: _TrioPort, holder: Hashable) -> None:
+    def __init__(
+        self, port: Callable[[], _Port | None], holder: Hashable, trio: Any
+    ) -> None:
         super().__init__(port, holder)
-        self._trio = port.trio
+        self._trio = trio
         self._task: Any = None
 
     def resume(self) -> None:
@@ -390,16 +398,18 @@ def current_waiter() -> FaceWaiter:
     if trio is not None and trio.lowlevel.in_trio_task():
         token = trio.lowlevel.current_trio_token()
         if port is None or port.loop is not token:
-            port = _TrioPort(trio, token)
+            port = _TrioPort(token)
             local.port = _Kept(port)
-        return _TrioWaiter(port, weakref.ref(trio.lowlevel.current_task()))
+        task = weakref.ref(trio.lowlevel.current_task())
+        return _TrioWaiter(local.port, task, trio)
     loop = asyncio.get_running_loop()
     if port is None or port.loop is not loop:
         port = _asyncio_port(loop)
         local.port = (weakref.ref if isinstance(port, _EventPort) else _Kept)(port)
     task = asyncio.current_task(loop)
     # Weak, or a session held by a task would keep the task, which keeps the session.
-    return _AsyncioWaiter(port, None if task is None else weakref.ref(task))
+    holder = None if task is None else weakref.ref(task)
+    return _AsyncioWaiter(local.port, holder, loop)
 
 
 async def checkpoint() -> None:
