@@ -22,8 +22,8 @@ def bare(program: Path) -> list[Contender]:
         return [str(program), *arguments(scenario), mode]
 
     return [
-        Contender("bare", "bare, fresh sessions", lambda s: command(s, "fresh")),
-        Contender("kept", "bare, kept sessions", lambda s: command(s, "kept")),
+        Contender("bare", "bare", lambda s: command(s, "fresh")),
+        Contender("kept", "bare, kept", lambda s: command(s, "kept")),
     ]
 
 

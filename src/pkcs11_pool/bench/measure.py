@@ -34,17 +34,20 @@ class Scenario:
         title: In tables.
         module: The Cryptoki module that clients load.
         label: The token's label.
+        slot_id: The slot that it is in, for clients that cannot go by the label.
         pin: The user's PIN.
         material: The keys there.
         environment: Variables that clients get.
-        limits: What is measured here: operations, callers and clients by name; None
-            where nothing is left out.
+        operations: What is measured here; None for all that the plan has.
+        callers: The same for numbers of callers.
+        clients: The same for clients.
     """
 
     name: str
     title: str
     module: str
     label: str
+    slot_id: int
     pin: str | None = field(repr=False)
     material: Material
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -93,11 +96,14 @@ class Spread:
     most: float
 
     @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    @classmethod
     def over(cls, values: Sequence[float]) -> Spread | None:
         """The spread of some values; None of none."""
-        if not values:
-            return None
-        return cls(statistics.median(values), min(values), max(values))
+        return cls.of(values) if values else None
 
 
 @dataclass(frozen=True)

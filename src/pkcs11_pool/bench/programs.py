@@ -6,6 +6,7 @@ taking the benchmark along.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from pkcs11_pool.bench.turns import Request
 
@@ -113,8 +114,12 @@ class Client:
         )
         self._pending = b""
         self.name = " ".join(Path(word).name for word in command[:3])
-        self._write((pin or "") + "\n")
-        self._read(_PATIENCE)
+        try:
+            self._write((pin or "") + "\n")
+            self.answer(_PATIENCE)
+        except BaseException:
+            self.close()
+            raise
 
     def turn(self, request: Request) -> Turn:
         """Let it take a turn.
@@ -123,18 +128,41 @@ class Client:
             ClientError: It did not.
         """
         self._write(f"{request}\n")
-        answer = self._read(request.warm + request.seconds + _PATIENCE)
+        answer = self.answer(request.warm + request.seconds + _PATIENCE)
         answer["samples"] = tuple(map(bytes.fromhex, answer["samples"]))
         return Turn(**answer)
+
+    def answer(self, patience: float) -> dict[str, Any]:
+        """The next line that it writes.
+
+        Raises:
+            ClientError: It wrote none within so many seconds, or says that it failed.
+        """
+        deadline = time.monotonic() + patience
+        assert self._process.stdout is not None  # noqa: S101
+        file = self._process.stdout.fileno()
+        with selectors.DefaultSelector() as selector:
+            selector.register(file, selectors.EVENT_READ)
+            while b"\n" not in self._pending:
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    raise self._failed(f"gave no answer within {patience:.0f} s")
+                chunk = os.read(file, 65536)
+                if not chunk:
+                    raise self._failed("ended")
+                self._pending += chunk
+        line, _, self._pending = self._pending.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise self._failed(f"says: {answer['error']}")
+        return answer
 
     def close(self) -> None:
         """End it, at once if it does not end by itself."""
         assert self._process.stdin is not None  # noqa: S101  # it is a pipe
         assert self._process.stdout is not None  # noqa: S101
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
@@ -158,26 +186,6 @@ class Client:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._failed("ended") from None
-
-    def _read(self, patience: float) -> dict[str, Any]:
-        deadline = time.monotonic() + patience
-        assert self._process.stdout is not None  # noqa: S101
-        file = self._process.stdout.fileno()
-        with selectors.DefaultSelector() as selector:
-            selector.register(file, selectors.EVENT_READ)
-            while b"\n" not in self._pending:
-                left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
-                    raise self._failed(f"gave no answer within {patience:.0f} s")
-                chunk = os.read(file, 65536)
-                if not chunk:
-                    raise self._failed("ended")
-                self._pending += chunk
-        line, _, self._pending = self._pending.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise self._failed(f"says: {answer['error']}")
-        return answer
 
     def _failed(self, how: str) -> ClientError:
         self._said.seek(0)

@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 
     Operation = Callable[[], Awaitable[bytes]]
 
+#: What is measured, by name. bare.c has the same.
+OPERATIONS: Final[dict[str, str]] = {
+    "p256": "P-256 signature",
+    "rsa2048": "RSA-2048 signature",
+    "aes": "AES-256-CBC, 1 KiB",
+    "hmac": "HMAC-SHA-256, 1 KiB",
+    "verify": "P-256 verification",
+    "digest": "SHA-256, 1 KiB",
+    "random": "32 random bytes",
+}
+
 #: What is signed, or its digest: 32 bytes. bare.c has the same.
 DIGEST: Final = bytes(range(32))
 #: What is encrypted, digested and authenticated: 1 KiB.

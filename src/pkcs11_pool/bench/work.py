@@ -27,15 +27,8 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.pool import TokenPool
 
-OPERATIONS: Final[dict[str, str]] = {
-    "p256": "P-256 signature",
-    "rsa2048": "RSA-2048 signature",
-    "aes": "AES-256-CBC, 1 KiB",
-    "hmac": "HMAC-SHA-256, 1 KiB",
-    "verify": "P-256 verification",
-    "digest": "SHA-256, 1 KiB",
-    "random": "32 random bytes",
-}
+#: The keys that are made, by the operation that they are for.
+KEYS: Final = ("p256", "rsa2048", "aes", "hmac")
 
 _BLOCK_BITS: Final = 128
 _P256_BYTES: Final = 32
