@@ -102,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
     )
     two = commands.add_parser(
         "bench",
+        # A word cut short must not come to mean another option: PINs are near.
+        allow_abbrev=False,
         help="measure the pool on a token, next to the bare module",
         description=(
             "Measure operations through the pool: throughput, and what 50 and 99 of "

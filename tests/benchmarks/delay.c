@@ -7,7 +7,9 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdlib.h>
+#ifdef __linux__
 #include <sys/prctl.h>
+#endif
 #include <time.h>
 
 #include "cryptoki.h"
@@ -17,12 +19,14 @@ static struct timespec delay;
 
 static void wait_for_network(void)
 {
+#ifdef __linux__
     static __thread int precise;
     if (!precise) {
         /* The kernel may end a sleep 50 us late, to save power, unless the thread objects. */
         prctl(PR_SET_TIMERSLACK, 1UL);
         precise = 1;
     }
+#endif
     nanosleep(&delay, NULL);
 }
 

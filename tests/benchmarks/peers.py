@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pkcs11_pool.bench import contenders, programs
+from pkcs11_pool.bench import contenders, options, programs
 from pkcs11_pool.bench.measure import Contender
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Peers:
         self.found: list[Contender] = []
         self.notes: list[str] = []
         self._try("the bare module", ("bare", "kept"), self._bare)
-        self._try("the pool", POOLS, contenders.pools)
+        self._try("the pool", POOLS, self._pools)
         self._try("Java SunPKCS11", (JAVA,), self._java)
         self._try("Go crypto11", (GO,), self._go)
         self._try("python-pkcs11 by hand", HANDS, self._by_hand)
@@ -84,6 +84,9 @@ class Peers:
 
     def _bare(self) -> list[Contender]:
         return contenders.bare(programs.compile_c(programs.BARE, self._directory))
+
+    def _pools(self) -> list[Contender]:
+        return [contenders.pool(backend) for backend in options.backends(None)]
 
     def _java(self) -> list[Contender]:
         java, javac = tool("java", "openjdk-17-jdk-headless"), tool("javac", "a JDK")

@@ -23,7 +23,7 @@ from pkcs11_pool.bench.growth import TooFewSamplesError
 from pkcs11_pool.bench.record import Record, machine
 from pkcs11_pool.bench.report import Terminal
 from pkcs11_pool.bench.soak import Orders
-from pkcs11_pool.errors import PoolError
+from pkcs11_pool.errors import PinSourceError, PoolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,12 @@ def run(options: Options) -> int:
     record = Record()
     try:
         good = _run(options, terminal, record)
-    except (softhsm.SoftHSMUnavailable, TooFewSamplesError, OSError) as error:
+    except (
+        softhsm.SoftHSMUnavailable,
+        TooFewSamplesError,
+        PinSourceError,
+        OSError,
+    ) as error:
         terminal.note(str(error))
         return CANNOT_RUN
     except programs.ClientError as error:
@@ -107,6 +112,9 @@ def _measure(
     options: Options, scenario: Scenario, terminal: Terminal, record: Record
 ) -> bool:
     with tempfile.TemporaryDirectory(prefix="pkcs11-pool-bench-") as directory:
+        record.notes += [
+            f"{name} is left out: it is not installed" for name in options.missing
+        ]
         taking_part = [
             contenders.pool(b, options.max_sessions) for b in options.backends
         ]

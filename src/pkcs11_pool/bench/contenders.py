@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from pkcs11_pool.bench.measure import Contender
-from pkcs11_pool.bench.turns import BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,11 +40,6 @@ def pool(backend: str, sessions: int | None = None) -> Contender:
         return [*program, *arguments(scenario), backend, *size]
 
     return Contender(f"pool-{backend}", f"pkcs11_pool, {backend}", command)
-
-
-def pools(sessions: int | None = None) -> list[Contender]:
-    """The pool on every event loop."""
-    return [pool(backend, sessions) for backend in BACKENDS]
 
 
 def arguments(scenario: Scenario) -> list[str]:

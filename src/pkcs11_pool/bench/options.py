@@ -24,7 +24,9 @@ SOAK: Final = 1_000_000
 
 NO_MATPLOTLIB: Final = "{} needs matplotlib: pip install 'pkcs11-pool[bench]'"
 
-_PACKAGE: Final = {"uvloop": "uvloop", "trio": "trio"}
+# The name of an event loop is that of its package.
+_EXTRA_LOOPS: Final = ("uvloop", "trio")
+_PROC: Final = Path("/proc/self/statm")
 
 
 class BadOptionError(ValueError):
@@ -73,6 +75,7 @@ class Options:
         operations: By name.
         callers: Numbers of callers.
         backends: Event loops.
+        missing: Those left out because they are not installed.
         depth: How long.
         max_sessions: Of the pool; None for twice the callers.
         token: The user's own token; None for a throwaway one.
@@ -85,6 +88,7 @@ class Options:
     operations: Sequence[str]
     callers: Sequence[int]
     backends: Sequence[str]
+    missing: Sequence[str]
     depth: Depth
     max_sessions: int | None
     token: GivenToken | None
@@ -247,23 +251,24 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def missing() -> list[str]:
+    """The event loops that are not installed."""
+    return [name for name in _EXTRA_LOOPS if importlib.util.find_spec(name) is None]
+
+
 def backends(given: Sequence[str] | None) -> list[str]:
     """The event loops to measure: those given, or those installed.
 
     Raises:
         BadOptionError: One was given that is not installed.
     """
-    missing = {
-        name
-        for name, package in _PACKAGE.items()
-        if importlib.util.find_spec(package) is None
-    }
+    absent = missing()
     for name in given or ():
-        if name in missing:
+        if name in absent:
             raise BadOptionError(
-                f"--backends: {name} is not installed: pip install {_PACKAGE[name]}"
+                f"--backends: {name} is not installed: pip install {name}"
             )
-    return [name for name in given or BACKENDS if name not in missing]
+    return [name for name in given or BACKENDS if name not in absent]
 
 
 def read(given: argparse.Namespace) -> Options:
@@ -274,11 +279,14 @@ def read(given: argparse.Namespace) -> Options:
     """
     if given.soak is not None and given.import_time:
         raise BadOptionError("--soak and --import-time are two things: choose one")
+    if given.soak is not None and not _PROC.exists():
+        raise BadOptionError("--soak reads /proc, which this system does not have")
     check_output(given)
     return Options(
         operations=given.operations or list(OPERATIONS),
         callers=given.callers or list(CALLERS if given.soak is None else (16,)),
         backends=backends(given.backends),
+        missing=[] if given.backends else missing(),
         depth=depth_of(given),
         max_sessions=given.max_sessions,
         token=_token(given),

@@ -31,6 +31,8 @@ BARE: Final = Path(__file__).with_name("bare.c")
 _FLAGS: Final = ("-O2", "-std=c11", "-Wall", "-Wextra", "-pthread")
 # What a turn may take beyond its own time: starting, finding keys, slow last calls.
 _PATIENCE: Final = 60.0
+# What it may take to end by itself once standard input is closed.
+_FAREWELL: Final = 5.0
 _SAID: Final = 2000
 
 
@@ -152,7 +154,10 @@ class Client:
                     raise self._failed("ended")
                 self._pending += chunk
         line, _, self._pending = self._pending.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise self._failed(f"gave no JSON: {line[:80]!r}") from None
         if "error" in answer:
             raise self._failed(f"says: {answer['error']}")
         return answer
@@ -164,7 +169,7 @@ class Client:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(5)
+            self._process.wait(_FAREWELL)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

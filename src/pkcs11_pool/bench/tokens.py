@@ -102,7 +102,7 @@ async def _make(token: Token, prefix: str) -> tuple[Material, int, str]:
         try:
             material = await work.make_keys(pool, prefix)
         except BaseException:
-            # Not by a second opening: had the PIN been wrong, that would be a second try.
+            # Not by a second opening: a wrong PIN would be sent a second time.
             if not token.throwaway:
                 with anyio.CancelScope(shield=True):
                     await _destroy_in(pool, prefix)
