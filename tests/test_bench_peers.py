@@ -40,6 +40,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.timeout(120)  # it builds and starts a dozen programs
 def test_every_peer_takes_part_or_a_line_says_why_not(
     tmp_path: Path, soft_hsm: SoftHSM
 ) -> None:
@@ -200,6 +201,20 @@ def test_a_target_is_met_by_the_median(rates: list[float], met: bool) -> None:  
     assert (one.cell, one.to, one.least) == (mine, NEAR, 0.50)
     assert one.met(record) is met
     assert targets.missed(record) == ([] if met else [one])
+
+
+def test_each_number_of_callers_has_its_own_target() -> None:
+    """As in the issue."""
+    asked = {(one.cell, one.to.client): one.least for one in targets.targets()}
+    far = Cell(scenarios.NETWORK, "p256", 1, "pool-trio")
+    for cell, to, needed in (
+        (NEAR.of("pool-uvloop"), "bare", (0.40, 0.50, 0.60)),
+        (far, "bare", (1.4, 0.75, 0.50)),
+        (far, "hand-lock-trio", (5.0, None, 40.0)),
+    ):
+        for callers, least in zip((1, 8, 64), needed, strict=True):
+            one = Cell(cell.scenario, cell.operation, callers, cell.client)
+            assert asked.get((one, to)) == least
 
 
 def test_what_was_not_measured_is_neither_met_nor_missed() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from pkcs11_pool.bench.turns import OPERATIONS
 
@@ -27,7 +28,7 @@ _STYLE: Final[Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
-    "lines.markersize": 4,
+    "lines.markersize": 3,
 }
 # The pool has colours and whole lines; what it is compared with is broken or grey.
 _LINES: Final[dict[str, dict[str, Any]]] = {
@@ -37,7 +38,9 @@ _LINES: Final[dict[str, dict[str, Any]]] = {
     "pool-uvloop": {"color": "tab:cyan", "linewidth": 2},
     "pool-trio": {"color": "tab:green", "linewidth": 2},
 }
-_OTHERS: Final = ("tab:red", "tab:orange", "tab:purple", "tab:brown", "tab:pink")
+_OTHERS: Final = (
+    *("tab:red", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive"),
+)
 
 
 def draw(record: Record, directory: Path) -> list[Path]:
@@ -86,15 +89,15 @@ def _by_callers(record: Record, cells: Sequence[Cell]) -> Figure:
         axes = figure.add_subplot(1, 3, number + 1)
         scale = 1 if number == 0 else 1000
         for client, style in styles.items():
-            _line(axes, record, [c for c in cells if c.client == client], read, scale)
-            axes.lines[-1].set(**style)
+            mine = [cell for cell in cells if cell.client == client]
+            _line(axes, record, mine, read, scale=scale, style=style)
         axes.set(title=name, xlabel="callers", xscale="log", yscale="log")
         callers = sorted({cell.callers for cell in cells})
         axes.set_xticks(callers, [str(count) for count in callers])
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
     lines, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside right center", frameon=False)
     return figure
@@ -105,7 +108,9 @@ def _line(
     record: Record,
     cells: Sequence[Cell],
     read: Callable[[Results, Cell], Spread | None],
+    *,
     scale: float,
+    style: dict[str, Any],
 ) -> None:
     """A line through the medians, with a bar from the least to the greatest turn."""
     found = [(cell.callers, read(record.results, cell)) for cell in cells]
@@ -114,12 +119,17 @@ def _line(
     axes.plot(
         at,
         [spread.median / scale for _, spread in points],
-        marker="o",
+        marker="s",
         label=record.contenders[cells[0].client],
+        **style,
     )
-    low = [spread.least / scale for _, spread in points]
-    high = [spread.most / scale for _, spread in points]
-    axes.vlines(at, low, high, color="grey", linewidth=0.8, alpha=0.6)
+    # One broken line for all bars: it takes far less room in the file than many.
+    bars = [
+        (callers, end / scale)
+        for callers, spread in points
+        for end in (spread.least, spread.most, math.nan)
+    ]
+    axes.plot(*zip(*bars, strict=True), color=style["color"], linewidth=0.8, alpha=0.5)
 
 
 def _soak(outcome: Outcome) -> Figure:

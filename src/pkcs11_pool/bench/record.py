@@ -94,7 +94,14 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Write it to a file."""
-        path.write_text(json.dumps(self.as_data(), indent=1) + "\n", encoding="utf-8")
+        data = self.as_data()
+        # A line for each figure: short, and a change shows where it is.
+        lines = [json.dumps(one) for one in data.pop("cells")]
+        cells = ",\n  ".join(lines)
+        rest = json.dumps(data)
+        path.write_text(
+            f'{rest[:-1]},\n "cells": [\n  {cells}\n ]}}\n', encoding="utf-8"
+        )
 
     def as_data(self) -> dict[str, Any]:
         """As JSON can hold it. What can be reckoned from the turns is there as well."""

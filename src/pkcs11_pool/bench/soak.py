@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 SAMPLES: Final = 250
 #: Mostly signatures.
 _CYCLE: Final = ("p256", "hmac", "p256", "aes", "p256", "digest", "verify", "random")
+#: How the names of the pool's threads begin.
+_THREADS: Final = "pkcs11-pool"
+_GRACE: Final = 5.0
 _EVERY: Final = {"lease": 97, "late": 101, "cancelled": 103}
 
 
@@ -176,6 +179,14 @@ class Soak:
         )
 
 
+def left_over() -> list[str]:
+    """The pool's threads that are still there when it has closed."""
+    theirs = [one for one in threading.enumerate() if one.name.startswith(_THREADS)]
+    for thread in theirs:
+        thread.join(_GRACE)  # one that has just done its last work needs a moment
+    return [one.name for one in theirs if one.is_alive()]
+
+
 def _print(sample: Sample) -> None:
     turns.tell(json.dumps(asdict(sample)))
 
@@ -194,8 +205,7 @@ def main(words: Sequence[str]) -> int:
     orders = Orders(operations, callers)
     turns.tell('{"ready": true}')
     anyio.run(_main, pool, orders, prefix, **turns.BACKENDS[backend])
-    left = [one.name for one in threading.enumerate() if "pkcs11" in one.name]
-    turns.tell(json.dumps({"done": True, "left": left}))
+    turns.tell(json.dumps({"done": True, "left": left_over()}))
     return 0
 
 
