@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -189,6 +190,30 @@ def test_wrong_results_reach_the_shell(
     for name in ("bare", "kept", "pool-trio"):
         assert f"local, {name}, p256, 1: " in said
     assert "results are wrong" in said
+
+
+def test_an_interrupted_benchmark_leaves_nothing_behind(
+    tmp_path: Path, soft_hsm: SoftHSM
+) -> None:
+    """Ctrl-C ends it at once: the clients end, and token and programs are gone."""
+    del soft_hsm
+    words = [*ONE_CELL, "--rounds", "50", "--seconds", "0.01"]
+    with subprocess.Popen(
+        [*COMMAND, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("turns "):  # a tenth is done
+                break
+        assert list(tmp_path.iterdir())
+        process.send_signal(signal.SIGINT)
+        shown, said = process.communicate(timeout=30)
+    assert (process.returncode, shown, said) == (130, "", "stopped\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- The token of the user ------------------------------------------------------------
