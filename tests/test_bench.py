@@ -212,7 +212,10 @@ def test_an_interrupted_benchmark_leaves_nothing_behind(
         assert list(tmp_path.iterdir())
         process.send_signal(signal.SIGINT)
         shown, said = process.communicate(timeout=30)
-    assert (process.returncode, shown, said) == (130, "", "stopped\n")
+    assert (process.returncode, shown) == (130, "")
+    # The line before may come again, if the signal met it while it was written.
+    assert said.splitlines()[-1] == "stopped"
+    assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
 
