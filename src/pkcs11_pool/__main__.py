@@ -8,9 +8,13 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-# What the `demo` extra brings, over what the package itself needs.
+from pkcs11_pool.bench import options as bench_options
+
+# What the extra of a command brings, over what the package itself needs.
 DEMO_NEEDS = frozenset({"cryptography", "rich", "trio"})
+BENCH_NEEDS = frozenset({"cryptography", "rich"})
 
 
 def positive(text: str) -> int:
@@ -24,21 +28,42 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def demo(options: argparse.Namespace) -> int:
-    """Run the demo, or say what is missing for it."""
+def load(command: str, name: str, needs: frozenset[str]) -> ModuleType | None:
+    """Import what a command is made of, or say what is missing for it."""
     try:
-        module = importlib.import_module("pkcs11_pool.demo")
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name not in DEMO_NEEDS:
+        if error.name not in needs:
             raise
         print(
-            f"The demo needs {error.name}: pip install 'pkcs11-pool[demo]'",
+            f"The {command} needs {error.name}: pip install 'pkcs11-pool[{command}]'",
             file=sys.stderr,
         )
+        return None
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Run the demo."""
+    module = load("demo", "pkcs11_pool.demo", DEMO_NEEDS)
+    if module is None:
         return 2
     status: int = module.run(
         operations=options.operations, tasks=options.tasks, as_json=options.json
     )
+    return status
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run the benchmark."""
+    try:
+        wanted = bench_options.read(options)
+    except bench_options.BadOptionError as error:
+        print(error, file=sys.stderr)
+        return 2
+    module = load("bench", "pkcs11_pool.bench.command", BENCH_NEEDS)
+    if module is None:
+        return 2
+    status: int = module.run(wanted)
     return status
 
 
@@ -75,6 +100,19 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--json", action="store_true", help="print the figures as JSON, nothing else"
     )
+    two = commands.add_parser(
+        "bench",
+        # A word cut short must not come to mean another option: PINs are near.
+        allow_abbrev=False,
+        help="measure the pool on a token, next to the bare module",
+        description=(
+            "Measure operations through the pool: throughput, and what 50 and 99 of "
+            "100 operations stay within. The bare module, called from C, takes turns "
+            "with it; ratios to it are what can be compared."
+        ),
+    )
+    two.set_defaults(run=bench)
+    bench_options.add(two)
     return whole
 
 

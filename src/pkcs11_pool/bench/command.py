@@ -1,0 +1,202 @@
+"""What the options of ``python -m pkcs11_pool bench`` ask for, one after another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pkcs11 import PKCS11Error
+
+from pkcs11_pool import softhsm
+from pkcs11_pool.bench import (
+    contenders,
+    imports,
+    measure,
+    programs,
+    soaking,
+    tokens,
+)
+from pkcs11_pool.bench.growth import TooFewSamplesError
+from pkcs11_pool.bench.record import Record, machine
+from pkcs11_pool.bench.report import Terminal
+from pkcs11_pool.bench.soak import Orders
+from pkcs11_pool.errors import PinSourceError, PoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pkcs11_pool.bench.measure import Contender, Plan, Scenario
+    from pkcs11_pool.bench.options import Options
+
+GOOD: Final = 0
+BAD: Final = 1
+CANNOT_RUN: Final = 2
+INTERRUPTED: Final = 130
+
+_IMPORT_ROUNDS: Final = 15
+
+
+def run(options: Options) -> int:
+    """Run the benchmark and return its exit status.
+
+    Returns:
+        0: done. 1: a result is wrong, a client failed, something grew, or importing
+        costs too much. 2: it could not begin, and the text says why.
+    """
+    terminal = Terminal()
+    record = Record()
+    try:
+        good = _run(options, terminal, record)
+    except (
+        softhsm.SoftHSMUnavailable,
+        TooFewSamplesError,
+        PinSourceError,
+        OSError,
+    ) as error:
+        terminal.note(str(error))
+        return CANNOT_RUN
+    except programs.ClientError as error:
+        terminal.note(str(error))
+        return BAD
+    except (PoolError, PKCS11Error) as error:
+        terminal.note(f"The token refused: {type(error).__name__}: {error}")
+        return CANNOT_RUN
+    except KeyboardInterrupt:
+        terminal.note("stopped")
+        return INTERRUPTED
+    write(options.json, options.plots, record, terminal)
+    return GOOD if good else BAD
+
+
+def _run(options: Options, terminal: Terminal, record: Record) -> bool:
+    if options.import_time:
+        record.machine = machine()
+        record.imports = import_times(terminal)
+        return record.imports.good
+    with _scenario(options, terminal) as scenario:
+        record.machine = machine(scenario.title)
+        if options.soak is not None:
+            return _soak(options, options.soak, scenario, terminal, record)
+        return _measure(options, scenario, terminal, record)
+
+
+def import_times(terminal: Terminal) -> imports.ImportTimes:
+    """Measure importing, and show it."""
+    done = 0
+    with terminal.bar("importing", _IMPORT_ROUNDS + 1) as move:
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            move(done, "")
+
+        times = imports.run(_IMPORT_ROUNDS, advance)
+    terminal.imports(times, imports.MOST)
+    return times
+
+
+@contextlib.contextmanager
+def _scenario(options: Options, terminal: Terminal) -> Iterator[Scenario]:
+    with contextlib.ExitStack() as stack:
+        if options.token is None:
+            token = stack.enter_context(tokens.throwaway(terminal.note))
+        else:
+            token = tokens.given(options.token)
+        yield stack.enter_context(tokens.with_keys(token))
+
+
+def _measure(
+    options: Options, scenario: Scenario, terminal: Terminal, record: Record
+) -> bool:
+    with tempfile.TemporaryDirectory(prefix="pkcs11-pool-bench-") as directory:
+        record.notes += [
+            f"{name} is left out: it is not installed" for name in options.missing
+        ]
+        taking_part = [
+            contenders.pool(b, options.max_sessions) for b in options.backends
+        ]
+        taking_part = bare(Path(directory), record) + taking_part
+        plan = measure.Plan(
+            blocks=[[scenario]],
+            contenders=taking_part,
+            operations=options.operations,
+            callers=options.callers,
+            rounds=options.depth.rounds,
+            warm=options.depth.warm,
+            seconds=options.depth.seconds,
+        )
+        record.settings["max_sessions"] = options.max_sessions or "twice the callers"
+        record.add(plan, measured(plan, terminal))
+    terminal.figures(record)
+    return not record.failed
+
+
+def bare(directory: Path, record: Record) -> list[Contender]:
+    """The bare module, where there is a C compiler."""
+    try:
+        return contenders.bare(programs.compile_c(programs.BARE, directory))
+    except programs.NoCompilerError as error:
+        record.notes.append(f"the bare module is left out: {error}")
+        return []
+
+
+def measured(plan: Plan, terminal: Terminal) -> measure.Results:
+    """Measure, with a bar."""
+    done = -1  # it is told before each turn
+    with terminal.bar("turns", plan.turns) as move:
+
+        def advance(what: str) -> None:
+            nonlocal done
+            done += 1
+            move(done, what)
+
+        return measure.run(plan, advance)
+
+
+def _soak(
+    options: Options,
+    operations: int,
+    scenario: Scenario,
+    terminal: Terminal,
+    record: Record,
+) -> bool:
+    for backend in options.backends:
+        for callers in options.callers:
+            orders = Orders(operations, callers)
+            sessions = options.max_sessions or 2 * callers
+            outcome = soak(scenario, backend, orders, sessions, terminal)
+            record.soaks.append(outcome)
+    return all(outcome.good for outcome in record.soaks)
+
+
+def soak(
+    scenario: Scenario, backend: str, orders: Orders, sessions: int, terminal: Terminal
+) -> soaking.Outcome:
+    """Soak on one event loop, with a bar, and show what came of it."""
+    with terminal.bar(f"soak, {backend}", orders.operations) as move:
+        outcome = soaking.run(
+            scenario,
+            backend,
+            orders,
+            sessions,
+            lambda sample: move(sample.operations, f"{sample.memory >> 20} MiB"),
+        )
+    terminal.soak(outcome)
+    return outcome
+
+
+def write(
+    json: Path | None, plots: Path | None, record: Record, terminal: Terminal
+) -> None:
+    """Write the files that were asked for."""
+    if json is not None:
+        record.write(json)
+        terminal.note(f"figures in {json}")
+    if plots is not None:
+        from pkcs11_pool.bench.plots import draw  # noqa: PLC0415  # slow, and optional
+
+        draw(record, plots)
+        terminal.note(f"pictures in {os.fspath(plots)}")

@@ -1,0 +1,333 @@
+"""The words of ``python -m pkcs11_pool bench``, checked before anything is started.
+
+It may know names only: what the extra brings may be missing here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pkcs11_pool import pins
+from pkcs11_pool.bench.turns import BACKENDS, OPERATIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+CALLERS: Final = (1, 8, 64)
+MOST_CALLERS: Final = 4096
+SOAK: Final = 1_000_000
+
+NO_MATPLOTLIB: Final = "{} needs matplotlib: pip install 'pkcs11-pool[bench]'"
+
+# The name of an event loop is that of its package.
+_EXTRA_LOOPS: Final = ("uvloop", "trio")
+_PROC: Final = Path("/proc/self/statm")
+
+
+class BadOptionError(ValueError):
+    """An option is wrong, or wants what is not installed. The text says which."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How long is measured.
+
+    Attributes:
+        rounds: Turns of each cell.
+        seconds: Seconds of a turn that count.
+        warm: Seconds of a turn before that.
+    """
+
+    rounds: int
+    seconds: float
+    warm: float
+
+
+NORMAL: Final = Depth(rounds=5, seconds=1.0, warm=0.2)
+QUICK: Final = Depth(rounds=3, seconds=0.4, warm=0.1)
+
+
+@dataclass(frozen=True)
+class GivenToken:
+    """A token that the user named.
+
+    Attributes:
+        module: The Cryptoki module.
+        label: The token's label.
+        pin: Gives the user's PIN. It is asked once.
+    """
+
+    module: Path
+    label: str
+    pin: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for, all of it possible.
+
+    Attributes:
+        operations: By name.
+        callers: Numbers of callers.
+        backends: Event loops.
+        missing: Those left out because they are not installed.
+        depth: How long.
+        max_sessions: Of the pool; None for twice the callers.
+        token: The user's own token; None for a throwaway one.
+        json: Where to write the figures.
+        plots: A directory for pictures.
+        soak: How many operations of the soak test; None to measure throughput.
+        import_time: Whether to measure importing instead.
+    """
+
+    operations: Sequence[str]
+    callers: Sequence[int]
+    backends: Sequence[str]
+    missing: Sequence[str]
+    depth: Depth
+    max_sessions: int | None
+    token: GivenToken | None
+    json: Path | None
+    plots: Path | None
+    soak: int | None
+    import_time: bool
+
+
+def names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """A reader of names with commas between them, all of them known."""
+
+    def read(text: str) -> list[str]:
+        given = _distinct(text.split(","))
+        for name in given:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is none of {', '.join(known)}"
+                )
+        return given
+
+    return read
+
+
+def numbers(text: str) -> list[int]:
+    """Read numbers of callers with commas between them."""
+    found = []
+    for word in _distinct(text.split(",")):
+        if not (word.isascii() and word.isdecimal() and 0 < int(word) <= MOST_CALLERS):
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is not a number of callers, 1 to {MOST_CALLERS}"
+            )
+        found.append(int(word))
+    return found
+
+
+def count(text: str) -> int:
+    """Read a whole number from 1 up."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def duration(text: str) -> float:
+    """Read a number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 3600:  # noqa: PLR2004  # an hour; also refuses nan and inf
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def _distinct(words: list[str]) -> list[str]:
+    # A name given twice would be measured once and shown twice.
+    return list(dict.fromkeys(words))
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the words of the benchmark."""
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--operations",
+        type=names(tuple(OPERATIONS)),
+        metavar="NAME,...",
+        help=f"of {', '.join(OPERATIONS)} (default: all)",
+    )
+    what.add_argument(
+        "--callers",
+        type=numbers,
+        metavar="N,...",
+        help="how many call at once (default: 1,8,64; the soak: 16)",
+    )
+    what.add_argument(
+        "--backends",
+        type=names(tuple(BACKENDS)),
+        metavar="NAME,...",
+        help=f"event loops, of {', '.join(BACKENDS)} (default: those installed)",
+    )
+    what.add_argument(
+        "--max-sessions",
+        type=count,
+        metavar="N",
+        help="of the pool (default: twice the callers)",
+    )
+    what.add_argument(
+        "--soak",
+        type=count,
+        nargs="?",
+        const=SOAK,
+        metavar="N",
+        help=f"instead: N operations on each loop (default: {SOAK:,}), watching what "
+        "memory, threads, files and sessions do; status 1 if anything grew",
+    )
+    what.add_argument(
+        "--import-time",
+        action="store_true",
+        help="instead: what importing the package costs; status 1 if too much",
+    )
+    add_depth(parser)
+    add_output(parser)
+    token = parser.add_argument_group(
+        "the token", "A throwaway SoftHSM2 token, if none is named. PINs are no words."
+    )
+    token.add_argument("--module", type=Path, metavar="FILE", help="Cryptoki module")
+    token.add_argument("--token-label", metavar="LABEL")
+    pin = token.add_mutually_exclusive_group()
+    pin.add_argument("--pin-env", metavar="NAME", help="variable that holds the PIN")
+    pin.add_argument("--pin-file", type=Path, metavar="FILE", help="PIN in a file")
+    pin.add_argument("--pin-prompt", action="store_true", help="ask for the PIN")
+
+
+def add_depth(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the words that say how long is measured."""
+    depth = parser.add_argument_group("how long")
+    depth.add_argument("--quick", action="store_true", help="fewer and shorter turns")
+    depth.add_argument("--rounds", type=count, metavar="N", help="turns of each figure")
+    depth.add_argument(
+        "--seconds", type=duration, metavar="S", help="that count, of each turn"
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the words that say where the figures go."""
+    output = parser.add_argument_group("where it goes, besides the terminal")
+    output.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    output.add_argument(
+        "--plots", type=Path, metavar="DIRECTORY", help="pictures, as SVG"
+    )
+
+
+def depth_of(given: argparse.Namespace) -> Depth:
+    """How long is measured."""
+    base = QUICK if given.quick else NORMAL
+    return Depth(
+        rounds=given.rounds or base.rounds,
+        seconds=given.seconds or base.seconds,
+        warm=base.warm,
+    )
+
+
+def check_output(given: argparse.Namespace) -> None:
+    """Refuse at once what could not be written at the end.
+
+    Raises:
+        BadOptionError: It says what and why.
+    """
+    if given.json is not None and not given.json.resolve().parent.is_dir():
+        raise BadOptionError(f"--json: there is no directory for {given.json}")
+    if given.plots is not None:
+        if given.plots.exists() and not given.plots.is_dir():
+            raise BadOptionError(f"--plots: {given.plots} is no directory")
+        if not can_plot():
+            raise BadOptionError(NO_MATPLOTLIB.format("--plots"))
+
+
+def can_plot() -> bool:
+    """Whether there is what draws pictures."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def missing() -> list[str]:
+    """The event loops that are not installed."""
+    return [name for name in _EXTRA_LOOPS if importlib.util.find_spec(name) is None]
+
+
+def backends(given: Sequence[str] | None) -> list[str]:
+    """The event loops to measure: those given, or those installed.
+
+    Raises:
+        BadOptionError: One was given that is not installed.
+    """
+    absent = missing()
+    for name in given or ():
+        if name in absent:
+            raise BadOptionError(
+                f"--backends: {name} is not installed: pip install {name}"
+            )
+    return [name for name in given or BACKENDS if name not in absent]
+
+
+def read(given: argparse.Namespace) -> Options:
+    """Check what was parsed as a whole.
+
+    Raises:
+        BadOptionError: It does not go together, or cannot be had.
+    """
+    if given.soak is not None and given.import_time:
+        raise BadOptionError("--soak and --import-time are two things: choose one")
+    if given.soak is not None and not _PROC.exists():
+        raise BadOptionError("--soak reads /proc, which this system does not have")
+    check_output(given)
+    return Options(
+        operations=given.operations or list(OPERATIONS),
+        callers=given.callers or list(CALLERS if given.soak is None else (16,)),
+        backends=backends(given.backends),
+        missing=[] if given.backends else missing(),
+        depth=depth_of(given),
+        max_sessions=given.max_sessions,
+        token=_token(given),
+        json=given.json,
+        plots=given.plots,
+        soak=given.soak,
+        import_time=given.import_time,
+    )
+
+
+def _token(given: argparse.Namespace) -> GivenToken | None:
+    pin: Callable[[], str] | None = None
+    if given.pin_env is not None:
+        pin = _answer(pins.env(given.pin_env))
+    elif given.pin_file is not None:
+        pin = _answer(pins.file(given.pin_file))
+    elif given.pin_prompt:
+        pin = _ask
+    if given.module is None:
+        if given.token_label is not None or pin is not None:
+            raise BadOptionError("--token-label and a PIN go with --module")
+        return None
+    if given.token_label is None:
+        raise BadOptionError("--module: which token? Give --token-label")
+    if pin is None:
+        raise BadOptionError(
+            "--module: give the PIN by --pin-env, --pin-file or --pin-prompt"
+        )
+    if not given.module.is_file():
+        raise BadOptionError(f"--module: {given.module} is no file")
+    return GivenToken(given.module, given.token_label, pin)
+
+
+def _answer(source: pins.PinCallable) -> Callable[[], str]:
+    def ask() -> str:
+        pin = source()
+        assert isinstance(pin, str)  # noqa: S101  # these two are not async
+        return pin
+
+    return ask
+
+
+def _ask() -> str:
+    return getpass.getpass("PIN of the token: ")

@@ -1,0 +1,1 @@
+"""The pool next to its peers, in one run: see run.py."""

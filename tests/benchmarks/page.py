@@ -1,0 +1,298 @@
+"""docs/benchmarks.md, written from the figures and from nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from benchmarks import scenarios, targets
+from pkcs11_pool.bench import growth, imports, options
+from pkcs11_pool.bench.measure import Cell
+from pkcs11_pool.bench.report import spread_text
+from pkcs11_pool.bench.turns import OPERATIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from benchmarks.targets import Target
+    from pkcs11_pool.bench.record import Record
+    from pkcs11_pool.bench.soaking import Outcome
+
+DOCS: Final = Path(__file__).resolve().parents[2] / "docs"
+PICTURES: Final = Path("_static/bench")
+
+_TOP: Final = """\
+# Benchmarks
+
+Made by one command, which writes this page anew:
+
+    python tests/benchmarks/run.py --docs
+
+{machine}.
+
+What is compared are clients: programs that make the same calls as fast as they can,
+from 1, 8 and 64 callers at once. They take turns of {seconds} s, {rounds} rounds of
+them, so that what else the machine does hits all of them alike. An operation counts
+when it ends inside the turn. A figure is the median over the rounds; in brackets
+are the least and the greatest. Samples of the results of every turn are verified by
+`cryptography`.
+
+**Only ratios can be compared with those of another machine.** They are formed
+against the *bare* module in the same round: C, a thread for each caller, and for
+each operation `C_OpenSession, C_SignInit, C_Sign, C_CloseSession` with a remembered
+handle. *Bare, kept* is the same with one session for each thread that stays open,
+so two calls. The pool has `max_sessions` of {max_sessions}, and makes each
+operation in a fresh session.
+
+*Java SunPKCS11* and *Go crypto11* pool sessions and keep them. *By hand* is
+python-pkcs11 on AnyIO's threads, a session and a lookup for each operation: under
+one lock, the only safe form as it is shipped, or with OS locks in the module and
+eight threads. *PyKCS11* runs on AnyIO's threads too, with a fresh session for each
+operation and a remembered handle.
+
+For a token of yours: `python -m pkcs11_pool bench --module FILE --token-label LABEL
+--pin-prompt`. It makes keys there, and destroys them at the end.
+"""
+
+_GROWTH: Final = """\
+## Keys on the token
+
+P-256 signatures from one caller, against the same client with {few} keys. *By hand*
+looks its key up each time.
+"""
+
+_SOAK: Final = """\
+## Flat for ever
+
+One process, one pool, {callers} callers: signatures, HMAC, AES, digests,
+verification and random numbers, with cancelled and late callers and sessions kept
+for a block among them. The process watches itself. The first {warm:.0%} are
+warm-up. After it a line through the samples must not rise by more than is allowed,
+and no sample may exceed its bound.
+"""
+
+_IMPORT: Final = """\
+## Importing
+
+`import pkcs11_pool` takes {ratio} times what importing its three dependencies takes
+({package:.0f} ms and {base:.0f} ms, medians of interpreters started in turns). At
+most {most} are allowed.
+"""
+
+_MISSED: Final = {True: "met", False: "**missed**", None: "not measured"}
+
+
+def check() -> None:
+    """Refuse at once what could not be written at the end.
+
+    Raises:
+        options.BadOptionError: There is no docs directory, or matplotlib is missing.
+    """
+    if not DOCS.is_dir():
+        raise options.BadOptionError("--docs: this is no checkout, there is no docs/")
+    if not options.can_plot():
+        raise options.BadOptionError(options.NO_MATPLOTLIB.format("--docs"))
+
+
+def write(record: Record) -> list[Path]:
+    """Write the page, its pictures and the figures; return the files."""
+    from pkcs11_pool.bench.plots import draw  # noqa: PLC0415  # slow, and optional
+
+    pictures = DOCS / PICTURES
+    # A picture of what is no longer measured must not stay.
+    shutil.rmtree(pictures, ignore_errors=True)
+    made = draw(record, pictures)
+    figures = pictures / "figures.json"
+    record.write(figures)
+    page = DOCS / "benchmarks.md"
+    text = "\n".join(_page(record, {path.name for path in made}))
+    page.write_text(text, encoding="utf-8")
+    return [page, figures, *made]
+
+
+def _page(record: Record, pictures: set[str]) -> Iterator[str]:
+    machine = record.machine
+    described = ", ".join(
+        [
+            f"{machine['cores']} cores of {machine['processor']}",
+            machine["system"],
+            f"Python {machine['python']}",
+            *(
+                f"{name} {machine[name]}"
+                for name in ("anyio", "trio", "uvloop", "python-pkcs11", "module")
+                if name in machine
+            ),
+            machine["date"],
+        ]
+    )
+    yield _TOP.format(machine=described, **record.settings)
+    yield from _targets(record)
+    for scenario in record.scenarios:
+        if not scenario.startswith(scenarios.KEYS):
+            yield from _scenario(record, scenario, pictures)
+    yield from _growth(record)
+    yield from _soaks(record.soaks, pictures)
+    if times := record.imports:
+        yield _IMPORT.format(
+            ratio=spread_text(times.ratio),
+            package=times.package.median * 1000,
+            base=times.dependencies.median * 1000,
+            most=imports.MOST,
+        )
+    if lines := [*record.notes, *record.failed]:
+        yield "## Left out\n"
+        yield from (f"- {line.splitlines()[0]}" for line in lines)
+        yield ""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A table in Markdown: the first column to the left, the others to the right."""
+    yield f"| {' | '.join(head)} |"
+    yield f"|---|{'--:|' * (len(head) - 1)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def _scenario(record: Record, scenario: str, pictures: set[str]) -> Iterator[str]:
+    for operation in OPERATIONS:
+        if not list(record.cells(scenario, operation)):
+            continue
+        title = f"{OPERATIONS[operation]}, {record.scenarios[scenario]}"
+        yield f"## {title}\n"
+        yield from _figures(record, scenario, operation)
+        picture = f"{scenario}-{operation}.svg"
+        if picture in pictures:
+            yield f"![{title}: throughput and latency]({PICTURES / picture})\n"
+
+
+def _figures(record: Record, scenario: str, operation: str) -> Iterator[str]:
+    """A row for each client, two columns for each number of callers."""
+    cells = list(record.cells(scenario, operation))
+    counts = sorted({cell.callers for cell in cells})
+    head = ["client"]
+    for count in counts:
+        who = "1 caller" if count == 1 else f"{count} callers"
+        head += [f"{who}: to bare", "op/s", "p50 / p99 ms"]
+    rows = []
+    for client in dict.fromkeys(cell.client for cell in cells):
+        row = [record.contenders[client]]
+        for count in counts:
+            row += _three(
+                record,
+                next(
+                    cell
+                    for cell in cells
+                    if (cell.client, cell.callers) == (client, count)
+                ),
+            )
+        rows.append(row)
+    yield from table(head, rows)
+
+
+def _three(record: Record, cell: Cell) -> list[str]:
+    results = record.results
+    rate, ratio = results.rate(cell), results.ratio(cell)
+    p50, p99 = results.p50(cell), results.p99(cell)
+    if rate is None or p50 is None or p99 is None:
+        return ["failed", "", ""]
+    return [
+        spread_text(ratio) if ratio else "",
+        f"{rate.median:,.0f}",
+        f"{p50.median / 1000:.3g} / {p99.median / 1000:.3g}",
+    ]
+
+
+def _growth(record: Record) -> Iterator[str]:
+    few = scenarios.growing(scenarios.GROWTH[0])
+    if few not in record.scenarios:
+        return
+    yield _GROWTH.format(few=scenarios.GROWTH[0])
+    names = [scenarios.growing(keys) for keys in scenarios.GROWTH]
+    rows = []
+    for base in record.cells(few):
+        row = [record.contenders[base.client]]
+        for name in names:
+            cell = Cell(name, base.operation, base.callers, base.client)
+            rate, ratio = record.results.rate(cell), record.results.ratio(cell, base)
+            ratio_text = spread_text(ratio) if ratio else "failed"
+            row += [f"{rate.median:,.0f}/s" if rate else "", ratio_text]
+        del row[2]  # to itself
+        rows.append(row)
+    head = ["client", f"{scenarios.GROWTH[0]:,} keys"]
+    for keys in scenarios.GROWTH[1:]:
+        head += [f"{keys:,} keys", "ratio"]
+    yield from table(head, rows)
+
+
+def _soaks(soaks: Sequence[Outcome], pictures: set[str]) -> Iterator[str]:
+    if not soaks:
+        return
+    yield _SOAK.format(callers=soaks[0].callers, warm=growth.WARM_UP)
+    for soak in soaks:
+        last = soak.samples[-1]
+        told = "nothing grew" if soak.good else "**something grew**"
+        yield (
+            f"{soak.backend}: {last.operations:,} operations in {last.seconds:,.0f} s, "
+            f"{told}.\n"
+        )
+        rows = []
+        for one in soak.verdicts:
+            scale = 2**20 if one.name == "memory" else 1
+            values = (one.first, one.last, one.most, one.rise, one.allowance)
+            rows.append(
+                [
+                    f"{one.name}, MiB" if scale > 1 else one.name.replace("_", " "),
+                    *(f"{value / scale:,.1f}" for value in values),
+                    "" if one.bound is None else f"{one.bound:,.0f}",
+                ]
+            )
+        head = ["after warm-up", "first", "last", "most", "rise", "allowed", "bound"]
+        yield from table(head, rows)
+        picture = f"soak-{soak.backend}.svg"
+        if picture in pictures:
+            yield f"![Soak on {soak.backend}]({PICTURES / picture})\n"
+
+
+def _targets(record: Record) -> Iterator[str]:
+    measured = targets.measured(record)
+    if not measured:
+        return
+    met = sum(bool(one.met(record)) for one in measured)
+    yield "## Targets\n"
+    yield f"{met} of {len(measured)} are met. A target is met by the median.\n"
+    rows = []
+    for one in measured:
+        reached = one.reached(record)
+        text = spread_text(reached) if reached else ""
+        verdict = _MISSED[one.met(record)]
+        rows.append([_named(record, one), f"{one.least:.2f}", text, verdict])
+    yield from table(["target", "at least", "reached", ""], rows)
+
+
+def _named(record: Record, target: Target) -> str:
+    """What a target is about, in words."""
+    cell, to = target.cell, target.to
+    who = "1 caller" if cell.callers == 1 else f"{cell.callers} callers"
+    where = record.scenarios[cell.scenario]
+    against = (
+        record.contenders[to.client]
+        if to.client != cell.client
+        else record.scenarios[to.scenario]
+    )
+    what = OPERATIONS[cell.operation]
+    client = record.contenders[cell.client]
+    return f"{client}: {what}, {where}, {who}, to {against}"
+
+
+def verdicts(record: Record) -> Iterator[str]:
+    """Target by target, a line each, for a terminal."""
+    measured = targets.measured(record)
+    if measured:
+        yield "\nTargets"
+    for one in measured:
+        reached = one.reached(record)
+        text = spread_text(reached) if reached else ""
+        verdict = "met   " if one.met(record) else "MISSED"
+        yield f"  {verdict} {text:20} of {one.least:5.2f}  {_named(record, one)}"
