@@ -400,8 +400,8 @@ def current_waiter() -> FaceWaiter:
         if port is None or port.loop is not token:
             port = _TrioPort(token)
             local.port = _Kept(port)
-        task = weakref.ref(trio.lowlevel.current_task())
-        return _TrioWaiter(local.port, task, trio)
+        me = weakref.ref(trio.lowlevel.current_task())
+        return _TrioWaiter(local.port, me, trio)
     loop = asyncio.get_running_loop()
     if port is None or port.loop is not loop:
         port = _asyncio_port(loop)
