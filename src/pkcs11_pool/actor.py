@@ -77,6 +77,9 @@ class Gate(Protocol):
     def close_ahead(self) -> None:
         """Close the sessions that were opened ahead."""
 
+    def interrupt(self, cause: Exception) -> None:
+        """What needs the login that ends now must not go on."""
+
     def login_settled(self, error: BaseException | None) -> None:
         """The login that operations wait for succeeded, or failed."""
 
@@ -442,7 +445,7 @@ class LoginActor:
     def _send_pin(self, session: Session, user: int, pin: Pin, *, force: bool) -> None:
         """``C_GetTokenInfo`` and ``C_Login``, if this PIN may be tried."""
         who = SO if user == cryptoki.CKU_SO else USER
-        self.info = fresh = self._same_token()
+        self.info = fresh = self.same_token()
         self.guard.check(who, pin, fresh, force=force)
         events.info(events.LOGIN_STARTED, token=self._label, user=who)
         code = raw_login(session.functions, session.handle, user, pin)
@@ -456,7 +459,7 @@ class LoginActor:
         )
         self.guard.answered(who, pin, code, "C_Login")
 
-    def _same_token(self) -> TokenInfo:
+    def same_token(self) -> TokenInfo:
         """What the token tells now; no PIN is ever sent to another one."""
         known = self.known
         fresh = self.attached.info(known.slot_id)
@@ -479,6 +482,13 @@ class LoginActor:
         try:
             if self.login.state is LoginState.USER:
                 self._raw_logout(self._open_anchor)
+            # A chain of calls may be alive in the module after a logout.
+            self._gate.interrupt(
+                LoginRequired(
+                    "logged out in the middle of the data: await pool.login(pin), then "
+                    "begin again"
+                )
+            )
             self._change(LoginEvent.OUT)
         finally:
             self._gate.resume()

@@ -33,7 +33,8 @@ Timeout = float | None | Literal[Default.DEFAULT]
 Data = str | bytes | bytearray | memoryview | Iterable[bytes] | AsyncIterable[bytes]
 Template = Mapping[Attribute, Any]
 
-_EDWARDS: Final = {"ed25519": "1.3.6.1.4.1.11591.15.1"}
+# RFC 8410; PKCS#11 v3.1, "Edwards EC private key objects", allows these.
+_EDWARDS: Final = {"ed25519": "1.3.101.112", "ed448": "1.3.101.113"}
 
 
 def timeout(value: Timeout, default: float | None) -> float | None:
@@ -44,27 +45,15 @@ def timeout(value: Timeout, default: float | None) -> float | None:
     return value
 
 
-async def data(value: Data, name: str = "data") -> bytes:
-    """The input of an operation, whole."""
+def whole(value: object) -> bytes | None:
+    """The input of an operation, or None where it comes in parts."""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
         return value.encode()
     if isinstance(value, (bytearray, memoryview)):
         return bytes(value)
-    if isinstance(value, AsyncIterable):
-        return b"".join([_chunk(chunk, name) async for chunk in value])
-    if isinstance(value, Iterable) and not isinstance(value, Mapping):
-        return b"".join(_chunk(chunk, name) for chunk in value)
-    message = f"{name} must be bytes or an iterable of bytes, not {_kind(value)}"
-    raise InvalidType(message)
-
-
-def _chunk(value: object, name: str) -> bytes:
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value)
-    message = f"{name} must give bytes, not {_kind(value)}"
-    raise InvalidType(message)
+    return None
 
 
 def octets(value: object, name: str) -> bytes:

@@ -17,6 +17,8 @@ from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
 from pkcs11_pool.errors import InvalidOption, SessionObjectNeedsSession
 from pkcs11_pool.keyref import KeyRef, ObjectRef
 from pkcs11_pool.keys import KeySpec, SessionObject
+from pkcs11_pool.multipart import DIGEST, Plan
+from pkcs11_pool.streams import Task, consume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.engine import TokenEngine
     from pkcs11_pool.keys import Entry, ObjectOwner, Target
+    from pkcs11_pool.leases import Hold, Lease, Loan
+    from pkcs11_pool.multipart import MultiPart
     from pkcs11_pool.session import Session
 
 T = TypeVar("T")
@@ -53,6 +57,17 @@ class Calls(ABC):
         target: SessionObject | None = None,
     ) -> T:
         """Run ``work`` on a worker thread, with a session."""
+
+    @abstractmethod
+    async def _seat(
+        self,
+        chain: MultiPart,
+        deadline: float | None,
+        *,
+        nowait: bool,
+        home: Calls | None,
+    ) -> tuple[Lease, Hold | Loan]:
+        """A session for a chain of calls, and what lets go of it when forgotten."""
 
     @property
     @abstractmethod
@@ -157,20 +172,36 @@ class Calls(ABC):
         mechanism_param: Any = None,
         timeout: Timeout = DEFAULT,
     ) -> bytes:
-        """The digest of ``data``.
+        """The digest of ``data``: bytes, text, a file, or an iterable of bytes.
 
         Cancellation:
             The caller goes at once; a digest changes nothing.
 
         Cryptoki:
-            ``C_DigestInit``, ``C_Digest``.
+            ``C_DigestInit``, ``C_Digest``; for data in parts ``C_DigestUpdate`` and
+            ``C_DigestFinal``.
         """
         kind = arguments.needed_mechanism(mechanism)
-        whole = await arguments.data(data)
-        return await self._perform(
-            lambda session: operations.digest(session, whole, kind, mechanism_param),
-            timeout,
+
+        async def digest(whole: bytes, timeout: Timeout) -> bytes:
+            return await self._perform(
+                lambda session: operations.digest(
+                    session, whole, kind, mechanism_param
+                ),
+                timeout,
+            )
+
+        if (whole := arguments.whole(data)) is not None:
+            return await digest(whole, timeout)
+        plan = Plan(
+            operation=DIGEST,
+            cache=self._engine.cache,
+            target=None,
+            mechanism=kind,
+            param=mechanism_param,
         )
+        result: bytes = await consume(Task(self, plan, digest, timeout=timeout), data)
+        return result
 
     async def generate_random(self, nbits: int, *, timeout: Timeout = DEFAULT) -> bytes:
         """Random bytes from the token; ``nbits`` is their number in bits.

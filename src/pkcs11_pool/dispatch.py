@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.jobs import Thread, Waiter
-    from pkcs11_pool.leases import Lease
+    from pkcs11_pool.leases import Chain, Lease
 
 _WHY_CLOSED = {
     PoolState.NEW: "the pool is not open: use `async with pool:`",
@@ -120,6 +121,9 @@ class Dispatch:
         # Workers with a job, tidying included; and jobs whose result is not posted.
         self._busy = 0
         self._running = 0
+        #: Leases, or chains in one, that nobody holds any more: put here by the
+        #: garbage collector.
+        self.orphans: deque[tuple[Lease, Chain | None]] = deque()
         # Calls that were given up on and have not returned.
         self._stuck = 0
 
@@ -134,6 +138,8 @@ class Dispatch:
             PoolTimeout: It would have to wait, and must not.
         """
         self.check_process()
+        if self.orphans:
+            self.end_orphans()
         job.since = time.monotonic()
         with self._lock:
             if self.state is not PoolState.READY or self._stuck:
@@ -204,10 +210,16 @@ class Dispatch:
     def _admit_locked(self, job: Job) -> None:
         """Let a job wait, if it may."""
         most = self.options.max_waiting
-        if most is not None and self._waiting_locked() >= most:
+        goes_on = job.chain is not None and job.chain.begun
+        if most is not None and not goes_on and self._waiting_locked() >= most:
             raise TooManyWaiting(f"{most} callers wait already (max_waiting)")
         if job.lane is None and job.holder is not None:
             self._check_deadlock_locked(job)
+        elif job.lane is not None and job.lane.would_deadlock(job):
+            raise WouldDeadlock(
+                "this task is in the middle of an operation on data in parts in this "
+                "session: finish that first, or await its aclose()"
+            )
         if job.nowait:
             counters = self._counters
             counters.operations_timed_out += job.is_operation
@@ -260,7 +272,7 @@ class Dispatch:
         lane = job.lane
         if lane is None:
             self._lines.add(job)
-        elif lane.busy:
+        elif lane.busy or not lane.admit(job):
             lane.waiting.append(job)
         else:
             lane.busy = True
@@ -359,7 +371,7 @@ class Dispatch:
             return False
         threads = len(self._idle) + self._most_workers - len(self._workers)
         if job.lane is not None:
-            return threads > 0 and not job.lane.busy
+            return threads > 0 and job.lane.is_free_for(job)
         before = self._lines.want_sessions(self._room.more_leases)
         return threads > 0 and before < self._room.free
 
@@ -468,9 +480,10 @@ class Dispatch:
 
     def _next_in_lane_locked(self, lane: Lease) -> None:
         """The next job of a lease takes its place in the line."""
-        lane.busy = bool(lane.waiting)
-        if lane.busy:
-            self._lines.add(lane.waiting.popleft())
+        job = lane.next()
+        lane.busy = job is not None
+        if job is not None:
+            self._lines.add(job)
             self._wake_for_next_locked()
         self._quiet.notify_all()
 
@@ -560,11 +573,15 @@ class Dispatch:
         with self._lock:
             so = self._so_lane
             return (so is not None and so.holder == holder) or any(
-                lease.holder == holder and not lease.closing
+                lease.holder == holder and not lease.closing and not lease.lone
                 for lease in self._room.leases
             )
 
     # -- Done by the layers above -------------------------------------------------
+
+    def end_orphans(self) -> None:
+        """End what nobody holds any more."""
+        raise NotImplementedError
 
     def _start_worker_locked(self) -> Thread:
         raise NotImplementedError

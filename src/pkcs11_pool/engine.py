@@ -22,10 +22,15 @@ from pkcs11 import exceptions as p11
 from pkcs11_pool import events, recovery
 from pkcs11_pool.actor import LoginActor
 from pkcs11_pool.dispatch import IDLE, NO_WAIT, Pause
-from pkcs11_pool.errors import LoginRequired, PoolClosed, PoolTimeout
+from pkcs11_pool.errors import (
+    LoginRequired,
+    PoolClosed,
+    PoolTimeout,
+    StreamInterrupted,
+)
 from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.leases import Loan
-from pkcs11_pool.leasing import NOBODY, Leasing
+from pkcs11_pool.leasing import Leasing
 from pkcs11_pool.limits import SessionLimit
 from pkcs11_pool.state import LoginState, PoolState, SessionState
 from pkcs11_pool.stats import Counters, PoolStats
@@ -277,8 +282,7 @@ class TokenEngine(Leasing):
         if not self._look_wanted:
             return
         self._look_wanted = False
-        while self.orphans:
-            self.end_lease(self.orphans.popleft(), NOBODY)
+        self.end_orphans()
         with self._lock:
             if self._busy or time.monotonic() - self._last_work < IDLE:
                 return
@@ -334,14 +338,14 @@ class TokenEngine(Leasing):
         room = self._room
 
         def quiet() -> bool:
-            return not self._busy and not (leases and (room.leases or room.leasing))
+            return not self._busy and not (leases and (room.lent_out or room.leasing))
 
         def news() -> bool:
             lost = leases and self._login_awaited
             return quiet() or job.phase is Phase.SETTLED or lost
 
         with self._lock:
-            if job.nowait and (self._running or room.leases or room.leasing):
+            if job.nowait and (self._running or room.lent_out or room.leasing):
                 # What is only tidied behind its caller's back is no reason.
                 self._settle_locked(job, None, PoolTimeout(NO_WAIT, "waiting"))
                 job.waiter.wake()
@@ -363,6 +367,10 @@ class TokenEngine(Leasing):
                 return None
             job.phase = Phase.RUNNING
             self._pause = Pause.ALL
+            lone = self._take_lone_locked(_cut_off()) if leases else []
+        if lone:
+            with self._module.turn:
+                self._close_all(lone)
         self.close_ahead()
         return True
 
@@ -550,6 +558,12 @@ class TokenEngine(Leasing):
                 calls_stuck=self._stuck,
                 **{name: getattr(counters, name) for name in Counters.__slots__},
             )
+
+
+def _cut_off() -> StreamInterrupted:
+    return StreamInterrupted(
+        "the security officer came in the middle of the data: begin again"
+    )
 
 
 def _login_required(error: BaseException, state: LoginState) -> BaseException:

@@ -32,6 +32,7 @@ __all__ = [
     "SessionClosed",
     "SessionObjectDestroyed",
     "SessionObjectNeedsSession",
+    "StreamInterrupted",
     "TokenAmbiguous",
     "TokenInUse",
     "TokenNotFound",
@@ -175,6 +176,15 @@ class PoolClosed(PoolError):
 
 class SessionClosed(PoolError, p11.SessionClosed):
     """This ``PooledSession`` is over. ``__cause__`` says why when it was lost."""
+
+
+class StreamInterrupted(SessionClosed):
+    """An operation on data in parts was cut off: by the SO, or by a lost login.
+
+    Begin again, with the data from its start. The pool does that by itself where
+    it still has the data: not with an iterator, which cannot be read twice, and not
+    when output was given already. After ``logout()`` it is ``LoginRequired``.
+    """
 
 
 class ForkedProcess(PoolError):

@@ -95,10 +95,14 @@ class Job:
         target: The session object that it uses, or None.
         holder: The task or thread that asked.
         errand: A PIN source that the caller, when woken, should await.
+        chain: The multi-part operation that it is a part of, or None.
+        away: Its caller is elsewhere just now and cannot be sent for a PIN.
     """
 
     __slots__ = (
         "attempts",
+        "away",
+        "chain",
         "changes",
         "deadline",
         "dropped",
@@ -138,6 +142,7 @@ class Job:
         lane: Any = None,
         target: Any = None,
         holder: Hashable = None,
+        chain: Any = None,
     ) -> None:
         self.work = work
         self.kind = kind
@@ -150,6 +155,8 @@ class Job:
         self.lane = lane
         self.target = target
         self.holder = holder
+        self.chain = chain
+        self.away = False
         self.waiter = waiter
         #: Whether it counts in the statistics: a lease or a request does not.
         self.is_operation = not stays and kind not in (Kind.LEASE, Kind.ACTOR)

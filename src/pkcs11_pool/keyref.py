@@ -14,6 +14,9 @@ from pkcs11_pool import arguments, objects, operations, pins
 from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
 from pkcs11_pool.errors import InvalidType
 from pkcs11_pool.keys import SessionObject
+from pkcs11_pool.multipart import DECRYPT, ENCRYPT, SIGN, VERIFY, Plan
+from pkcs11_pool.reaffirm import Reaffirm
+from pkcs11_pool.streams import CryptStream, Task, consume
 from pkcs11_pool.sync import SyncKey
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.calls import Calls
     from pkcs11_pool.keys import Target
+    from pkcs11_pool.multipart import Operation
+    from pkcs11_pool.pins import NoPin, Pin
 
 SignatureFormat = Literal["raw", "der"]
 
@@ -89,15 +94,9 @@ class ObjectRef:
         **options: Any,
     ) -> Any:
         calls, target = self._calls, self._target
-        engine = calls._engine  # noqa: SLF001  # one package
-        cache = engine.cache
+        cache = calls._engine.cache  # noqa: SLF001  # one package
         used = target if isinstance(target, SessionObject) else None
-        for item in (target, *arguments_):
-            if isinstance(item, SessionObject):
-                # At the door: where the object is gone, nothing is opened or sent.
-                engine.check_open()
-                actor = engine.actor
-                item.check(actor.login.epoch, actor.attached.generation)
+        self._check_alive((target, *arguments_))
 
         def work(session: Any) -> Any:
             return operation(session, cache, target, *arguments_, **options)
@@ -105,6 +104,16 @@ class ObjectRef:
         return await calls._perform(  # noqa: SLF001
             work, timeout, rw=rw, changes=changes, home=self._home, target=used
         )
+
+    def _check_alive(self, items: tuple[object, ...]) -> None:
+        """At the door: where a session object is gone, nothing is opened or sent."""
+        objects = [item for item in items if isinstance(item, SessionObject)]
+        if objects:
+            engine = self._calls._engine  # noqa: SLF001  # one package
+            engine.check_open()
+            actor = engine.actor
+            for item in objects:
+                item.check(actor.login.epoch, actor.attached.generation)
 
     def __eq__(self, other: object) -> bool:
         """Equal references name the same object in the same pool."""
@@ -152,33 +161,39 @@ class KeyRef(ObjectRef):
         """Sign ``data``.
 
         Args:
-            data: Bytes, text (as UTF-8), or an iterable of bytes.
+            data: Bytes, text (as UTF-8), a binary file, or an iterable or async
+                iterable of bytes. What does not fit into 64 KiB goes to the token in
+                parts, and is never in memory as a whole.
             mechanism: How; ``CKM_ECDSA`` takes a digest, not the message.
             mechanism_param: As python-pkcs11 takes it.
-            pin: For keys with ``CKA_ALWAYS_AUTHENTICATE``.
+            pin: For keys with ``CKA_ALWAYS_AUTHENTICATE``; or ``PROTECTED_AUTH``.
             signature_format: ``"raw"`` is r‖s for ECDSA and DSA, ``"der"`` is DER.
-            timeout: Seconds.
+            timeout: Seconds; for reading the data, too.
 
         Raises:
             KeyNotFound, KeyAmbiguous: By the name of the key.
             KeyFunctionNotPermitted: ``CKA_SIGN`` is false.
-            LoginRequired: The key may be private and nobody is logged in.
+            LoginRequired: The key may be private and nobody is logged in; or it wants
+                the PIN each time, and there is no ``pin``.
+            PinRefused: The token refused ``pin``, now or earlier.
+            StreamInterrupted: Data in parts was cut off, and cannot be read again.
 
         Cancellation:
             The caller goes at once; the signature is dropped.
 
         Cryptoki:
-            ``C_SignInit``, ``C_Sign``.
+            ``C_SignInit``, ``C_Sign``; for data in parts ``C_SignUpdate`` and
+            ``C_SignFinal``. With ``pin`` also ``C_GetTokenInfo`` and ``C_Login``.
         """
         pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
-        result: bytes = await self._perform(
-            operations.sign,
-            await arguments.data(data),
-            timeout=timeout,
-            mechanism=arguments.mechanism(mechanism),
-            param=mechanism_param,
-            pin=None if pin is None else pins.checked(pin),  # type: ignore[arg-type]
-            der=arguments.der(signature_format),
+        options: dict[str, Any] = {
+            "mechanism": arguments.mechanism(mechanism),
+            "param": mechanism_param,
+            "login": self._login(pin),  # type: ignore[arg-type]
+            "der": arguments.der(signature_format),
+        }
+        result: bytes = await self._with_data(
+            SIGN, operations.sign, data, timeout, options
         )
         return result
 
@@ -198,16 +213,17 @@ class KeyRef(ObjectRef):
             The caller goes at once.
 
         Cryptoki:
-            ``C_VerifyInit``, ``C_Verify``.
+            ``C_VerifyInit``, ``C_Verify``; for data in parts ``C_VerifyUpdate`` and
+            ``C_VerifyFinal``.
         """
-        result: bool = await self._perform(
-            operations.verify,
-            await arguments.data(data),
-            arguments.octets(signature, "signature"),
-            timeout=timeout,
-            mechanism=arguments.mechanism(mechanism),
-            param=mechanism_param,
-            der=arguments.der(signature_format),
+        options: dict[str, Any] = {
+            "signature": arguments.octets(signature, "signature"),
+            "mechanism": arguments.mechanism(mechanism),
+            "param": mechanism_param,
+            "der": arguments.der(signature_format),
+        }
+        result: bool = await self._with_data(
+            VERIFY, operations.verify, data, timeout, options
         )
         return result
 
@@ -221,18 +237,22 @@ class KeyRef(ObjectRef):
     ) -> bytes:
         """Encrypt ``data``; ``mechanism_param`` is the IV where there is one.
 
+        Data as for :meth:`sign`. The result is in memory as a whole:
+        :meth:`encrypt_stream` gives it in parts.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
-            ``C_EncryptInit``, ``C_Encrypt``.
+            ``C_EncryptInit``, ``C_Encrypt``; for data in parts ``C_EncryptUpdate``
+            and ``C_EncryptFinal``.
         """
-        result: bytes = await self._perform(
-            operations.encrypt,
-            await arguments.data(data),
-            timeout=timeout,
-            mechanism=arguments.mechanism(mechanism),
-            param=mechanism_param,
+        options: dict[str, Any] = {
+            "mechanism": arguments.mechanism(mechanism),
+            "param": mechanism_param,
+        }
+        result: bytes = await self._with_data(
+            ENCRYPT, operations.encrypt, data, timeout, options
         )
         return result
 
@@ -247,22 +267,86 @@ class KeyRef(ObjectRef):
     ) -> bytes:
         """Decrypt ``data``; ``pin`` is for keys with ``CKA_ALWAYS_AUTHENTICATE``.
 
+        Data as for :meth:`sign`.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
-            ``C_DecryptInit``, ``C_Decrypt``.
+            ``C_DecryptInit``, ``C_Decrypt``; for data in parts ``C_DecryptUpdate``
+            and ``C_DecryptFinal``. With ``pin`` as :meth:`sign`.
         """
         pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
-        result: bytes = await self._perform(
-            operations.decrypt,
-            await arguments.data(data),
-            timeout=timeout,
-            mechanism=arguments.mechanism(mechanism),
-            param=mechanism_param,
-            pin=None if pin is None else pins.checked(pin),  # type: ignore[arg-type]
+        options: dict[str, Any] = {
+            "mechanism": arguments.mechanism(mechanism),
+            "param": mechanism_param,
+            "login": self._login(pin),  # type: ignore[arg-type]
+        }
+        result: bytes = await self._with_data(
+            DECRYPT, operations.decrypt, data, timeout, options
         )
         return result
+
+    def encrypt_stream(
+        self,
+        data: Data,
+        *,
+        mechanism: Mechanism | None = None,
+        mechanism_param: Any = None,
+        timeout: Timeout = DEFAULT,
+    ) -> CryptStream:
+        """Encrypt ``data`` and give the output as it comes: ``async for``.
+
+        Args:
+            data: As for :meth:`sign`. Of an async iterable each chunk goes on at once.
+            mechanism: How.
+            mechanism_param: As python-pkcs11 takes it: the IV where there is one.
+            timeout: Seconds for the whole of it, from the first output asked for.
+
+        Cryptoki:
+            ``C_EncryptInit``, ``C_EncryptUpdate``, ``C_EncryptFinal`` in one session;
+            ``C_Encrypt`` for what fits into 64 KiB.
+        """
+        options: dict[str, Any] = {
+            "mechanism": arguments.mechanism(mechanism),
+            "param": mechanism_param,
+        }
+        task = self._task(ENCRYPT, operations.encrypt, timeout, options)
+        return CryptStream(task, data)
+
+    def decrypt_stream(
+        self,
+        data: Data,
+        *,
+        mechanism: Mechanism | None = None,
+        mechanism_param: Any = None,
+        pin: str | None = None,
+        timeout: Timeout = DEFAULT,
+    ) -> CryptStream:
+        """Decrypt ``data`` and give the output as it comes: ``async for``.
+
+        With a mechanism that authenticates (AES-GCM), what comes before the end is
+        not authenticated yet: do not act on it before the stream has ended well.
+
+        Args:
+            data: As for :meth:`encrypt_stream`.
+            mechanism: How.
+            mechanism_param: As python-pkcs11 takes it: the IV where there is one.
+            pin: For keys with ``CKA_ALWAYS_AUTHENTICATE``.
+            timeout: Seconds for the whole of it, from the first output asked for.
+
+        Cryptoki:
+            ``C_DecryptInit``, ``C_DecryptUpdate``, ``C_DecryptFinal`` in one session;
+            ``C_Decrypt`` for what fits into 64 KiB.
+        """
+        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
+        options: dict[str, Any] = {
+            "mechanism": arguments.mechanism(mechanism),
+            "param": mechanism_param,
+            "login": self._login(pin),  # type: ignore[arg-type]
+        }
+        task = self._task(DECRYPT, operations.decrypt, timeout, options)
+        return CryptStream(task, data)
 
     async def wrap_key(
         self,
@@ -470,6 +554,47 @@ class KeyRef(ObjectRef):
         """
         der: bytes = await self._perform(objects.public_key_der, timeout=timeout)
         return der
+
+    def _login(self, pin: Pin | NoPin | None) -> Reaffirm | None:
+        """The login for a use of this key, with a PIN that is out of sight."""
+        if pin is None:
+            return None
+        engine = self._calls._engine  # noqa: SLF001  # one package
+        return Reaffirm(engine.actor, pins.checked(pin))
+
+    def _task(
+        self,
+        operation: Operation,
+        whole: Callable[..., Any],
+        timeout: Timeout,
+        options: dict[str, Any],
+    ) -> Task:
+        calls = self._calls
+        plan = Plan(
+            operation=operation,
+            cache=calls._engine.cache,  # noqa: SLF001  # one package
+            target=self._target,
+            **options,
+        )
+
+        def in_one_call(data: bytes, left: float | None) -> Any:
+            return self._perform(whole, data, timeout=left, **options)
+
+        self._check_alive((self._target,))
+        return Task(calls, plan, in_one_call, timeout=timeout, home=self._home)
+
+    async def _with_data(
+        self,
+        operation: Operation,
+        whole: Callable[..., Any],
+        data: Data,
+        timeout: Timeout,
+        options: dict[str, Any],
+    ) -> Any:
+        """An operation on data: in one call, or in parts."""
+        if (given := arguments.whole(data)) is not None:
+            return await self._perform(whole, given, timeout=timeout, **options)
+        return await consume(self._task(operation, whole, timeout, options), data)
 
     async def _make(
         self,

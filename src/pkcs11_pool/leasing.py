@@ -6,15 +6,16 @@ The middle layer of the engine, on :class:`~pkcs11_pool.dispatch.Dispatch`.
 from __future__ import annotations
 
 import time
-from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11_pool import events
 from pkcs11_pool.dispatch import Dispatch
 from pkcs11_pool.errors import SessionObjectDestroyed
-from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.keys import GONE, HandleCache
 from pkcs11_pool.leases import Lease, Loan
+from pkcs11_pool.state import PoolState
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.jobs import Thread, Waiter
     from pkcs11_pool.keys import SessionObject
+    from pkcs11_pool.leases import Chain
     from pkcs11_pool.module import Module
     from pkcs11_pool.session import Session
 
@@ -42,8 +44,6 @@ class Leasing(Dispatch):
     def __init__(self, options: PoolOptions) -> None:
         super().__init__(options)
         self.cache = HandleCache(options.handle_max_age)
-        #: Leases that nobody holds any more, put here by the garbage collector.
-        self.orphans: deque[Lease] = deque()
         # Calls given up on that the log has not been told of.
         self._lost_news: deque[int] = deque()
 
@@ -115,6 +115,80 @@ class Leasing(Dispatch):
             if self._settle_locked(job, None, SessionObjectDestroyed(GONE)):
                 refused.append(job)
         return refused
+
+    # -- Chains of calls ----------------------------------------------------------
+
+    def end_chain(
+        self, lease: Lease, chain: Chain, waiter: Waiter = NOBODY
+    ) -> Job | None:
+        """A chain was given up: end it in the module; its session is then free."""
+        if self.is_forked:
+            return None  # a forked child leaves its parent's sessions alone
+
+        def stop(session: Session) -> None:
+            try:
+                chain.stop(session)
+            finally:
+                chain.over = True
+
+        job = Job(
+            stop,
+            Kind.LANE,
+            waiter=waiter,
+            deadline=time.monotonic() + 2 * self.options.close_timeout,
+            restart=False,
+            stays=True,
+            lane=lease,
+            chain=chain,
+        )
+        with self._lock:
+            if lease.closing or chain.over or chain.given_up:
+                return None
+            chain.given_up = True
+            self._enqueue_locked(job)
+            self._wake_for_next_locked()
+        return job
+
+    def end_orphans(self) -> None:
+        """End what nobody holds any more: leases, and chains in a lease."""
+        with suppress(IndexError):  # another thread takes them, too
+            while True:
+                lease, chain = self.orphans.popleft()
+                if chain is None:
+                    self.end_lease(lease, NOBODY)
+                else:
+                    self.end_chain(lease, chain)
+
+    def watch_chain(self, job: Job) -> None:
+        """Wake a job's waiter at its deadline, whatever its caller does meanwhile."""
+        with self._lock:
+            if self.state not in (PoolState.READY, PoolState.RECOVERING):
+                return  # it ends the chain itself
+            job.phase = Phase.WAITING
+            self._watch_locked(job)
+
+    def unwatch_chain(self, job: Job) -> None:
+        """The chain is over."""
+        with self._lock:
+            self._deadlines.unwatch(job)
+
+    def interrupt(self, cause: Exception) -> None:
+        """A login ends by the user's word: what needs it must not go on."""
+        with self._lock:
+            lanes = [*self._room.leases, self._so_lane]
+            for lane in lanes:
+                if lane is not None and lane.chain is not None and lane.chain.private:
+                    lane.chain.cause = cause
+
+    def _take_lone_locked(self, cause: Exception) -> list[Session]:
+        """The sessions of chains that have one to themselves; the chains are over."""
+        lone = [lease for lease in self._room.leases if lease.lone]
+        for lease in lone:
+            if lease.chain is not None:
+                lease.chain.cause = cause
+            lease.lose(cause)
+            self._room.returned(lease)
+        return [lease.session for lease in lone]
 
     # -- Calls that do not return -------------------------------------------------
 

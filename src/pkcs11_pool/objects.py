@@ -225,12 +225,21 @@ def spki(seen: Mapping[Attribute, Any]) -> bytes:
         }
         info = asn1.PublicKeyInfo.wrap(asn1.RSAPublicKey(numbers), "rsa")
         return bytes(info.dump())
+    if key_type == KeyType.DSA:
+        names = {"p": Attribute.PRIME, "q": Attribute.SUBPRIME, "g": Attribute.BASE}
+        params = {n: int.from_bytes(seen[kind], "big") for n, kind in names.items()}
+        value = int.from_bytes(seen[Attribute.VALUE], "big")
+        algorithm = {"algorithm": "dsa", "parameters": asn1.DSAParams(params)}
+        info = asn1.PublicKeyInfo(
+            {"algorithm": algorithm, "public_key": core.Integer(value)}
+        )
+        return bytes(info.dump())
     point = seen.get(Attribute.EC_POINT)
     if key_type == KeyType.EC:
         return ec.encode_ec_public_key(seen)  # type: ignore[arg-type]  # reads by [] only
     if key_type == KeyType.EC_EDWARDS and point is not None:
         raw = bytes(core.OctetString.load(point))
-        algorithm = {"algorithm": "ed25519" if len(raw) == _ED25519 else "ed448"}
-        info = asn1.PublicKeyInfo({"algorithm": algorithm, "public_key": raw})
+        curve = {"algorithm": "ed25519" if len(raw) == _ED25519 else "ed448"}
+        info = asn1.PublicKeyInfo({"algorithm": curve, "public_key": raw})
         return bytes(info.dump())
     raise InvalidOption(f"a key of type {key_type!r} has no known public form")

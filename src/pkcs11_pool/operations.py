@@ -21,7 +21,7 @@ from pkcs11_pool import cryptoki, rv
 from pkcs11_pool.errors import (
     InvalidOption,
     KeyNotFound,
-    PinRefused,
+    LoginRequired,
     SessionObjectDestroyed,
 )
 from pkcs11_pool.keys import GONE, SessionObject, narrowed
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pkcs11_pool.keys import Entry, HandleCache, Target
     from pkcs11_pool.pins import Pin
     from pkcs11_pool.session import Session
+
+    ContextLogin = Callable[[Session, Entry], None]
 
 T = TypeVar("T")
 
@@ -76,7 +78,7 @@ _packed: dict[tuple[Any, ...], Any] = {}
 _MOST_PACKED: Final = 256
 
 
-def _mechanism(
+def packed(
     key_type: Any, known: Mapping[Any, Any], mechanism: Any, param: Any
 ) -> tuple[object, int]:
     """A packed mechanism and its address; kept where it can be used again."""
@@ -154,23 +156,24 @@ def sign(
     *,
     mechanism: Mechanism | None,
     param: Any,
-    pin: Pin | None,
+    login: ContextLogin | None,
     der: bool,
 ) -> bytes:
     """``C_SignInit``, ``C_Sign``."""
 
     def call(entry: Entry) -> bytes:
         entry.require(Attribute.SIGN, target)
+        check_login(entry, target, login)
         f = session.functions
-        kept, address = _mechanism(
+        kept, address = packed(
             entry.key_type, defaults.DEFAULT_SIGN_MECHANISMS, mechanism, param
         )
         rv.check(f.C_SignInit(session.handle, address, entry.handle), "C_SignInit")
-        if pin is not None:
-            reaffirm(session, pin)
+        if login is not None:
+            _log_in(login, session, entry, f.C_Sign)
         raw = _output(f.C_Sign, "C_Sign", session.handle, data, _ROOM)
         del kept
-        return _coder(entry.key_type).encode(raw) if der else raw
+        return coder(entry.key_type).encode(raw) if der else raw
 
     return with_object(session, cache, target, PRIVATE_OR_SECRET, call)
 
@@ -190,21 +193,26 @@ def verify(
 
     def call(entry: Entry) -> bool:
         entry.require(Attribute.VERIFY, target)
-        raw = _coder(entry.key_type).decode(signature) if der else signature
+        raw = coder(entry.key_type).decode(signature) if der else signature
         if raw is None:
             return False
         f = session.functions
-        kept, address = _mechanism(
+        kept, address = packed(
             entry.key_type, defaults.DEFAULT_SIGN_MECHANISMS, mechanism, param
         )
         rv.check(f.C_VerifyInit(session.handle, address, entry.handle), "C_VerifyInit")
         code = f.C_Verify(session.handle, data, len(data), raw, len(raw))
         del kept
-        if code not in _WRONG_SIGNATURE:
-            rv.check(code, "C_Verify")
-        return code == 0
+        return is_right(code, "C_Verify")
 
     return with_object(session, cache, target, PUBLIC_OR_SECRET, call)
+
+
+def is_right(code: int, function: str) -> bool:
+    """Whether a signature is right, by what the token answered."""
+    if code not in _WRONG_SIGNATURE:
+        rv.check(code, function)
+    return code == 0
 
 
 def encrypt(
@@ -221,7 +229,7 @@ def encrypt(
     def call(entry: Entry) -> bytes:
         entry.require(Attribute.ENCRYPT, target)
         f = session.functions
-        kept, address = _mechanism(
+        kept, address = packed(
             entry.key_type, defaults.DEFAULT_ENCRYPT_MECHANISMS, mechanism, param
         )
         code = f.C_EncryptInit(session.handle, address, entry.handle)
@@ -242,20 +250,21 @@ def decrypt(
     *,
     mechanism: Mechanism | None,
     param: Any,
-    pin: Pin | None,
+    login: ContextLogin | None,
 ) -> bytes:
     """``C_DecryptInit``, ``C_Decrypt``."""
 
     def call(entry: Entry) -> bytes:
         entry.require(Attribute.DECRYPT, target)
+        check_login(entry, target, login)
         f = session.functions
-        kept, address = _mechanism(
+        kept, address = packed(
             entry.key_type, defaults.DEFAULT_ENCRYPT_MECHANISMS, mechanism, param
         )
         code = f.C_DecryptInit(session.handle, address, entry.handle)
         rv.check(code, "C_DecryptInit")
-        if pin is not None:
-            reaffirm(session, pin)
+        if login is not None:
+            _log_in(login, session, entry, f.C_Decrypt)
         room = len(data) + _OVERHEAD
         raw = _output(f.C_Decrypt, "C_Decrypt", session.handle, data, room)
         del kept
@@ -267,7 +276,7 @@ def decrypt(
 def digest(session: Session, data: bytes, mechanism: Mechanism, param: Any) -> bytes:
     """``C_DigestInit``, ``C_Digest``."""
     f = session.functions
-    kept, address = _mechanism(None, {}, mechanism, param)
+    kept, address = packed(None, {}, mechanism, param)
     rv.check(f.C_DigestInit(session.handle, address), "C_DigestInit")
     raw = _output(f.C_Digest, "C_Digest", session.handle, data, _OVERHEAD)
     del kept
@@ -303,15 +312,27 @@ def _output(
     return c.string_at(buffer, length.value)
 
 
-def reaffirm(session: Session, pin: Pin) -> None:
-    """The login that ``CKA_ALWAYS_AUTHENTICATE`` wants, between Init and the call."""
-    code = raw_login(
-        session.functions, session.handle, cryptoki.CKU_CONTEXT_SPECIFIC, pin
-    )
-    if code == rv.CODES["CKR_PIN_INCORRECT"]:
-        message = "the token refused the PIN for this key"
-        raise PinRefused(message) from rv.error_of(code, "C_Login")
-    rv.check(code, "C_Login")
+def check_login(entry: Entry, target: object, login: ContextLogin | None) -> None:
+    """Refuse a use without the PIN that the key wants each time.
+
+    Raises:
+        LoginRequired: It has ``CKA_ALWAYS_AUTHENTICATE``, and there is no PIN.
+    """
+    if login is None and entry.always_authenticate:
+        message = f"key {target} wants the PIN each time it is used: give pin="
+        raise LoginRequired(message)
+
+
+def _log_in(
+    login: ContextLogin, session: Session, entry: Entry, whole: Callable[..., int]
+) -> None:
+    """The login between Init and the call; refused, it ends what Init began."""
+    try:
+        login(session, entry)
+    except BaseException:
+        length = c.c_ulong(_ROOM)
+        whole(session.handle, b"", 0, _scratch.address, c.byref(length))
+        raise
 
 
 def raw_login(
@@ -345,7 +366,12 @@ _CODERS: Final = {
 }
 
 
-def _coder(key_type: Any) -> _Coder:
+def coder(key_type: Any) -> _Coder:
+    """What makes DER of this key's signatures, and takes it apart.
+
+    Raises:
+        InvalidOption: Its signatures are not two numbers.
+    """
     try:
         return _CODERS[key_type]
     except KeyError:

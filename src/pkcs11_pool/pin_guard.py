@@ -8,6 +8,8 @@ try.
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 from pkcs11.constants import TokenFlag
@@ -17,11 +19,14 @@ from pkcs11_pool.errors import PinLengthInvalid, PinRefused
 from pkcs11_pool.pins import PinPad, Secret
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pkcs11_pool.pins import Pin
     from pkcs11_pool.state import TokenInfo
 
 USER: Final = "user"
 SO: Final = "security officer"
+CONTEXT: Final = "key's user"
 
 _REJECTED: Final = {
     rv.CODES[name]: text
@@ -35,6 +40,12 @@ _REJECTED: Final = {
 _FLAGS: Final = {
     USER: (TokenFlag.USER_PIN_LOCKED, TokenFlag.USER_PIN_FINAL_TRY),
     SO: (TokenFlag.SO_PIN_LOCKED, TokenFlag.SO_PIN_FINAL_TRY),
+    CONTEXT: (TokenFlag.USER_PIN_LOCKED, TokenFlag.USER_PIN_FINAL_TRY),
+}
+_INSIST: Final = {
+    USER: "insist with force=True",
+    SO: "insist with force=True",
+    CONTEXT: "log out, and in again with pool.login(pin, force=True)",
 }
 
 
@@ -45,7 +56,19 @@ class PinGuard:
         self._refused: dict[str, frozenset[bytes]] = {
             USER: frozenset(),
             SO: frozenset(),
+            CONTEXT: frozenset(),
         }
+        self._trying = threading.Lock()
+
+    @contextmanager
+    def one_try(self, pin: Pin) -> Iterator[None]:
+        """Around each try of a PIN that many callers may give at once.
+
+        One at a time: the others then see what the token answered, so that a wrong
+        PIN is sent once. What is typed at the token is not known, and waits for none.
+        """
+        with nullcontext() if isinstance(pin, PinPad) else self._trying:
+            yield
 
     def check(self, who: str, pin: Pin, info: TokenInfo, *, force: bool) -> None:
         """Refuse a PIN that would be wasted; ``info`` is what the token tells now.
@@ -63,8 +86,8 @@ class PinGuard:
             raise PinRefused(f"the PIN of the {who} is locked on the token")
         if info.flags & final:
             raise PinRefused(
-                f"one more wrong PIN locks the {who} out, so none is sent: insist with "
-                "force=True if this one is right"
+                f"one more wrong PIN locks the {who} out, so none is sent: if this one "
+                f"is right, {_INSIST[who]}"
             )
 
     def check_refused(self, who: str, pin: Pin) -> None:
@@ -76,7 +99,7 @@ class PinGuard:
         if isinstance(pin, Secret) and pin.fingerprint() in self._refused[who]:
             raise PinRefused(
                 f"this PIN of the {who} was refused before and is not sent again: give "
-                "another one, or insist with force=True"
+                f"another one, or {_INSIST[who]}"
             )
 
     def answered(self, who: str, pin: Pin, code: int, function: str) -> None:
@@ -98,7 +121,9 @@ class PinGuard:
 
     def accepted(self, who: str) -> None:
         """A PIN of this user was accepted, or changed: the page is struck."""
-        self._refused[who] = frozenset()
+        # The user's PIN may be another now, and a key's often is the same.
+        pages = (SO,) if who == SO else (who, CONTEXT)
+        self._refused |= dict.fromkeys(pages, frozenset())
 
 
 def check_length(pin: Pin, info: TokenInfo) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.cryptoki import Library
     from pkcs11_pool.keys import SessionObject
+    from pkcs11_pool.leases import Hold, Lease, Loan
+    from pkcs11_pool.multipart import MultiPart
     from pkcs11_pool.session import Session
     from pkcs11_pool.state import TokenInfo
     from pkcs11_pool.stats import PoolStats
@@ -424,6 +426,33 @@ class TokenPool(Calls):
         )
         self._engine.request(job, post)
         return await waiter.result(self._engine, job)
+
+    async def _seat(
+        self,
+        chain: MultiPart,
+        deadline: float | None,
+        *,
+        nowait: bool,
+        home: Calls | None,
+    ) -> tuple[Lease, Hold | Loan]:
+        engine, waiter = self._engine, current_waiter()
+        job = Job(
+            None,
+            Kind.LEASE,
+            waiter=waiter,
+            deadline=deadline,
+            nowait=nowait,
+            holder=waiter.holder,
+            chain=chain,
+        )
+        try:
+            engine.submit(job)
+        except WouldDeadlock:
+            if home is None or getattr(home, "closed", True):
+                raise
+            return await home._seat(chain, deadline, nowait=nowait, home=None)  # noqa: SLF001
+        loan: Loan = await waiter.result(engine, job)
+        return loan.lease, loan
 
     async def _perform(
         self,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pkcs11_pool import arguments
 from pkcs11_pool.arguments import DEFAULT, Timeout
 from pkcs11_pool.calls import Calls
-from pkcs11_pool.errors import PoolClosed, PoolTimeout
 from pkcs11_pool.jobs import Job, Kind
-from pkcs11_pool.waiting import checkpoint, current_waiter
+from pkcs11_pool.leases import Hold
+from pkcs11_pool.waiting import checkpoint, current_waiter, ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.engine import TokenEngine
     from pkcs11_pool.keys import ObjectOwner, SessionObject
     from pkcs11_pool.leases import Lease, Loan
+    from pkcs11_pool.multipart import MultiPart
     from pkcs11_pool.session import Session
     from pkcs11_pool.state import SessionInfo
 
@@ -71,6 +71,17 @@ class PooledSession(Calls):
 
     def _pool(self) -> Calls:
         return self._of
+
+    async def _seat(
+        self,
+        chain: MultiPart,
+        deadline: float | None,
+        *,
+        nowait: bool,
+        home: Calls | None,
+    ) -> tuple[Lease, Hold | Loan]:
+        del deadline, nowait, home  # the session is there
+        return self._lease, Hold(self._lease, chain, self._engine.orphans)
 
     async def _perform(
         self,
@@ -168,12 +179,3 @@ class SessionBlock:
         job = self._engine.end_lease(loan.lease, waiter)
         if job is not None:
             await ended(self._engine, job, waiter)
-
-
-async def ended(engine: TokenEngine, job: Job, waiter: Any) -> None:
-    """Wait for the end of a session, which comes in any case, but not for ever.
-
-    The error that leaves a block is the one raised in it.
-    """
-    with suppress(PoolTimeout, PoolClosed):
-        await waiter.result(engine, job)

@@ -43,6 +43,11 @@ class SessionRoom:
         return max(0, self.most_leases - len(self.leases) - self.leasing)
 
     @property
+    def lent_out(self) -> int:
+        """How many leases are in the hands of callers: who may want to keep them."""
+        return sum(not lease.lone for lease in self.leases)
+
+    @property
     def free(self) -> int:
         """How many operations could start now."""
         return self.limit.total - self.open_all + len(self.ahead)

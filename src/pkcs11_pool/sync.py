@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool.arguments import DEFAULT, Data, Timeout
+from pkcs11_pool.streams import SyncStream
 from pkcs11_pool.waiting import blocking
 
 if TYPE_CHECKING:
@@ -40,6 +41,14 @@ class SyncKey:
     def decrypt(self, data: Data, **options: Any) -> bytes:
         """See :meth:`KeyRef.decrypt`."""
         return blocking(self._key.decrypt(data, **options))
+
+    def encrypt_stream(self, data: Data, **options: Any) -> SyncStream:
+        """See :meth:`KeyRef.encrypt_stream`; for a plain ``for`` loop."""
+        return SyncStream(self._key.encrypt_stream(data, **options))
+
+    def decrypt_stream(self, data: Data, **options: Any) -> SyncStream:
+        """See :meth:`KeyRef.decrypt_stream`; for a plain ``for`` loop."""
+        return SyncStream(self._key.decrypt_stream(data, **options))
 
     def wrap_key(self, key: KeyRef, **options: Any) -> bytes:
         """See :meth:`KeyRef.wrap_key`."""

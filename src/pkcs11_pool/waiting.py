@@ -26,7 +26,13 @@ import anyio
 import anyio.lowlevel
 
 from pkcs11_pool import pins
-from pkcs11_pool.errors import PinRefused, PinSourceError, WouldBlockLoop
+from pkcs11_pool.errors import (
+    PinRefused,
+    PinSourceError,
+    PoolClosed,
+    PoolTimeout,
+    WouldBlockLoop,
+)
 from pkcs11_pool.jobs import Job, Phase
 
 if TYPE_CHECKING:
@@ -36,7 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LATE = 0.05
+LATE = 0.05
 """Seconds that a blocking caller allows the engine to give out a deadline."""
 
 
@@ -374,7 +380,7 @@ def _run_errand_here(engine: TokenEngine, job: Job) -> None:
 
     async def main() -> None:
         left = None if job.deadline is None else job.deadline - time.monotonic()
-        with anyio.move_on_after(None if left is None else left + _LATE):
+        with anyio.move_on_after(None if left is None else left + LATE):
             await fetch_pin(engine, job)
 
     _local.blocking = False
@@ -416,6 +422,20 @@ async def checkpoint() -> None:
     """Raise the cancellation of the caller, before anything is sent."""
     if not _local.blocking:
         await anyio.lowlevel.checkpoint_if_cancelled()
+
+
+async def ended(engine: TokenEngine, job: Job, waiter: FaceWaiter) -> None:
+    """Wait for the end of a session, which comes in any case, but not for ever.
+
+    The error that leaves a block is the one raised in it.
+    """
+    with suppress(PoolTimeout, PoolClosed):
+        await waiter.result(engine, job)
+
+
+def blocks() -> bool:
+    """Whether this is a blocking call, that can await nothing but the engine."""
+    return _local.blocking
 
 
 def loop_runs_here() -> bool:

@@ -131,6 +131,7 @@ class Worker:
         engine = self._engine
         if job.kind is Kind.LEASE:
             lease = Lease(session, job.holder)
+            lease.chain, lease.lone = job.chain, job.chain is not None
             return Loan(lease, engine.orphans), None
         assert job.work is not None  # noqa: S101  # only leases have none
         try:
