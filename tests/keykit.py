@@ -6,8 +6,9 @@ be wrong together.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+import anyio.lowlevel
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, hmac, padding
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 from pkcs11 import Attribute, KeyType, ObjectClass
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import Iterable
 
     from pkcs11_pool import KeyRef
 
@@ -59,10 +60,23 @@ def chunks(data: bytes, size: int = 1000) -> list[bytes]:
     return [data[i : i + size] for i in range(0, len(data), size)]
 
 
-async def awaited(items: Iterable[Any]) -> AsyncIterator[Any]:
-    """The items one after another, as an async generator."""
-    for item in items:
-        yield item
+class awaited:  # noqa: N801  # used as a function
+    """The items one after another, as an async iterable that may be left unread."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = iter(items)
+
+    def __aiter__(self) -> Self:
+        """Itself."""
+        return self
+
+    async def __anext__(self) -> Any:
+        """The next item."""
+        await anyio.lowlevel.checkpoint()
+        try:
+            return next(self._items)
+        except StopIteration:
+            raise StopAsyncIteration from None
 
 
 async def collected(stream: Any) -> bytes:

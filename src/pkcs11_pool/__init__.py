@@ -37,6 +37,7 @@ from pkcs11_pool.errors import (
     WouldDeadlock,
 )
 from pkcs11_pool.keyref import KeyRef, ObjectRef
+from pkcs11_pool.mapping import Results
 from pkcs11_pool.pool import TokenPool
 from pkcs11_pool.pooled_session import PooledSession
 from pkcs11_pool.security_officer import SecurityOfficer
@@ -49,9 +50,11 @@ from pkcs11_pool.state import (
     TokenInfo,
 )
 from pkcs11_pool.stats import PoolStats
+from pkcs11_pool.streams import CryptStream
 
 __all__ = [
     "Access",
+    "CryptStream",
     "ForkedProcess",
     "InvalidOption",
     "InvalidType",
@@ -75,6 +78,7 @@ __all__ = [
     "PoolStats",
     "PoolTimeout",
     "PooledSession",
+    "Results",
     "SecurityOfficer",
     "SessionClosed",
     "SessionInfo",

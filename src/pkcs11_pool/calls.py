@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from pkcs11.constants import Attribute, ObjectClass
 
@@ -17,22 +17,26 @@ from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
 from pkcs11_pool.errors import InvalidOption, SessionObjectNeedsSession
 from pkcs11_pool.keyref import KeyRef, ObjectRef
 from pkcs11_pool.keys import KeySpec, SessionObject
+from pkcs11_pool.mapping import Results, Work
 from pkcs11_pool.multipart import DIGEST, Plan
 from pkcs11_pool.streams import Task, consume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 
     from pkcs11.constants import MechanismFlag
     from pkcs11.mechanisms import KeyType, Mechanism
 
     from pkcs11_pool.engine import TokenEngine
+    from pkcs11_pool.jobs import Job
     from pkcs11_pool.keys import Entry, ObjectOwner, Target
     from pkcs11_pool.leases import Hold, Lease, Loan
     from pkcs11_pool.multipart import MultiPart
     from pkcs11_pool.session import Session
+    from pkcs11_pool.waiting import FaceWaiter
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 _KEYS = frozenset(
     {ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY, ObjectClass.SECRET_KEY}
@@ -57,6 +61,20 @@ class Calls(ABC):
         target: SessionObject | None = None,
     ) -> T:
         """Run ``work`` on a worker thread, with a session."""
+
+    @abstractmethod
+    def _job(
+        self,
+        work: Callable[[Session], Any],
+        timeout: Timeout,
+        *,
+        waiter: FaceWaiter,
+        rw: bool = False,
+        changes: bool = False,
+        restart: bool = True,
+        target: SessionObject | None = None,
+    ) -> Job:
+        """A job that runs ``work`` on a worker thread, with a session."""
 
     @abstractmethod
     async def _seat(
@@ -124,6 +142,80 @@ class Calls(ABC):
                     cryptoki.end_operations(session.p11)
 
         return await self._perform(work, timeout, rw=rw, changes=rw, restart=repeat)
+
+    @overload
+    def map(
+        self,
+        func: Callable[[Any, Item], T],
+        items: Iterable[Item] | AsyncIterable[Item],
+        *,
+        rw: bool = False,
+        limit: int | None = None,
+        return_errors: Literal[False] = False,
+        repeat: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> Results[T]: ...
+
+    @overload
+    def map(
+        self,
+        func: Callable[[Any, Item], T],
+        items: Iterable[Item] | AsyncIterable[Item],
+        *,
+        rw: bool = False,
+        limit: int | None = None,
+        return_errors: bool,
+        repeat: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> Results[T | Exception]: ...
+
+    def map(
+        self,
+        func: Callable[[Any, Any], Any],
+        items: Iterable[Any] | AsyncIterable[Any],
+        *,
+        rw: bool = False,
+        limit: int | None = None,
+        return_errors: bool = False,
+        repeat: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> Results[Any]:
+        """``func(session, item)`` for each item: ``async for result in pool.map(…)``.
+
+        Results come in the order of the items, while many operations are under way,
+        each in a session of its own as by :meth:`run`. Nothing grows with the number
+        of items. An async iterable is awaited between two results: while it gives
+        nothing, no result is given either. With ``limit=1`` each result is given
+        before the next item is taken.
+
+        Args:
+            func: A plain function of a session and an item.
+            items: An iterable or async iterable; taken as results are.
+            rw: Use R/W sessions; counted as changing the token.
+            limit: The most operations under way and results not yet taken; None: twice
+                ``max_sessions``.
+            return_errors: Give an operation's error in its place, not raise it.
+            repeat: Call it again after a lost login or token.
+            timeout: Seconds for each operation.
+
+        Cryptoki:
+            For each item as :meth:`run`.
+        """
+        config.check_flag("rw", rw)
+        config.check_flag("repeat", repeat)
+        config.check_flag("return_errors", return_errors)
+        called = arguments.function(func)
+        cache = self._engine.cache
+
+        def make(item: Any) -> Callable[[Session], Any]:
+            def work(session: Session) -> Any:
+                with cache.changing():
+                    return arguments.no_awaitable(called(session.p11, item))
+
+            return work
+
+        work = Work(self, make, timeout=timeout, rw=rw, changes=rw, restart=repeat)
+        return Results(work, items, limit=limit, return_errors=return_errors)
 
     def key(
         self,

@@ -30,7 +30,7 @@ from pkcs11_pool.errors import (
 )
 from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.leases import Loan
-from pkcs11_pool.leasing import Leasing
+from pkcs11_pool.leasing import NOBODY, Leasing
 from pkcs11_pool.limits import SessionLimit
 from pkcs11_pool.state import LoginState, PoolState, SessionState
 from pkcs11_pool.stats import Counters, PoolStats
@@ -456,12 +456,19 @@ class TokenEngine(Leasing):
             return
         requests = (job for job in self._requests if job.phase is Phase.RUNNING)
         for job in (*requests, *self._parked, *self._lines):
-            wants = not job.dropped and job.phase is not Phase.SETTLED
+            gone = job.dropped or job.away
+            wants = not gone and job.phase is not Phase.SETTLED
             if wants and not (job.stays and job.kind is Kind.LANE):
                 job.errand = self._source
                 self._runner = job
                 job.waiter.wake()
                 return
+
+    def is_back(self, job: Job) -> None:
+        """The caller of a job waits for it from now on, and can be sent."""
+        with self._lock:
+            job.away = False
+            self._send_one_locked()
 
     def _errand_dropped_locked(self, job: Job) -> None:
         """The caller who was sent for the PIN goes away: another takes over."""

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pkcs11.constants import Attribute, ObjectClass
 
-from pkcs11_pool import arguments, objects, operations, pins
+from pkcs11_pool import arguments, config, objects, operations, pins
 from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
 from pkcs11_pool.errors import InvalidType
 from pkcs11_pool.keys import SessionObject
+from pkcs11_pool.mapping import Results, Work
 from pkcs11_pool.multipart import DECRYPT, ENCRYPT, SIGN, VERIFY, Plan
 from pkcs11_pool.reaffirm import Reaffirm
 from pkcs11_pool.streams import CryptStream, Task, consume
 from pkcs11_pool.sync import SyncKey
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import AsyncIterable, Callable, Iterable
 
     from pkcs11.constants import MechanismFlag
     from pkcs11.mechanisms import KeyType, Mechanism
@@ -196,6 +197,63 @@ class KeyRef(ObjectRef):
             SIGN, operations.sign, data, timeout, options
         )
         return result
+
+    def sign_many(
+        self,
+        items: Iterable[bytes | str] | AsyncIterable[bytes | str],
+        *,
+        mechanism: Mechanism | None = None,
+        mechanism_param: Any = None,
+        pin: str | None = None,
+        signature_format: SignatureFormat = "raw",
+        limit: int | None = None,
+        return_errors: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> Results[Any]:
+        """Sign each item: ``async for signature in key.sign_many(items)``.
+
+        Signatures come in the order of the items, while many are under way, each in a
+        session of its own. Nothing grows with the number of items: see
+        :meth:`TokenPool.map`.
+
+        Args:
+            items: Bytes or text each; an iterable or async iterable, taken as
+                signatures are.
+            mechanism: As for :meth:`sign`.
+            mechanism_param: As for :meth:`sign`.
+            pin: As for :meth:`sign`; it is sent for each item.
+            signature_format: As for :meth:`sign`.
+            limit: The most under way and not yet taken; None: twice ``max_sessions``.
+            return_errors: Give the error of an item in its place, not raise it.
+            timeout: Seconds for each item.
+
+        Cryptoki:
+            For each item as :meth:`sign`.
+        """
+        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
+        config.check_flag("return_errors", return_errors)
+        options: dict[str, Any] = {
+            "mechanism": arguments.mechanism(mechanism),
+            "param": mechanism_param,
+            "login": self._login(pin),  # type: ignore[arg-type]
+            "der": arguments.der(signature_format),
+        }
+        calls, target = self._calls, self._target
+        cache = calls._engine.cache  # noqa: SLF001  # one package
+
+        def make(item: Any) -> Callable[[Any], bytes]:
+            data = arguments.whole(item)
+            if data is None:
+                message = f"an item must be bytes, not {type(item).__name__}"
+                raise InvalidType(message)
+            self._check_alive((target,))
+            return lambda session: operations.sign(
+                session, cache, target, data, **options
+            )
+
+        used = target if isinstance(target, SessionObject) else None
+        work = Work(calls, make, timeout=timeout, home=self._home, target=used)
+        return Results(work, items, limit=limit, return_errors=return_errors)
 
     async def verify(
         self,

@@ -6,6 +6,7 @@ The middle layer of the engine, on :class:`~pkcs11_pool.dispatch.Dispatch`.
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 

@@ -17,6 +17,7 @@ from pkcs11_pool.errors import (
     WouldDeadlock,
 )
 from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.mapping import SyncResults
 from pkcs11_pool.pin_guard import USER
 from pkcs11_pool.pooled_session import SessionBlock
 from pkcs11_pool.security_officer import SecurityOfficerBlock, pin_change
@@ -25,7 +26,7 @@ from pkcs11_pool.waiting import blocking, checkpoint, current_waiter
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from pkcs11_pool.cryptoki import Library
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.session import Session
     from pkcs11_pool.state import TokenInfo
     from pkcs11_pool.stats import PoolStats
+    from pkcs11_pool.waiting import FaceWaiter
 
 T = TypeVar("T")
 
@@ -398,6 +400,16 @@ class TokenPool(Calls):
         """
         return blocking(self.run(func, *args, **options))
 
+    def map_sync(
+        self, func: Callable[[Any, Any], T], items: Iterable[Any], **options: Any
+    ) -> SyncResults[Any]:
+        """The blocking twin of :meth:`map`, for a plain ``for`` loop.
+
+        Raises:
+            WouldBlockLoop: At the first result: this thread runs an event loop.
+        """
+        return SyncResults(self.map(func, items, **options))
+
     # -- Inside -------------------------------------------------------------------
 
     def _checked(self) -> TokenEngine:
@@ -454,6 +466,31 @@ class TokenPool(Calls):
         loan: Loan = await waiter.result(engine, job)
         return loan.lease, loan
 
+    def _job(
+        self,
+        work: Callable[[Session], Any],
+        timeout: Timeout,
+        *,
+        waiter: FaceWaiter,
+        rw: bool = False,
+        changes: bool = False,
+        restart: bool = True,
+        target: SessionObject | None = None,
+    ) -> Job:
+        limit = arguments.timeout(timeout, self._engine.options.timeout)
+        return Job(
+            work,
+            Kind.WRITE if rw else Kind.READ,
+            waiter=waiter,
+            deadline=time.monotonic() + limit if limit else None,
+            changes=changes,
+            restart=restart,
+            rw=rw,
+            nowait=limit == 0,
+            target=target,
+            holder=waiter.holder,
+        )
+
     async def _perform(
         self,
         work: Callable[[Session], T],
@@ -466,22 +503,19 @@ class TokenPool(Calls):
         target: SessionObject | None = None,
     ) -> T:
         engine = self._engine
-        limit = arguments.timeout(timeout, engine.options.timeout)
+        arguments.timeout(timeout, None)
         engine.check_process()
         if changes:
             await checkpoint()
         waiter = current_waiter()
-        job = Job(
+        job = self._job(
             work,
-            Kind.WRITE if rw else Kind.READ,
+            timeout,
             waiter=waiter,
-            deadline=time.monotonic() + limit if limit else None,
+            rw=rw,
             changes=changes,
             restart=restart,
-            rw=rw,
-            nowait=limit == 0,
             target=target,
-            holder=waiter.holder,
         )
         try:
             engine.submit(job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pkcs11_pool import arguments
 from pkcs11_pool.arguments import DEFAULT, Timeout
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.multipart import MultiPart
     from pkcs11_pool.session import Session
     from pkcs11_pool.state import SessionInfo
+    from pkcs11_pool.waiting import FaceWaiter
 
 T = TypeVar("T")
 
@@ -83,6 +84,32 @@ class PooledSession(Calls):
         del deadline, nowait, home  # the session is there
         return self._lease, Hold(self._lease, chain, self._engine.orphans)
 
+    def _job(
+        self,
+        work: Callable[[Session], Any],
+        timeout: Timeout,
+        *,
+        waiter: FaceWaiter,
+        rw: bool = False,
+        changes: bool = False,
+        restart: bool = True,
+        target: SessionObject | None = None,
+    ) -> Job:
+        del rw  # the session is what it is
+        limit = arguments.timeout(timeout, self._engine.options.timeout)
+        return Job(
+            work,
+            Kind.LANE,
+            waiter=waiter,
+            deadline=time.monotonic() + limit if limit else None,
+            changes=changes,
+            restart=restart,
+            nowait=limit == 0,
+            lane=self._lease,
+            target=target,
+            holder=waiter.holder,
+        )
+
     async def _perform(
         self,
         work: Callable[[Session], T],
@@ -95,22 +122,18 @@ class PooledSession(Calls):
         target: SessionObject | None = None,
     ) -> T:
         del rw, home  # the session is what it is
-        limit = arguments.timeout(timeout, self._engine.options.timeout)
+        arguments.timeout(timeout, None)
         self._engine.check_process()
         if changes:
             await checkpoint()
         waiter = current_waiter()
-        job = Job(
+        job = self._job(
             work,
-            Kind.LANE,
+            timeout,
             waiter=waiter,
-            deadline=time.monotonic() + limit if limit else None,
             changes=changes,
             restart=restart,
-            nowait=limit == 0,
-            lane=self._lease,
             target=target,
-            holder=waiter.holder,
         )
         self._engine.submit(job)
         result: T = await waiter.result(self._engine, job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool.arguments import DEFAULT, Data, Timeout
+from pkcs11_pool.mapping import SyncResults
 from pkcs11_pool.streams import SyncStream
 from pkcs11_pool.waiting import blocking
 
@@ -29,6 +30,10 @@ class SyncKey:
     def sign(self, data: Data, **options: Any) -> bytes:
         """See :meth:`KeyRef.sign`."""
         return blocking(self._key.sign(data, **options))
+
+    def sign_many(self, items: Iterable[Any], **options: Any) -> SyncResults[Any]:
+        """See :meth:`KeyRef.sign_many`; for a plain ``for`` loop."""
+        return SyncResults(self._key.sign_many(items, **options))
 
     def verify(self, data: Data, signature: bytes, **options: Any) -> bool:
         """See :meth:`KeyRef.verify`."""

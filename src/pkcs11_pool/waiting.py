@@ -158,6 +158,9 @@ class FaceWaiter(Protocol):
     async def result(self, engine: TokenEngine, job: Job) -> Any:
         """The result of a job, or its error."""
 
+    async def outlast(self, job: Job) -> None:
+        """Wait for the end of a job, through every cancellation."""
+
 
 class _LoopWaiter:
     """One caller on an event loop."""
@@ -228,11 +231,11 @@ class _AsyncioWaiter(_LoopWaiter):
             raise
         except BaseException:
             if not engine.cancel(job):
-                await self._outlast(job)
+                await self.outlast(job)
             raise
         return outcome(job)
 
-    async def _outlast(self, job: Job) -> None:
+    async def outlast(self, job: Job) -> None:
         with anyio.CancelScope(shield=True):
             while job.phase is not Phase.SETTLED:
                 try:
@@ -282,10 +285,13 @@ class _TrioWaiter(_LoopWaiter):
             raise
         except BaseException:
             if not engine.cancel(job):
-                while job.phase is not Phase.SETTLED:
-                    await self._wait(None, job)
+                await self.outlast(job)
             raise
         return outcome(job)
+
+    async def outlast(self, job: Job) -> None:
+        while job.phase is not Phase.SETTLED:
+            await self._wait(None, job)
 
 
 class _ThreadWaiter:
@@ -311,6 +317,10 @@ class _ThreadWaiter:
             engine.cancel(job)
             raise
         return outcome(job)
+
+    async def outlast(self, job: Job) -> None:
+        while job.phase is not Phase.SETTLED:
+            self._woken.acquire()
 
 
 class _Kept:
