@@ -430,7 +430,7 @@ _WRONG_CALLS: dict[str, Callable[[Any], Any]] = {
     "sign: PIN": lambda p: p.key(label="x").sign(b"x", pin=7),
     "verify: data": lambda p: p.key(label="x").verify(7, b"s"),
     "verify: signature": lambda p: p.key(label="x").verify(b"x", "s"),
-    "verify: mechanism": lambda p: p.key(label="x").verify(b"x", b"s", mechanism=7),
+    "verify: mechanism": lambda p: p.key(label="x").verify(b"x", b"s", mechanism=7.0),
     "verify: format": lambda p: p.key(label="x").verify(
         b"x", b"s", signature_format=None
     ),

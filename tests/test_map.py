@@ -634,7 +634,7 @@ async def test_the_blocking_twins(pool: TokenPool) -> None:
         (lambda pool: pool.map(_same, [], return_errors=0), "return_errors"),
         (lambda pool: pool.map(_same, [], timeout=-1), "timeout"),
         (lambda pool: pool.key("k").sign_many("text"), "items"),
-        (lambda pool: pool.key("k").sign_many([], mechanism=5), "mechanism"),
+        (lambda pool: pool.key("k").sign_many([], mechanism="ECDSA"), "mechanism"),
         (lambda pool: pool.key("k").sign_many([], signature_format="x"), "format"),
     ],
 )

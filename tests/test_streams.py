@@ -958,7 +958,7 @@ async def test_what_is_no_data_is_refused_before_the_loop(pool: TokenPool) -> No
     with pytest.raises(InvalidType, match="int"):
         key.encrypt_stream(5)  # type: ignore[arg-type]
     with pytest.raises(InvalidType, match="mechanism"):
-        key.decrypt_stream(b"", mechanism=5)  # type: ignore[arg-type]
+        key.decrypt_stream(b"", mechanism="AES")  # type: ignore[arg-type]
 
 
 async def test_a_session_object_may_end_in_the_middle(pool: TokenPool) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
-from enum import Enum
+from enum import Enum, IntEnum
 from functools import partial
 from types import NoneType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
@@ -20,6 +20,7 @@ from pkcs11.util import ec
 from pkcs11_pool import cryptoki
 from pkcs11_pool.config import check_flag, check_seconds
 from pkcs11_pool.errors import InvalidOption, InvalidType
+from pkcs11_pool.vendor import member
 
 
 class Default(Enum):
@@ -32,6 +33,7 @@ DEFAULT: Final = Default.DEFAULT
 Timeout = float | None | Literal[Default.DEFAULT]
 Data = str | bytes | bytearray | memoryview | Iterable[bytes] | AsyncIterable[bytes]
 Template = Mapping[Attribute, Any]
+E = TypeVar("E", bound=IntEnum)
 
 # RFC 8410; PKCS#11 v3.1, "Edwards EC private key objects", allows these.
 _EDWARDS: Final = {"ed25519": "1.3.101.112", "ed448": "1.3.101.113"}
@@ -71,10 +73,24 @@ def mechanism(value: object) -> Mechanism | None:
 
 def needed_mechanism(value: object) -> Mechanism:
     """A mechanism, where no key has a default one."""
-    if isinstance(value, Mechanism):
+    return _member(Mechanism, value, "mechanism")
+
+
+def _member(kind: type[E], value: object, name: str) -> E:
+    """A member of an enumeration, also where a vendor's is given by its number."""
+    if isinstance(value, kind):
         return value
-    message = f"mechanism must be a pkcs11.Mechanism, not {_kind(value)}"
-    raise InvalidType(message)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidType(
+            f"{name} must be a pkcs11.{kind.__name__}, not {_kind(value)}"
+        )
+    found = member(kind, value)
+    if found is None:
+        raise InvalidType(
+            f"{name} {value:#x} is no pkcs11.{kind.__name__}, and a vendor's own is "
+            "0x80000000 or more"
+        )
+    return found
 
 
 def der(signature_format: object) -> bool:
@@ -87,10 +103,7 @@ def der(signature_format: object) -> bool:
 
 def key_type(value: object) -> KeyType:
     """A key type."""
-    if isinstance(value, KeyType):
-        return value
-    message = f"key_type must be a pkcs11.KeyType, not {_kind(value)}"
-    raise InvalidType(message)
+    return _member(KeyType, value, "key_type")
 
 
 def key_length(value: object) -> int | None:
@@ -185,11 +198,7 @@ def names(value: object) -> tuple[Attribute, ...] | None:
         return None
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
         raise InvalidType(f"names must be an iterable of Attribute, not {_kind(value)}")
-    wanted = tuple(value)
-    for item in wanted:
-        if not isinstance(item, Attribute):
-            raise InvalidType(f"names must be pkcs11.Attribute, not {_kind(item)}")
-    return wanted
+    return tuple(_member(Attribute, item, "names") for item in value)
 
 
 def template(value: object, name: str = "template") -> dict[Attribute, Any]:
@@ -197,12 +206,21 @@ def template(value: object, name: str = "template") -> dict[Attribute, Any]:
     if not isinstance(value, Mapping):
         message = f"{name} must be a mapping of pkcs11.Attribute, not {_kind(value)}"
         raise InvalidType(message)
-    for kind, item in value.items():
-        if not isinstance(kind, Attribute):
-            message = f"{name} has the key {kind!r}, which is no pkcs11.Attribute"
-            raise InvalidType(message)
+    made = {}
+    for key, item in value.items():
+        try:
+            kind = _member(Attribute, key, name)
+        except InvalidType as error:
+            message = f"{name} has the key {key!r}, which is no pkcs11.Attribute"
+            raise InvalidType(message) from error
         pack(kind, item, name)
-    return dict(value)
+        made[kind] = item
+    return made
+
+
+def packed(value: object, name: str = "template") -> list[tuple[int, bytes]]:
+    """A template as the token takes it."""
+    return [(int(k), pack(k, v, name)) for k, v in template(value, name).items()]
 
 
 def pack(kind: Attribute, value: Any, name: str = "template") -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 from pkcs11.constants import Attribute, ObjectClass
 
@@ -19,6 +19,7 @@ from pkcs11_pool.keyref import KeyRef, ObjectRef
 from pkcs11_pool.keys import KeySpec, SessionObject
 from pkcs11_pool.mapping import Results, Work
 from pkcs11_pool.multipart import DIGEST, Plan
+from pkcs11_pool.parameters import LocalParameters, ParametersRef
 from pkcs11_pool.streams import Task, consume
 
 if TYPE_CHECKING:
@@ -247,18 +248,19 @@ class Calls(ABC):
             ``C_FindObjectsInit``, ``C_FindObjects``, ``C_FindObjectsFinal``, and one
             ``C_GetAttributeValue`` for each object.
         """
-        wanted = arguments.template({} if template is None else template)
-        packed = [(int(k), arguments.pack(k, v)) for k, v in wanted.items()]
+        packed = arguments.packed({} if template is None else template)
         cache = self._engine.cache
-        entries = await self._perform(
-            lambda session: objects.find(session, cache, packed), timeout
-        )
-        refs = [self._found(entry) for entry in entries]
-        return [ref for ref in refs if ref is not None]
+
+        def work(session: Session) -> list[KeyRef | ObjectRef]:
+            # Thousands of references are made here, not on the caller's loop.
+            found = map(self._found, objects.find(session, cache, packed))
+            return [ref for ref in found if ref is not None]
+
+        return await self._perform(work, timeout)
 
     async def digest(
         self,
-        data: Data,
+        data: Data | KeyRef | Iterable[bytes | KeyRef] | AsyncIterable[bytes | KeyRef],
         *,
         mechanism: Mechanism,
         mechanism_param: Any = None,
@@ -266,12 +268,15 @@ class Calls(ABC):
     ) -> bytes:
         """The digest of ``data``: bytes, text, a file, or an iterable of bytes.
 
+        A secret key, or an iterable with keys among its bytes, is digested by the
+        token: the value of a key is not read.
+
         Cancellation:
             The caller goes at once; a digest changes nothing.
 
         Cryptoki:
-            ``C_DigestInit``, ``C_Digest``; for data in parts ``C_DigestUpdate`` and
-            ``C_DigestFinal``.
+            ``C_DigestInit``, ``C_Digest``; for data in parts ``C_DigestUpdate``,
+            ``C_DigestKey`` and ``C_DigestFinal``.
         """
         kind = arguments.needed_mechanism(mechanism)
 
@@ -292,7 +297,9 @@ class Calls(ABC):
             mechanism=kind,
             param=mechanism_param,
         )
-        result: bytes = await consume(Task(self, plan, digest, timeout=timeout), data)
+        task = Task(self, plan, digest, timeout=timeout, key_of=_key_of)
+        parts: Any = [data] if isinstance(data, KeyRef) else data
+        result: bytes = await consume(task, parts)
         return result
 
     async def generate_random(self, nbits: int, *, timeout: Timeout = DEFAULT) -> bytes:
@@ -396,6 +403,116 @@ class Calls(ABC):
         made = await self._make(call, timeout, store=store, given=given)
         return made[0], made[1]
 
+    async def generate_domain_parameters(
+        self,
+        key_type: KeyType,
+        param_length: int,
+        *,
+        store: bool = False,
+        mechanism: Mechanism | None = None,
+        mechanism_param: Any = None,
+        template: Template | None = None,
+        timeout: Timeout = DEFAULT,
+    ) -> ParametersRef:
+        """Make domain parameters (DSA, DH); ``param_length`` in bits of the prime.
+
+        Slow: the token looks for primes. ``timeout=None`` gives it the time it takes.
+
+        Raises:
+            SessionObjectNeedsSession: ``store`` is false and this is a pool.
+
+        Cancellation:
+            The outcome is waited for, then the cancellation raised.
+
+        Cryptoki:
+            ``C_GenerateKey``.
+        """
+        config.check_flag("store", store)
+        kind = arguments.key_type(key_type)
+        length = arguments.count(param_length, "param_length", "bits")
+        given = None if template is None else arguments.template(template)
+        options = {
+            "store": store,
+            "mechanism": arguments.mechanism(mechanism),
+            "mechanism_param": mechanism_param,
+            "template": given,
+        }
+        (ref,) = await self._make(
+            lambda session: session.generate_domain_parameters(kind, length, **options),
+            timeout,
+            store=store,
+            given=[given],
+        )
+        made: Any = ref
+        return cast("ParametersRef", made)
+
+    @overload
+    async def create_domain_parameters(
+        self,
+        key_type: KeyType,
+        attrs: Template,
+        *,
+        local: Literal[True],
+        timeout: Timeout = DEFAULT,
+    ) -> LocalParameters: ...
+
+    @overload
+    async def create_domain_parameters(
+        self,
+        key_type: KeyType,
+        attrs: Template,
+        *,
+        local: Literal[False] = False,
+        store: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> ParametersRef: ...
+
+    async def create_domain_parameters(
+        self,
+        key_type: KeyType,
+        attrs: Template,
+        *,
+        local: bool = False,
+        store: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> ParametersRef | LocalParameters:
+        """Domain parameters from their values, to generate key pairs from.
+
+        Args:
+            key_type: Of the keys.
+            attrs: ``Attribute.PRIME``, ``BASE``, ``SUBPRIME`` or ``EC_PARAMS``.
+            local: Make no object: nothing is sent before a key pair is made.
+            store: Make a token object; a session object otherwise.
+            timeout: Seconds.
+
+        Raises:
+            SessionObjectNeedsSession: It would be a session object and this is a pool.
+
+        Cancellation:
+            The outcome is waited for, then the cancellation raised.
+
+        Cryptoki:
+            ``C_CreateObject``; nothing with ``local``.
+        """
+        config.check_flag("local", local)
+        config.check_flag("store", store)
+        kind, given = arguments.key_type(key_type), arguments.template(attrs, "attrs")
+        if local and store:
+            message = "local parameters are no object: give local= or store=, not both"
+            raise InvalidOption(message)
+        if local:
+            return LocalParameters(self, kind, given)
+        made: Any = await self.create_object(
+            {
+                **given,
+                Attribute.CLASS: ObjectClass.DOMAIN_PARAMETERS,
+                Attribute.KEY_TYPE: kind,
+                Attribute.TOKEN: store,
+            },
+            timeout=timeout,
+        )
+        return cast("ParametersRef", made)
+
     async def create_object(
         self, template: Template, *, timeout: Timeout = DEFAULT
     ) -> KeyRef | ObjectRef:
@@ -487,11 +604,17 @@ class Calls(ABC):
         """The pool that this belongs to."""
 
 
+def _key_of(chunk: object) -> Target | None:
+    return chunk._target if isinstance(chunk, KeyRef) else None  # noqa: SLF001
+
+
 def _is_token_object(entry: Entry) -> bool:
     return entry.seen.get(Attribute.TOKEN) == b"\x01"
 
 
 def _kind(entry: Entry) -> Any:
+    if entry.object_class == ObjectClass.DOMAIN_PARAMETERS:
+        return ParametersRef
     return KeyRef if entry.object_class in _KEYS else ObjectRef
 
 

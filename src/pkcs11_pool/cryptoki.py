@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from pkcs11 import _pkcs11
 from pkcs11 import exceptions as p11
-from pkcs11.attributes import AttributeMapper
 
 from pkcs11_pool import rv as ckr
+from pkcs11_pool.vendor import Mapper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -271,7 +271,7 @@ class Library(_pkcs11.lib):
         ckr.check(self.functions.C_Finalize(None), "C_Finalize")
 
 
-MAPPER: Final = AttributeMapper()
+MAPPER: Final = Mapper()
 """Shared by all sessions: making one costs more than opening a session."""
 
 

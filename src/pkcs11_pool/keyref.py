@@ -6,13 +6,13 @@ own. Each operation runs in a fresh session, or in the session it is bound to.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pkcs11.constants import Attribute, ObjectClass
 
 from pkcs11_pool import arguments, config, objects, operations, pins
 from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
-from pkcs11_pool.errors import InvalidType
+from pkcs11_pool.errors import InvalidOption, InvalidType
 from pkcs11_pool.keys import SessionObject
 from pkcs11_pool.mapping import Results, Work
 from pkcs11_pool.multipart import DECRYPT, ENCRYPT, SIGN, VERIFY, Plan
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pkcs11.mechanisms import KeyType, Mechanism
 
     from pkcs11_pool.calls import Calls
-    from pkcs11_pool.keys import Target
+    from pkcs11_pool.keys import Entry, Target
     from pkcs11_pool.multipart import Operation
     from pkcs11_pool.pins import NoPin, Pin
 
@@ -72,6 +72,73 @@ class ObjectRef:
             objects.attributes, wanted, timeout=timeout
         )
         return found
+
+    async def set_attributes(
+        self, values: Template, *, timeout: Timeout = DEFAULT
+    ) -> Self:
+        """Change attributes of the object, and give a reference to what it is now.
+
+        A reference that names the object by what was changed does not find it any
+        more; the one that is returned does.
+
+        Args:
+            values: The attributes to change: ``{Attribute.LABEL: "new"}``.
+            timeout: Seconds.
+
+        Raises:
+            InvalidOption: There is nothing to change, or a value does not fit.
+
+        Cancellation:
+            The outcome is waited for, then the cancellation raised.
+
+        Cryptoki:
+            A search or ``C_GetAttributeValue`` to be sure, ``C_SetAttributeValue``.
+        """
+        packed = arguments.packed(values, "values")
+        if not packed:
+            message = "which attributes? Give at least one to change"
+            raise InvalidOption(message)
+        target = self._target
+        token = not isinstance(target, SessionObject)
+        changed: Entry = await self._perform(
+            objects.set_attributes, packed, timeout=timeout, rw=token, changes=True
+        )
+        if isinstance(target, SessionObject):
+            return self
+        spec = changed.spec(target.origin)
+        self._calls._engine.cache.remember(spec, changed)  # noqa: SLF001  # one package
+        return type(self)(self._calls, spec, home=self._home)
+
+    async def copy(
+        self, template: Template | None = None, *, timeout: Timeout = DEFAULT
+    ) -> Self:
+        """Copy the object, with other values for the attributes in ``template``.
+
+        A copy of a token object is a token object, and one of a session object is a
+        session object of the session that makes it, unless ``CKA_TOKEN`` says so.
+
+        Raises:
+            SessionObjectNeedsSession: The copy would be a session object, and this is
+                not bound to an open session (``key.on(session)``).
+
+        Cancellation:
+            The outcome is waited for, then the cancellation raised.
+
+        Cryptoki:
+            ``C_CopyObject``.
+        """
+        given = {} if template is None else template
+        packed = arguments.packed(given)
+        calls, target = self._calls, self._target
+        token = arguments.makes_token_object(
+            store=not isinstance(target, SessionObject), given=[given]
+        )
+        calls._check_home(token=token)  # noqa: SLF001  # one package
+        entry = await self._perform(
+            objects.copy, packed, timeout=timeout, rw=token, changes=True
+        )
+        made: Self = calls._ref(entry)  # type: ignore[assignment]  # noqa: SLF001
+        return made
 
     async def destroy(self, *, timeout: Timeout = DEFAULT) -> None:
         """Destroy the object.
@@ -532,10 +599,14 @@ class KeyRef(ObjectRef):
         key_type: KeyType,
         key_length: int | None = None,
         *,
+        id: bytes | None = None,  # noqa: A002
+        label: str | None = None,
         store: bool = False,
+        capabilities: MechanismFlag | None = None,
+        mechanism: Mechanism | None = None,
+        mechanism_param: Any = None,
         template: Template | None = None,
         timeout: Timeout = DEFAULT,
-        **options: Any,
     ) -> tuple[bytes, KeyRef]:
         """Encapsulate a fresh secret (ML-KEM): its ciphertext, and the secret key.
 
@@ -551,12 +622,16 @@ class KeyRef(ObjectRef):
         given = None if template is None else arguments.template(template)
         kind = arguments.key_type(key_type)
         length = arguments.key_length(key_length)
+        options = {
+            **arguments.making(id, label, store, capabilities),
+            "mechanism": arguments.mechanism(mechanism),
+            "mechanism_param": mechanism_param,
+            "template": given,
+        }
         result, (ref,) = await self._make(
             operations.PUBLIC_OR_SECRET,
             Attribute.ENCAPSULATE,
-            lambda key: key.encapsulate_key(
-                kind, length, store=store, template=given, **options
-            ),
+            lambda key: key.encapsulate_key(kind, length, **options),
             store=store,
             template=given,
             timeout=timeout,
@@ -569,10 +644,14 @@ class KeyRef(ObjectRef):
         key_type: KeyType,
         key_length: int | None = None,
         *,
+        id: bytes | None = None,  # noqa: A002
+        label: str | None = None,
         store: bool = False,
+        capabilities: MechanismFlag | None = None,
+        mechanism: Mechanism | None = None,
+        mechanism_param: Any = None,
         template: Template | None = None,
         timeout: Timeout = DEFAULT,
-        **options: Any,
     ) -> KeyRef:
         """Recover an encapsulated secret (ML-KEM).
 
@@ -589,12 +668,16 @@ class KeyRef(ObjectRef):
         kind = arguments.key_type(key_type)
         length = arguments.key_length(key_length)
         octets = arguments.octets(ciphertext, "ciphertext")
+        options = {
+            **arguments.making(id, label, store, capabilities),
+            "mechanism": arguments.mechanism(mechanism),
+            "mechanism_param": mechanism_param,
+            "template": given,
+        }
         _, (ref,) = await self._make(
             operations.PRIVATE_OR_SECRET,
             Attribute.DECAPSULATE,
-            lambda key: key.decapsulate_key(
-                octets, kind, length, store=store, template=given, **options
-            ),
+            lambda key: key.decapsulate_key(octets, kind, length, **options),
             store=store,
             template=given,
             timeout=timeout,

@@ -87,12 +87,19 @@ _SHOWN: Final = (Attribute.LABEL, Attribute.ID, Attribute.KEY_TYPE)
 
 
 class Origin:
-    """Tells one object from its namesakes, for a reference that was made from it."""
+    """Tells one object from its namesakes, for a reference that was made from it.
 
-    __slots__ = ("destroyed",)
+    Attributes:
+        destroyed: It was destroyed through this process.
+        entry: The object as it was last seen. Kept here and not in the cache: a search
+            that finds thousands must not push out what is in use.
+    """
+
+    __slots__ = ("destroyed", "entry")
 
     def __init__(self) -> None:
         self.destroyed = False
+        self.entry: Entry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,14 +222,14 @@ class Entry:
             self.seen.get(kind, value) == value for kind, value in spec.attributes
         )
 
-    def spec(self) -> KeySpec:
+    def spec(self, origin: Origin | None = None) -> KeySpec:
         """How to find this very object again."""
         kept = (
             (kind, value)
             for kind, value in self.seen.items()
             if kind in _IDENTITY and kind != Attribute.CLASS and value
         )
-        return KeySpec(tuple(sorted(kept)), (self.object_class,), Origin())
+        return KeySpec(tuple(sorted(kept)), (self.object_class,), origin or Origin())
 
 
 class ObjectOwner:
@@ -361,7 +368,7 @@ class HandleCache:
                 private.
         """
         spec = narrowed(target, classes)
-        entry = self._entries.get(spec)
+        entry = self._known(spec)
         if (
             entry is not None
             and entry.epoch == session.epoch
@@ -402,8 +409,14 @@ class HandleCache:
         seen = session.attributes(handle, _DESCRIBED)
         return Entry(handle, seen, session.epoch, session.generation, mark, now)
 
+    def _known(self, spec: KeySpec) -> Entry | None:
+        return self._entries.get(spec) if spec.origin is None else spec.origin.entry
+
     def remember(self, spec: KeySpec, entry: Entry) -> None:
         """Keep an entry for later operations."""
+        if spec.origin is not None:
+            spec.origin.entry = entry
+            return
         with self._lock:
             if len(self._entries) >= _MOST_ENTRIES:
                 self._entries.pop(next(iter(self._entries)))
@@ -411,12 +424,11 @@ class HandleCache:
 
     def drop(self, spec: KeySpec) -> None:
         """Do not trust a number any more: it is dead, or another object's."""
-        entry = self._entries.get(spec)
-        if entry is not None and spec.origin is not None:
+        if spec.origin is None:
+            self._entries.pop(spec, None)
+        elif spec.origin.entry is not None:
             # Kept, so that a namesake does not take its place within this login.
-            entry.mark = _NEVER
-            return
-        self._entries.pop(spec, None)
+            spec.origin.entry.mark = _NEVER
 
     def clear(self) -> None:
         """Forget everything, at a change of token or module."""

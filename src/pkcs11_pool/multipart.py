@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pkcs11 import defaults
-from pkcs11.constants import Attribute
+from pkcs11.constants import Attribute, ObjectClass
 
 from pkcs11_pool import operations, rv
 from pkcs11_pool.errors import KeyNotFound, SessionObjectDestroyed
-from pkcs11_pool.keys import GONE, SessionObject
+from pkcs11_pool.keys import GONE, KeySpec, SessionObject
 from pkcs11_pool.leases import Chain
 from pkcs11_pool.operations import PRIVATE_OR_SECRET, PUBLIC_OR_SECRET, with_object
 
@@ -34,11 +34,14 @@ if TYPE_CHECKING:
     from pkcs11_pool.session import Session
 
 T = TypeVar("T")
+Piece = bytes | KeySpec | SessionObject
+"""What goes to the module in one call: data, or a key that is to be digested."""
 
 PIECE: Final = 64 * 1024
 """The most bytes that go to the module in one call."""
 _ROOM: Final = PIECE + 2048
 """Bytes for the output of one call at first; a module that wants more says so."""
+_SECRET: Final = (int(ObjectClass.SECRET_KEY),)
 _TOO_SMALL: Final = rv.CODES["CKR_BUFFER_TOO_SMALL"]
 _NO_OPERATION: Final = rv.CODES["CKR_OPERATION_NOT_INITIALIZED"]
 _NOT_IN_PARTS: Final = frozenset(
@@ -104,10 +107,15 @@ class Plan:
 
 
 class MultiPart(Chain):
-    """One operation on data in parts, from its Init to its Final."""
+    """One operation on data in parts, from its Init to its Final.
+
+    Attributes:
+        key_gone: Its key's number is not the key's any more.
+    """
 
     def __init__(self, plan: Plan, holder: Hashable) -> None:
         super().__init__(holder)
+        self.key_gone = False
         self._plan = plan
         self._entry: Entry | None = None
         # The cache's mark when the key's number was sure last.
@@ -119,7 +127,7 @@ class MultiPart(Chain):
         self._coder: Any = None
         self._buffer: Any = None
 
-    def step(self, session: Session, piece: bytes, *, last: bool) -> Any:
+    def step(self, session: Session, piece: Piece, *, last: bool) -> Any:
         """Give one piece to the module; what came out, or the result after the last.
 
         The first one begins the operation.
@@ -173,7 +181,7 @@ class MultiPart(Chain):
 
     # -- The three calls ----------------------------------------------------------
 
-    def _begin(self, session: Session, piece: bytes) -> Any:
+    def _begin(self, session: Session, piece: Piece) -> Any:
         plan = self._plan
         if plan.target is None:
             self._init(session, None, ())
@@ -212,7 +220,9 @@ class MultiPart(Chain):
         if entry is not None and plan.login is not None:
             plan.login(session, entry)
 
-    def _feed(self, session: Session, piece: bytes) -> Any:
+    def _feed(self, session: Session, piece: Piece) -> Any:
+        if not isinstance(piece, bytes):
+            return self._feed_key(session, piece)
         if not piece:
             return b""
         operation = self._plan.operation
@@ -231,6 +241,23 @@ class MultiPart(Chain):
             return ONE_PART_ONLY
         rv.check(code, name)
         return output
+
+    def _feed_key(self, session: Session, key: Target) -> bytes:
+        given = False
+
+        def call(entry: Entry) -> bytes:
+            nonlocal given
+            if given:
+                # It was another key's number, and its value cannot be taken back.
+                raise KeyNotFound(f"{key} changed while it was digested")
+            given = True
+            code = session.functions.C_DigestKey(session.handle, entry.handle)
+            rv.check(code, "C_DigestKey")
+            return b""
+
+        # As for what destroys: nobody in this process frees the number meanwhile.
+        with self._plan.cache.destroying:
+            return with_object(session, self._plan.cache, key, _SECRET, call)
 
     def _finish(self, session: Session, before: bytes) -> Any:
         plan = self._plan
@@ -269,6 +296,7 @@ class MultiPart(Chain):
         mark = plan.cache.mark()
         if self._entry is not None and (mark < 0 or mark != self._mark):
             if not plan.cache.verify(session, self._entry):
+                self.key_gone = True
                 message = f"{target} went from the token in the middle of the data"
                 raise KeyNotFound(message)
             self._mark = mark

@@ -6,6 +6,7 @@ so to the handle cache. Runs on a worker thread.
 
 from __future__ import annotations
 
+import ctypes as c
 from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import exceptions as p11
@@ -13,7 +14,7 @@ from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import KeyType
 from pkcs11.util import ec
 
-from pkcs11_pool import cryptoki, rv
+from pkcs11_pool import cryptoki, rv, vendor
 from pkcs11_pool.errors import InvalidOption, KeyNotFound
 from pkcs11_pool.keys import KeySpec, SessionObject
 from pkcs11_pool.operations import PRIVATE_OR_SECRET, PUBLIC_OR_SECRET, with_object
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
     from pkcs11_pool.keys import Entry, HandleCache, Target
     from pkcs11_pool.session import Session
 
+_PARAMETERS: Final = (
+    Attribute.BASE,
+    Attribute.PRIME,
+    Attribute.SUBPRIME,
+    Attribute.EC_PARAMS,
+)
+_PARAMETER_CLASSES: Final = (int(ObjectClass.DOMAIN_PARAMETERS),)
 _ED25519: Final = 32
 """Bytes of an Ed25519 public key."""
 
@@ -97,6 +105,51 @@ def make_with_key(
     return with_object(session, cache, target, classes, call)
 
 
+def make_from_parameters(
+    session: Session,
+    cache: HandleCache,
+    target: Target,
+    *,
+    make: Callable[..., Any],
+) -> list[Entry]:
+    """``C_GetAttributeValue`` of domain parameters, ``C_GenerateKeyPair``."""
+    made: list[Entry] = []
+
+    def call(entry: Entry) -> list[Entry]:
+        _destroy_all(session, made)
+        packed = session.attributes(entry.handle, [int(kind) for kind in _PARAMETERS])
+        with cache.changing():
+            pair = make(session.p11, key_type=entry.key_type, values=unpacked(packed))
+        made[:] = [cache.describe(session, item.handle) for item in pair]
+        return made
+
+    return with_object(session, cache, target, _PARAMETER_CLASSES, call)
+
+
+def copy(
+    session: Session,
+    cache: HandleCache,
+    target: Target,
+    template: Sequence[tuple[int, bytes]],
+) -> Entry:
+    """``C_CopyObject``."""
+    made: list[Entry] = []
+
+    def call(entry: Entry) -> Entry:
+        _destroy_all(session, made)
+        array, keep = cryptoki.pack_template(template)
+        number = c.c_ulong()
+        with cache.changing():
+            code = session.functions.C_CopyObject(
+                session.handle, entry.handle, array, len(keep), c.byref(number)
+            )
+        rv.check(code, "C_CopyObject")
+        made[:] = [cache.describe(session, number.value)]
+        return made[0]
+
+    return with_object(session, cache, target, None, call)
+
+
 def make(
     session: Session, cache: HandleCache, call: Callable[[Any], Any]
 ) -> list[Entry]:
@@ -138,12 +191,53 @@ def attributes(
     """``C_GetAttributeValue``; attributes that the token does not tell are left out."""
 
     def call(entry: Entry) -> dict[Attribute, Any]:
-        wanted = kinds if kinds is not None else tuple(map(Attribute, entry.seen))
+        wanted = tuple(entry.seen) if kinds is None else kinds
         packed = session.attributes(entry.handle, [int(kind) for kind in wanted])
-        unpack = cryptoki.MAPPER.unpack_attributes
-        return {Attribute(k): unpack(Attribute(k), v) for k, v in packed.items()}
+        return unpacked(packed)
 
     return with_object(session, cache, target, None, call)
+
+
+def unpacked(packed: Mapping[int, bytes]) -> dict[Attribute, Any]:
+    """Attributes as Python has them."""
+    unpack = cryptoki.MAPPER.unpack_attributes
+    found = ((vendor.attribute(kind), value) for kind, value in packed.items())
+    return {kind: unpack(kind, value) for kind, value in found}
+
+
+def set_attributes(
+    session: Session,
+    cache: HandleCache,
+    target: Target,
+    template: Sequence[tuple[int, bytes]],
+) -> Entry:
+    """``C_SetAttributeValue``, of a number that was verified just before.
+
+    As for :func:`destroy`, number and object cannot part in between. Gives the object
+    as it is afterwards: its name may be another now.
+    """
+    array, keep = cryptoki.pack_template(template)
+
+    def change(handle: int) -> Entry:
+        code = session.functions.C_SetAttributeValue(
+            session.handle, handle, array, len(keep)
+        )
+        rv.check(code, "C_SetAttributeValue")
+        return cache.describe(session, handle)
+
+    if isinstance(target, SessionObject):
+        with target.owner.used(), cache.changing():
+            target.check(session.epoch, session.generation)
+            target.entry = change(target.entry.handle)
+            return target.entry
+    with cache.destroying, cache.changing():
+        changed = change(cache.entry(session, target, None).handle)
+        if target.origin is None:
+            # It may be another object's name now, or nobody's.
+            cache.drop(target)
+        else:
+            cache.remember(target, changed)
+        return changed
 
 
 def destroy(session: Session, cache: HandleCache, target: Target) -> None:
@@ -191,8 +285,7 @@ def public_key_der(session: Session, cache: HandleCache, target: Target) -> byte
             Attribute.VALUE,
         )
         packed = session.attributes(entry.handle, [int(kind) for kind in kinds])
-        unpack = cryptoki.MAPPER.unpack_attributes
-        return {Attribute(k): unpack(Attribute(k), v) for k, v in packed.items()}
+        return unpacked(packed)
 
     classes: tuple[int, ...] = (
         int(ObjectClass.PUBLIC_KEY),

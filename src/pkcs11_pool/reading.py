@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from pkcs11_pool.arguments import Data
+    from pkcs11_pool.keys import Target
+    from pkcs11_pool.multipart import Piece
 
 T = TypeVar("T")
 
@@ -38,9 +40,18 @@ class Reader:
         waits: Reading may take the caller's time: it is awaited.
     """
 
-    def __init__(self, data: Data, deadline: float | None, name: str = "data") -> None:
+    def __init__(
+        self,
+        data: Data,
+        deadline: float | None,
+        *,
+        key_of: Callable[[object], Target | None] | None = None,
+    ) -> None:
         self._deadline = deadline
-        self._name = name
+        self._name = name = "data"
+        self._key_of = key_of
+        # A key among the bytes, that comes next.
+        self._key: Target | None = None
         self._rest = memoryview(b"")
         self._ended = False
         self.waits = self.repeatable = False
@@ -67,10 +78,11 @@ class Reader:
         else:
             raise _no_data(source, name)
 
-    async def take(self, at_least: int = PIECE) -> tuple[bytes, bool]:
+    async def take(self, at_least: int = PIECE) -> tuple[Piece, bool]:
         """The next piece, and whether it is the last.
 
-        Of so many bytes at least, unless the data ends; never of more than ``PIECE``.
+        Of so many bytes at least, unless the data ends or a key comes; never of more
+        than ``PIECE``. A key is a piece of its own.
 
         Raises:
             PoolTimeout: The deadline has passed.
@@ -79,29 +91,34 @@ class Reader:
         self.check_time()
         parts: list[bytes] = []
         size = 0
-        while size < at_least and await self._more():
+        while size < at_least and await self._more() and self._key is None:
             part = bytes(self._rest[: PIECE - size])
             self._rest = self._rest[len(part) :]
             parts.append(part)
             size += len(part)
+        piece: Piece = parts[0] if len(parts) == 1 else b"".join(parts)
+        if self._key is not None and not parts:
+            piece, self._key = self._key, None
         # Where nobody waits for this piece, see whether it is the last.
         more = bool(self._rest) or not self._ended
         if at_least == PIECE:
             more = await self._more()
-        return parts[0] if len(parts) == 1 else b"".join(parts), not more
+        return piece, not more
 
     async def _more(self) -> bool:
         """Whether there is more data; reads on until that is known."""
-        while not self._rest and not self._ended:
+        while not self._rest and self._key is None and not self._ended:
             self.check_time()
             self._take_in(await self._pull())
-        return bool(self._rest)
+        return bool(self._rest) or self._key is not None
 
     async def take_all(self) -> bytes:
         """All that is left, for a mechanism that takes its data in one part."""
         parts, last = [], False
         while not last:
             piece, last = await self.take()
+            if not isinstance(piece, bytes):
+                raise InvalidType("a key cannot be data of this mechanism")
             parts.append(piece)
         return b"".join(parts)
 
@@ -138,6 +155,8 @@ class Reader:
             self._rest = memoryview(bytes(chunk))
         elif isinstance(chunk, memoryview):
             self._rest = memoryview(chunk.tobytes())
+        elif self._key_of is not None and (key := self._key_of(chunk)) is not None:
+            self._key = key
         else:
             message = f"{self._name} must give bytes, not {type(chunk).__name__}"
             raise InvalidType(message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pkcs11.constants import Attribute
+from pkcs11.constants import Attribute, ObjectClass
 
 from pkcs11_pool import cryptoki, events, rv
 from pkcs11_pool.operations import raw_login
@@ -41,6 +41,8 @@ class Reaffirm:
         Raises:
             PinRefused: The token refused the PIN, now or earlier.
         """
+        if entry.object_class != ObjectClass.PRIVATE_KEY:
+            return  # others have no such attribute
         if entry.seen.get(Attribute.ALWAYS_AUTHENTICATE) == _FALSE:
             return
         guard = self._actor.guard

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from pkcs11 import exceptions as p11
 
 from pkcs11_pool import arguments, recovery
-from pkcs11_pool.errors import LoginRequired, PoolTimeout, StreamInterrupted
+from pkcs11_pool.errors import (
+    KeyNotFound,
+    LoginRequired,
+    PoolTimeout,
+    StreamInterrupted,
+)
 from pkcs11_pool.jobs import Job, Kind
 from pkcs11_pool.keys import SessionObject
 from pkcs11_pool.leasing import NOBODY
@@ -29,8 +34,9 @@ if TYPE_CHECKING:
     from pkcs11_pool.calls import Calls
     from pkcs11_pool.engine import TokenEngine
     from pkcs11_pool.jobs import Waiter
+    from pkcs11_pool.keys import Target
     from pkcs11_pool.leases import Hold, Lease, Loan
-    from pkcs11_pool.multipart import Plan
+    from pkcs11_pool.multipart import Piece, Plan
 
 _ATTEMPTS: Final = 3
 """How often an operation is begun, where the data is still there."""
@@ -44,6 +50,7 @@ class Task:
     Attributes:
         whole: Makes it in one call, within so many seconds.
         plan: How it is made in several.
+        key_of: The key that stands among the bytes, where keys may.
     """
 
     def __init__(
@@ -54,9 +61,11 @@ class Task:
         *,
         timeout: Timeout,
         home: Calls | None = None,
+        key_of: Callable[[object], Target | None] | None = None,
     ) -> None:
         self.calls = calls
         self.plan = plan
+        self.key_of = key_of
         self.home = home
         self._whole = whole
         self._limit = arguments.timeout(
@@ -89,7 +98,8 @@ async def consume(task: Task, data: Data) -> Any:
     """
     task.start()
     for attempt in range(_ATTEMPTS):
-        reader, feed = Reader(data, task.deadline), Feed(task)
+        reader = Reader(data, task.deadline, key_of=task.key_of)
+        feed = Feed(task)
         try:
             result = await reader.in_time(_consume, task, reader, feed)
         except BaseException as error:
@@ -105,12 +115,14 @@ async def consume(task: Task, data: Data) -> Any:
 
 async def _consume(task: Task, reader: Reader, feed: Feed) -> Any:
     piece, last = await reader.take()
-    if last:
+    if last and isinstance(piece, bytes):
         return await task.in_one_call(piece)
     outputs = [await feed.begin(piece)]
-    if outputs[0] is ONE_PART_ONLY:
+    if outputs[0] is ONE_PART_ONLY and isinstance(piece, bytes):
         feed.drop()
         return await task.in_one_call(piece + await reader.take_all())
+    if last:
+        outputs = [await feed.give(b"", last=True)]
     while not last:
         piece, last = await reader.take()
         outputs.append(await feed.give(piece, last=last))
@@ -202,6 +214,7 @@ class CryptStream:
         output = b""
         while not output and not self._last:
             # What is awaited may be long in coming: what is there goes on at once.
+            piece: Any
             piece, self._last = await reader.take(1 if reader.waits else PIECE)
             if self._feed.begun:
                 output = await self._feed.give(piece, last=self._last)
@@ -211,7 +224,7 @@ class CryptStream:
                 output = await self._begin(reader, piece)
         return output
 
-    async def _begin(self, reader: Reader, piece: bytes) -> bytes:
+    async def _begin(self, reader: Reader, piece: Any) -> bytes:
         output: Any = await self._feed.begin(piece)
         if output is ONE_PART_ONLY:
             self._feed.drop()
@@ -277,7 +290,7 @@ class Feed:
         """Whether the first piece was given."""
         return self._chain is not None and self._chain.begun
 
-    async def begin(self, piece: bytes) -> Any:
+    async def begin(self, piece: Piece) -> Any:
         """Get a session, and give it the first piece."""
         for attempt in range(_ATTEMPTS):
             try:
@@ -290,7 +303,7 @@ class Feed:
                     raise
         raise AssertionError
 
-    async def give(self, piece: bytes, *, last: bool) -> Any:
+    async def give(self, piece: Piece, *, last: bool) -> Any:
         """Give one more piece; what came out of it."""
         task, chain, lease = self._task, self._chain, self._lease
         assert chain is not None  # noqa: S101  # begin() came before
@@ -380,8 +393,11 @@ class Feed:
     def _is_cut_off(self, error: Exception, lease: Lease) -> bool:
         """Whether an error means that the operation is not alive any more."""
         chain = self._chain
-        if chain is not None and isinstance(chain.cause, LoginRequired):
+        assert chain is not None  # noqa: S101  # begin() came before
+        if isinstance(chain.cause, LoginRequired):
             return False  # by the user's word, and the error says so
+        if isinstance(error, KeyNotFound):
+            return chain.key_gone  # and not a key among the data
         if isinstance(error, p11.OperationNotInitialized):
             return True
         fault = recovery.classify(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pkcs11_pool.arguments import DEFAULT, Data, Timeout
+from pkcs11_pool.arguments import DEFAULT, Data, Template, Timeout
 from pkcs11_pool.mapping import SyncResults
 from pkcs11_pool.streams import SyncStream
 from pkcs11_pool.waiting import blocking
@@ -74,6 +74,32 @@ class SyncKey:
     def derive_key(self, key_type: KeyType, key_length: int, **options: Any) -> KeyRef:
         """See :meth:`KeyRef.derive_key`."""
         return blocking(self._key.derive_key(key_type, key_length, **options))
+
+    def encapsulate_key(
+        self, key_type: KeyType, key_length: int | None = None, **options: Any
+    ) -> tuple[bytes, KeyRef]:
+        """See :meth:`KeyRef.encapsulate_key`."""
+        return blocking(self._key.encapsulate_key(key_type, key_length, **options))
+
+    def decapsulate_key(
+        self,
+        ciphertext: bytes,
+        key_type: KeyType,
+        key_length: int | None = None,
+        **options: Any,
+    ) -> KeyRef:
+        """See :meth:`KeyRef.decapsulate_key`."""
+        return blocking(
+            self._key.decapsulate_key(ciphertext, key_type, key_length, **options)
+        )
+
+    def set_attributes(self, values: Template, **options: Any) -> KeyRef:
+        """See :meth:`KeyRef.set_attributes`."""
+        return blocking(self._key.set_attributes(values, **options))
+
+    def copy(self, template: Template | None = None, **options: Any) -> KeyRef:
+        """See :meth:`KeyRef.copy`."""
+        return blocking(self._key.copy(template, **options))
 
     def attributes(
         self, names: Iterable[Attribute] | None = None, *, timeout: Timeout = DEFAULT
