@@ -661,3 +661,30 @@ async def test_a_pool_that_is_not_open_takes_nothing(make_pool: MakePool) -> Non
 def _typed(pool: TokenPool, items: Iterable[int]) -> Results[int]:
     """What a type checker makes of it."""
     return pool.map(_same, items)
+
+
+async def test_a_loop_is_abandoned_with_its_results(make_pool: MakePool) -> None:
+    """What was under way comes to its end, and nobody has the results."""
+    async with make_pool(max_sessions=2) as pool:
+        with Hold() as hold:
+
+            def work() -> None:
+                loop = asyncio.new_event_loop()
+
+                async def main() -> asyncio.Task[Any]:
+                    task = asyncio.ensure_future(
+                        _all(pool.map(hold, range(100), limit=10))
+                    )
+                    await hold.entered(2)
+                    return task
+
+                task = loop.run_until_complete(main())
+                # asyncio's own complaint is not of interest here.
+                task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
+                loop.close()
+
+            await blocking(work)
+            gc.collect()
+        await settled(pool)
+        assert len(hold.calls) <= 10
+        assert await digest(pool)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import io
+import sys
 import threading
 import tracemalloc
 from collections import Counter, deque
@@ -1074,3 +1076,112 @@ async def test_threads_and_the_loop_stream_at_once(make_pool: MakePool) -> None:
         assert set(found) == {hmac_sha256(bytes([n]) + data) for n in range(20)}
         await eventually(lambda: pool.stats().sessions_leased == 0)
         assert threading.active_count() < 60
+
+
+# -- Loops that end ---------------------------------------------------------------
+
+
+def _abandon(make: Callable[[], list[Any]], under_way: Callable[[], Any]) -> None:
+    """Run a loop of its own, and close it under its tasks."""
+    loop = asyncio.new_event_loop()
+
+    async def main() -> list[asyncio.Task[Any]]:
+        tasks = [asyncio.ensure_future(each) for each in make()]
+        await under_way()
+        return tasks
+
+    tasks = loop.run_until_complete(main())
+    for task in tasks:
+        # asyncio's own complaint, that nobody can catch, is not of interest here.
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
+    loop.close()
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+async def test_a_loop_is_abandoned_with_its_streams(
+    pool: TokenPool, limit: float | None
+) -> None:
+    """Nobody closes them: their sessions come back all the same.
+
+    With the tasks, when they are collected; and at the time limit, because AnyIO never
+    lets a task be collected that is inside one of its scopes.
+    """
+    aes = await make_secret(pool)
+
+    async def reads(source: Source) -> None:
+        await collected(aes.encrypt_stream(source, **_CBC, timeout=limit))
+
+    def work() -> None:
+        sources = [Source(bytes(2 * PIECE)) for _ in range(2)]
+
+        async def under_way() -> None:
+            for source in sources:
+                await source.runs_dry()
+            assert pool.stats().sessions_leased == 2
+
+        _abandon(
+            lambda: [
+                pool.digest(sources[0], mechanism=Mechanism.SHA256, timeout=limit),
+                reads(sources[1]),
+            ],
+            under_way,
+        )
+
+    await blocking(work)
+    gc.collect()
+    await eventually(lambda: pool.stats().sessions_leased == 0)
+    assert await digest(pool)
+
+
+_FORK = """
+import os, sys
+import anyio
+from pkcs11 import Mechanism
+from pkcs11_pool import ForkedProcess, TokenPool
+
+MODULE, LABEL, PIN = sys.argv[1:]
+
+
+async def main():
+    async with TokenPool(MODULE, token_label=LABEL, pin=PIN) as pool:
+        key = pool.key(label="secret")
+        how = {"mechanism": Mechanism.AES_CBC_PAD, "mechanism_param": bytes(16)}
+        stream = key.encrypt_stream(bytes(10**6), **how)
+        results = pool.map(lambda session, item: item, range(100))
+        size = len(await anext(stream)) + await anext(results)
+        # Whatever takes the lock in the child waits for ever.
+        with pool._engine._lock:
+            child = os.fork()
+        if not child:
+            pool._engine._lock.acquire()
+            refused = 0
+            for each in (stream, results):
+                try:
+                    await anext(each)
+                except ForkedProcess:
+                    refused += 1
+                await each.aclose()
+            del stream, results
+            os._exit(refused)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        async for piece in stream:
+            size += len(piece)
+        print(status, size, sum([result async for result in results]))
+
+
+anyio.run(main)
+"""
+
+
+async def test_a_forked_child_leaves_streams_alone(
+    pool: TokenPool, token: ThrowawayToken
+) -> None:
+    """It is refused, and the parent's go on."""
+    await make_secret(pool)
+    await pool.close()
+    arguments = [str(token.module), token.label, token.user_pin]
+    done = await anyio.run_process(
+        [sys.executable, "-W", "ignore", "-c", _FORK, *arguments], check=False
+    )
+    expected = f"2 {10**6 + 16 - 10**6 % 16} {sum(range(100))}"
+    assert done.stdout.decode().split() == expected.split(), done.stderr.decode()

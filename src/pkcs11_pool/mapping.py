@@ -111,9 +111,12 @@ class Results(Generic[T]):
         self._in_use = True
         try:
             result: T = await self._next()
-        except BaseException as error:
-            # A coroutine that is thrown away with its loop cannot await any more.
-            await self._abandon(wait=not isinstance(error, GeneratorExit))
+        except GeneratorExit:
+            # Thrown away with its loop, by the garbage collector.
+            self._forget()
+            raise
+        except BaseException:
+            await self._abandon()
             raise
         finally:
             self._in_use = False
@@ -141,6 +144,7 @@ class Results(Generic[T]):
     async def _next(self) -> Any:
         if self._over:
             raise StopAsyncIteration
+        self._engine.check_process()
         if self._waiter is None:
             self._waiter = current_waiter()
         await self._fill(self._waiter)
@@ -230,7 +234,14 @@ class Results(Generic[T]):
 
     # -- Breaking off -------------------------------------------------------------
 
-    async def _abandon(self, *, wait: bool = True) -> None:
+    def _forget(self) -> None:
+        self._over = True
+        for job in self._window:
+            if isinstance(job, Job):
+                self._engine.forget(job)
+        self._window.clear()
+
+    async def _abandon(self) -> None:
         self._over = True
         self._held = _END
         left = [job for job in self._window if isinstance(job, Job)]
@@ -239,7 +250,7 @@ class Results(Generic[T]):
             return
         inside = [job for job in left if not self._engine.cancel(job)]
         for job in inside:
-            if wait and self._waiter is not None:
+            if self._waiter is not None:
                 await self._waiter.outlast(job)
 
 
@@ -327,6 +338,7 @@ class _Whole:
         self._window = window
         self._engine = engine
         self.pin_came = engine.pin_came
+        self.forget = engine.forget
 
     def cancel(self, head: Job) -> bool:
         for job in self._window:

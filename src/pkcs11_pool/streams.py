@@ -202,6 +202,7 @@ class CryptStream:
         await self.aclose()
 
     async def _next(self) -> bytes:
+        self._task.calls._engine.check_process()  # noqa: SLF001  # one package
         if self._reader is None and self._data is not None:
             self._task.start()
             self._reader = Reader(self._data, self._task.deadline)
@@ -339,6 +340,11 @@ class Feed:
         """Let the session go, and count what came of it. Waits for nothing."""
         if self._chain is None or self._engine.is_forked:
             return  # a forked child leaves its parent's locks alone, too
+        if isinstance(error, GeneratorExit):
+            # Thrown away with its loop, by the garbage collector, which must take no
+            # lock: the session is an orphan.
+            self._chain = self._lease = self._hold = None
+            return
         if isinstance(error, PoolTimeout) and self.begun:
             # Not all of it waited, whatever the last part of it did.
             error.phase = "running"
@@ -363,7 +369,7 @@ class Feed:
             return
         waiter = current_waiter()
         job, self._lease = _end(engine, lease, chain, waiter), None
-        self.end(GeneratorExit())
+        self.end(_BrokenOff())
         if job is not None:
             await ended(engine, job, waiter)
 
@@ -402,6 +408,10 @@ class Feed:
             return True
         fault = recovery.classify(error)
         return fault in _CUT or (fault is recovery.Fault.SESSION and lease.lone)
+
+
+class _BrokenOff(BaseException):
+    """Counts as a cancellation."""
 
 
 class _Expiry:
