@@ -9,6 +9,7 @@ import queue
 import signal
 import threading
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -513,12 +514,14 @@ def test_a_session_of_one_loop_is_used_by_another_and_by_a_thread(
 def test_trio_as_a_guest_of_asyncio_shares_the_pool_with_it(pool: TokenPool) -> None:
     """Two loops by turns on one thread: each call waits in the way of its own."""
     found: list[tuple[str, bytes]] = []
+    open_files: list[int] = []
 
     async def work(name: str) -> None:
         for number in range(20):
             data = f"{name} {number}".encode()
             assert await digest(pool, data) == hashlib.sha256(data).digest()
             found.append((name, data))
+            open_files.append(len(list(Path("/proc/self/fd").iterdir())))
 
     async def host() -> None:
         loop = asyncio.get_running_loop()
@@ -534,5 +537,7 @@ def test_trio_as_a_guest_of_asyncio_shares_the_pool_with_it(pool: TokenPool) -> 
 
     _run("asyncio", host)
     assert len(found) == 40
+    # Each has one way in, however often they change.
+    assert max(open_files) <= open_files[20]
     # They did take turns.
     assert {name for name, _ in found[:20]} == {"host", "guest"}

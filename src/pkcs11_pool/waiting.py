@@ -338,12 +338,14 @@ class _Local(threading.local):
 
     Attributes:
         blocking: Whether its own waiting blocks it.
-        port: Gives the way into the loop that ran here last, or None.
+        asyncio, trio: Give the way into the loop that ran here last, or None. Trio may
+            be the guest of asyncio, on one thread by turns.
     """
 
     def __init__(self) -> None:
         self.blocking = False
-        self.port: Any = _Kept(None)
+        self.asyncio: Any = _Kept(None)
+        self.trio: Any = _Kept(None)
 
 
 _local = _Local()
@@ -409,23 +411,23 @@ def current_waiter() -> FaceWaiter:
     local = _local
     if local.blocking:
         return _ThreadWaiter()
-    port = local.port()
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_task():
         token = trio.lowlevel.current_trio_token()
+        port = local.trio()
         if port is None or port.loop is not token:
-            port = _TrioPort(token)
-            local.port = _Kept(port)
+            local.trio = _Kept(_TrioPort(token))
         me = weakref.ref(trio.lowlevel.current_task())
-        return _TrioWaiter(local.port, me, trio)
+        return _TrioWaiter(local.trio, me, trio)
     loop = asyncio.get_running_loop()
+    port = local.asyncio()
     if port is None or port.loop is not loop:
         port = _asyncio_port(loop)
-        local.port = (weakref.ref if isinstance(port, _EventPort) else _Kept)(port)
+        local.asyncio = (weakref.ref if isinstance(port, _EventPort) else _Kept)(port)
     task = asyncio.current_task(loop)
     # Weak, or a session held by a task would keep the task, which keeps the session.
     holder = None if task is None else weakref.ref(task)
-    return _AsyncioWaiter(local.port, holder, loop)
+    return _AsyncioWaiter(local.asyncio, holder, loop)
 
 
 async def checkpoint() -> None:
