@@ -511,6 +511,10 @@ def test_a_session_of_one_loop_is_used_by_another_and_by_a_thread(
     _run(kind, main)
 
 
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_trio_as_a_guest_of_asyncio_shares_the_pool_with_it(pool: TokenPool) -> None:
     """Two loops by turns on one thread: each call waits in the way of its own."""
     found: list[tuple[str, bytes]] = []
@@ -521,7 +525,7 @@ def test_trio_as_a_guest_of_asyncio_shares_the_pool_with_it(pool: TokenPool) -> 
             data = f"{name} {number}".encode()
             assert await digest(pool, data) == hashlib.sha256(data).digest()
             found.append((name, data))
-            open_files.append(len(list(Path("/proc/self/fd").iterdir())))
+            open_files.append(_open_files())
 
     async def host() -> None:
         loop = asyncio.get_running_loop()
