@@ -1054,3 +1054,39 @@ async def test_refused_input_counts_as_no_operation(pool: TokenPool) -> None:
     assert after.operations_total == before.operations_total
     assert after.operations_failed == before.operations_failed
     assert after.sessions_open == before.sessions_open
+
+
+@pytest.mark.parametrize("use", ["sign", "verify", "encrypt"])
+async def test_a_half_of_a_pair_that_cannot_says_which_can(
+    pool: TokenPool, use: str
+) -> None:
+    """SoftHSM2 does not tell the capability that the other half has: it refuses."""
+    public, private = await pool.generate_keypair(
+        KeyType.RSA, 2048, label="pair", store=True
+    )
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "sign": lambda: public.sign(b"data"),
+        "verify": lambda: private.verify(b"data", b"x" * 256),
+        "encrypt": lambda: private.encrypt(b"data"),
+    }
+    with pytest.raises(KeyFunctionNotPermitted) as caught:
+        await calls[use]()
+    assert "private key" in str(caught.value)
+    assert "label='pair'" in str(caught.value)
+
+
+async def test_what_python_pkcs11_says_without_a_word_gets_a_text(
+    pool: TokenPool,
+) -> None:
+    """The code's name, and what to do where the name does not say it."""
+
+    def write(session: Any) -> None:
+        session.generate_key(KeyType.AES, 128, store=True)
+
+    with pytest.raises(pkcs11.SessionReadOnly, match=r"CKR_SESSION_READ_ONLY.*rw=True"):
+        await pool.run(write)
+    async with pool.session() as session:
+        with pytest.raises(pkcs11.SessionReadOnly, match="rw=True"):
+            await session.generate_key(KeyType.AES, 128, store=True)
+    with pytest.raises(pkcs11.TemplateIncomplete, match="curve="):
+        await pool.generate_keypair(KeyType.EC, store=True)

@@ -410,6 +410,27 @@ async def test_what_it_kept_does_not_reach_a_stranger(
         assert labels == ["signer"]
 
 
+async def test_what_it_returned_is_harmless_at_once(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Also while the session that it was made in is just being closed."""
+
+    def key_of(session: Any) -> Any:
+        return session.get_key(label="signer", object_class=ObjectClass.PRIVATE_KEY)
+
+    async with make_pool(module=fault.path) as pool:
+        await make_ec_key(pool)
+        await _at_rest(pool)
+        fault.on("C_CloseSession", hang="before")
+        key = await pool.run(key_of)
+        await blocking(fault.wait_until_hanging, "C_CloseSession")
+        fault.reset_counts()
+        with pytest.raises(pkcs11.SessionHandleInvalid):
+            key.sign(_BLOCK * 2, mechanism=Mechanism.ECDSA)
+        assert fault.count("C_Sign") == 0
+        fault.clear()
+
+
 def _numbers(session: Any, label: str) -> list[int]:
     return [item.handle for item in session.get_objects({Attribute.LABEL: label})]
 

@@ -143,6 +143,22 @@ async def test_a_wrong_pin_at_opening_fails_there_and_leaves_nothing(
         assert _who(another) is LoginState.USER
 
 
+async def test_pool_after_pool_does_not_send_a_refused_pin(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The guard is the process's: a service that opens in a loop locks nothing."""
+    for _ in range(4):
+        with pytest.raises(PinRefused):
+            await make_pool(module=fault.path, pin=_WRONG).open()
+    assert fault.count("C_Login") == 1
+    async with make_pool(module=fault.path) as pool:
+        assert _who(pool) is LoginState.USER
+    # A good login ends it: the token counts anew.
+    with pytest.raises(PinRefused):
+        await make_pool(module=fault.path, pin=_WRONG).open()
+    assert fault.count("C_Login") == 3
+
+
 async def test_login_and_logout_need_an_open_pool(make_pool: MakePool) -> None:
     """Before opening and after closing both are refused."""
     pool = make_pool()

@@ -31,7 +31,7 @@ from pkcs11_pool.errors import (
 )
 from pkcs11_pool.jobs import Job, Phase
 from pkcs11_pool.operations import raw_login
-from pkcs11_pool.pin_guard import SO, USER, PinGuard
+from pkcs11_pool.pin_guard import SO, USER, PinGuard, guard_of
 from pkcs11_pool.session import Session
 from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState
 
@@ -139,13 +139,12 @@ class LoginActor:
         self._so: Session | None = None
         # What came during a SO period and can only be done after it.
         self._postponed: list[partial[None]] = []
-        self._thread = threading.Thread(
-            target=self._run, name="pkcs11-pool login actor", daemon=True
-        )
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        # Made here: one that was made before a fork cannot be started after it.
+        name = "pkcs11-pool login actor"
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     # -- Messages: called by any thread, never block ------------------------------
 
@@ -303,6 +302,7 @@ class LoginActor:
             self.token, info = self.module.find(options)
             self.module.claim(info, self._name or info.label)
             self.info = info
+            self.guard = guard_of((self.module.path, info.identity))
             self._anchor = self.new_session(rw=False)
 
     def _detach(self) -> None:

@@ -130,19 +130,30 @@ class Calls(ABC):
         """
         config.check_flag("rw", rw)
         config.check_flag("repeat", repeat)
-        called = arguments.function(func)
+        work = self._calling(arguments.function(func), args)
+        return await self._perform(work, timeout, rw=rw, changes=rw, restart=repeat)
+
+    def _calling(
+        self, func: Callable[..., T], args: tuple[Any, ...]
+    ) -> Callable[[Session], T]:
+        """The work of a caller's function."""
         cache = self._engine.cache
+        one_shot = self._owner is None
 
         def work(session: Session) -> T:
             # The caller may change any object: no number is sure meanwhile.
             with cache.changing():
                 try:
-                    result: T = arguments.no_awaitable(called(session.lend(), *args))
+                    result: T = arguments.no_awaitable(func(session.lend(), *args))
                     return result
                 finally:
                     cryptoki.end_operations(session.p11)
+                    if one_shot:
+                        # Before the caller has what the function returned: it may be
+                        # an object of the session, which is still open.
+                        session.disarm()
 
-        return await self._perform(work, timeout, rw=rw, changes=rw, restart=repeat)
+        return work
 
     @overload
     def map(
@@ -206,14 +217,9 @@ class Calls(ABC):
         config.check_flag("repeat", repeat)
         config.check_flag("return_errors", return_errors)
         called = arguments.function(func)
-        cache = self._engine.cache
 
         def make(item: Any) -> Callable[[Session], Any]:
-            def work(session: Session) -> Any:
-                with cache.changing():
-                    return arguments.no_awaitable(called(session.p11, item))
-
-            return work
+            return self._calling(called, (item,))
 
         work = Work(self, make, timeout=timeout, rw=rw, changes=rw, restart=repeat)
         return Results(work, items, limit=limit, return_errors=return_errors)

@@ -124,6 +124,7 @@ class Dispatch:
         #: Leases, or chains in one, that nobody holds any more: put here by the
         #: garbage collector.
         self.orphans: deque[tuple[Lease, Chain | None]] = deque()
+        self._ending = threading.Lock()
         # Calls that were given up on and have not returned.
         self._stuck = 0
 
@@ -138,7 +139,7 @@ class Dispatch:
             PoolTimeout: It would have to wait, and must not.
         """
         self.check_process()
-        if self.orphans:
+        if self.orphans or self._ending.locked():
             self.end_orphans()
         job.since = time.monotonic()
         with self._lock:
@@ -259,8 +260,9 @@ class Dispatch:
         lendable = room.most_leases if job.kind is Kind.LEASE else room.limit.total
         if len(room.leases) >= max(1, lendable):
             raise WouldDeadlock(
-                f"all {len(room.leases)} sessions that can be lent are lent, one of "
-                "them to this task: use key.on(session), or give the session back first"
+                f"of {room.limit.total} sessions all that can be lent are lent "
+                f"({len(room.leases)}), one of them to this task: use key.on(session), "
+                "or give the session back first"
             )
 
     def _enqueue_locked(self, job: Job) -> None:
@@ -526,7 +528,7 @@ class Dispatch:
         if job.phase is Phase.WAITING:
             if not job.stays:
                 self._take_out_locked(job)
-            error = PoolTimeout("the deadline passed while waiting", "waiting")
+            error = PoolTimeout(self._why_waiting_locked(), "waiting")
         else:
             error = PoolTimeout(
                 "the deadline passed while the call was inside the module: it may have "
@@ -539,6 +541,15 @@ class Dispatch:
             return False
         self._counters.operations_timed_out += job.is_operation
         return True
+
+    def _why_waiting_locked(self) -> str:
+        room = self._room
+        return (
+            f"the deadline passed while waiting (max_sessions={room.limit.total}, "
+            f"{len(room.leases)} lent, {self._running} calls under way, "
+            f"{self._waiting_locked()} more wait): give it more time, or the pool more "
+            "sessions"
+        )
 
     # -- The life of the pool -----------------------------------------------------
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import exceptions as p11
 
-from pkcs11_pool import events, recovery
+from pkcs11_pool import events, recovery, rv
 from pkcs11_pool.actor import LoginActor
 from pkcs11_pool.dispatch import IDLE, NO_WAIT, Pause
 from pkcs11_pool.errors import (
@@ -240,6 +240,8 @@ class TokenEngine(Leasing):
         """
         if error is not None:
             error = _login_required(error, self.actor.login.state)
+            if isinstance(error, p11.PKCS11Error):
+                rv.explain(error)
         with self._lock:
             if worker.lost:
                 return False

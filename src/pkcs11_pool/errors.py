@@ -69,7 +69,7 @@ class KeyFunctionNotPermitted(InvalidOption):
     """The key's attributes do not allow this operation.
 
     Use another key, or make one with the capability (``CKA_SIGN``,
-    ``CKA_DECRYPT``, …) set to true. Nothing was sent with the key.
+    ``CKA_DECRYPT``, …) set to true. Nothing was done with the key.
     """
 
 

@@ -442,7 +442,9 @@ class HandleCache:
             if not found:
                 raise self._missing(session, spec)
             if len(found) > 1:
-                message = f"more than one object matches {spec}: name it more closely"
+                message = (
+                    f"more than one object matches {spec}: add id= or object_class="
+                )
                 raise KeyAmbiguous(message)
             try:
                 entry = self.describe(session, found[0])
@@ -481,7 +483,9 @@ class HandleCache:
                 f"{spec} is not to be seen while the user is not logged in: "
                 "await pool.login(pin)"
             )
-        return KeyNotFound(f"no object on the token matches {spec}")
+        return KeyNotFound(
+            f"no object on the token matches {spec}; pool.find() lists what is there"
+        )
 
 
 def narrowed(spec: KeySpec, classes: tuple[int, ...] | None) -> KeySpec:

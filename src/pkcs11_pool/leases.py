@@ -116,7 +116,9 @@ class Lease:
     def error(self) -> SessionClosed:
         """Why it takes no more jobs, with the cause if it was lost."""
         if self.cause is None:
-            return SessionClosed("this session is closed")
+            return SessionClosed(
+                "this session is closed: it is open inside its `async with` block only"
+            )
         if isinstance(self.cause, StreamInterrupted):
             return copy.copy(self.cause)
         error = SessionClosed(f"this session was lost: {self.cause}")

@@ -152,7 +152,8 @@ class Leasing(Dispatch):
 
     def end_orphans(self) -> None:
         """End what nobody holds any more: leases, and chains in a lease."""
-        with suppress(IndexError):  # another thread takes them, too
+        # One thread at a time: whoever comes meanwhile must find them ended.
+        with self._ending, suppress(IndexError):
             while True:
                 lease, chain = self.orphans.popleft()
                 if chain is None:

@@ -20,6 +20,7 @@ from pkcs11.util import dsa, ec
 from pkcs11_pool import cryptoki, rv
 from pkcs11_pool.errors import (
     InvalidOption,
+    KeyFunctionNotPermitted,
     KeyNotFound,
     LoginRequired,
     SessionObjectDestroyed,
@@ -44,6 +45,7 @@ _OVERHEAD: Final = 2048
 """What an encryption adds at most: a block, a tag, an RSA modulus."""
 _TRIES: Final = 4
 _TOO_SMALL: Final = rv.CODES["CKR_BUFFER_TOO_SMALL"]
+_NOT_PERMITTED: Final = rv.CODES["CKR_KEY_FUNCTION_NOT_PERMITTED"]
 _DEAD: Final = frozenset(
     rv.CODES[name]
     for name in (
@@ -119,7 +121,10 @@ def with_object(
         try:
             result = call(entry)
         except p11.PKCS11Error as error:
-            dead = rv.code_of(error) in _DEAD
+            code = rv.code_of(error)
+            if code == _NOT_PERMITTED:
+                raise _not_permitted(target, entry) from error
+            dead = code in _DEAD
             if not dead and (_unmoved(cache, mark) or cache.verify(session, entry)):
                 raise
             if attempt == _TRIES - 1:
@@ -130,6 +135,15 @@ def with_object(
         cache.drop(narrowed(target, classes))
     message = f"{target} changes on the token faster than it can be used"
     raise KeyNotFound(message)
+
+
+def _not_permitted(target: Target, entry: Entry) -> KeyFunctionNotPermitted:
+    kind = ObjectClass(entry.object_class).name.lower().replace("_", " ")
+    return KeyFunctionNotPermitted(
+        f"the token does not allow this with {target}, a {kind}: the private key "
+        "signs, decrypts, unwraps and derives, the public key verifies, encrypts and "
+        "wraps; or make a key with that capability"
+    )
 
 
 def _unmoved(cache: HandleCache, mark: int) -> bool:

@@ -19,7 +19,7 @@ from pkcs11_pool.errors import PinLengthInvalid, PinRefused
 from pkcs11_pool.pins import PinPad, Secret
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator
 
     from pkcs11_pool.pins import Pin
     from pkcs11_pool.state import TokenInfo
@@ -31,7 +31,7 @@ CONTEXT: Final = "key's user"
 _REJECTED: Final = {
     rv.CODES[name]: text
     for name, text in {
-        "CKR_PIN_INCORRECT": "the token refused the PIN",
+        "CKR_PIN_INCORRECT": "the token refused the PIN; a few wrong ones may lock it",
         "CKR_PIN_LOCKED": "the PIN is locked: the security officer can set a new one",
         "CKR_PIN_INVALID": "the token does not take this PIN",
         "CKR_PIN_LEN_RANGE": "the PIN is too short or too long for this token",
@@ -47,6 +47,14 @@ _INSIST: Final = {
     SO: "insist with force=True",
     CONTEXT: "log out, and in again with pool.login(pin, force=True)",
 }
+
+
+def guard_of(token: Hashable) -> PinGuard:
+    """The guard of a token, the same for every pool that this process opens on it.
+
+    A loop that opens one pool after the other with a wrong PIN must not lock it.
+    """
+    return _guards.setdefault(token, PinGuard())
 
 
 class PinGuard:
@@ -140,3 +148,6 @@ def check_length(pin: Pin, info: TokenInfo) -> None:
             f"a PIN of this token has {info.min_pin_len} to {info.max_pin_len} bytes; "
             f"this one has {len(pin)} and was not sent"
         )
+
+
+_guards: Final[dict[Hashable, PinGuard]] = {}

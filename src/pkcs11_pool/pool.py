@@ -171,7 +171,10 @@ class TokenPool(Calls):
         engine.check_process()
         await checkpoint()
         if not engine.start_here():
-            message = f"this pool is {engine.state.value}: a pool is opened once"
+            message = (
+                f"this pool is {engine.state.value}, and a pool is opened once: use "
+                "it as it is, or make a new TokenPool"
+            )
             raise PoolClosed(message)
         engine.actor.start()
         try:

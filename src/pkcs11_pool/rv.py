@@ -105,6 +105,32 @@ _CODE_OF_TEXT: Final[dict[str, int]] = {
 _UNMAPPED: Final = re.compile(r"Unmapped error code (0x[0-9a-f]+)")
 
 
+# What to do about answers whose names do not say it.
+_ADVICE: Final[dict[str, str]] = {
+    "CKR_SESSION_READ_ONLY": (
+        "this session is read-only: use pool.session(rw=True), or run(..., rw=True)"
+    ),
+    "CKR_SESSION_HANDLE_INVALID": "the session is closed; make the call in an open one",
+    "CKR_TEMPLATE_INCOMPLETE": (
+        'something is missing; an EC key pair needs curve=, such as "secp256r1"'
+    ),
+    "CKR_ATTRIBUTE_VALUE_INVALID": (
+        "the token does not take a value that was given; key lengths are in bits"
+    ),
+    "CKR_MECHANISM_INVALID": (
+        "the token does not do this with this kind of key: give another mechanism=; "
+        "list_tokens() tells which it has"
+    ),
+    "CKR_MECHANISM_PARAM_INVALID": (
+        "mechanism_param= is missing or wrong; it is the IV where there is one"
+    ),
+    "CKR_ARGUMENTS_BAD": (
+        "a parameter is missing or wrong; mechanism_param= is the IV where there is one"
+    ),
+    "CKR_DATA_LEN_RANGE": "the data is too long, too short or not in whole blocks",
+}
+
+
 def name_of(code: int) -> str:
     """``CKR_…`` for a code; vendor and unknown codes as a hexadecimal number."""
     return NAMES.get(code, f"{code:#x}")
@@ -122,6 +148,19 @@ def check(code: int, function: str) -> None:
     """Raise the exception of ``code`` unless it is ``CKR_OK``."""
     if code:
         raise error_of(code, function)
+
+
+def explain(error: p11.PKCS11Error) -> None:
+    """Give an error of python-pkcs11 a text: most have none."""
+    code = code_of(error)
+    if code is None:
+        return
+    name = name_of(code)
+    advice = _ADVICE.get(name)
+    if not str(error):
+        error.args = (f"{name}: {advice}" if advice else name,)
+    elif advice and advice not in str(error) and name in str(error):
+        error.args = (f"{error}: {advice}",)
 
 
 def code_of(error: BaseException) -> int | None:

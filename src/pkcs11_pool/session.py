@@ -74,6 +74,13 @@ class Session:
         self.module.watched.watch(self.p11)
         return self.p11
 
+    def disarm(self) -> None:
+        """Make the ``pkcs11.Session`` harmless, and all that was made with it.
+
+        The session itself stays open, for its worker to close.
+        """
+        cryptoki.take_handle(self.p11)
+
     def close(self) -> int:
         """``C_CloseSession``; the code that it returned, 0 if it was closed before.
 
