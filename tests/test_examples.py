@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import re
 import subprocess
 import sys
@@ -11,15 +12,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
-from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hashes import SHA256, SHA512
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from pkcs11 import KeyType
 
-from pkcs11_pool import Access, PoolClosed, SessionObjectDestroyed, SessionState
+from pkcs11_pool import (
+    Access,
+    PoolClosed,
+    PoolState,
+    SessionObjectDestroyed,
+    SessionState,
+)
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import rsa
 
+    from conftest import MakePool
     from pkcs11_pool import TokenPool
     from pkcs11_pool.softhsm import ThrowawayToken
 
@@ -77,7 +85,7 @@ async def test_the_code_of_the_readme_runs(
     await pool.generate_keypair(KeyType.RSA, 2048, label="signer", store=True)
     public = load_der_public_key(await pool.key(label="signer").public_key_der())
     await pool.close()
-    (code,) = blocks("README.md", "python")
+    code = blocks("README.md", "python")[0]
     assert MODULE in code
     names = await run(code.replace(MODULE, str(token.module)), {})
     cast("rsa.RSAPublicKey", public).verify(
@@ -85,6 +93,26 @@ async def test_the_code_of_the_readme_runs(
     )
     with pytest.raises((SessionObjectDestroyed, PoolClosed)):
         await names["secret"].encrypt(b"data", mechanism_param=bytes(16))
+
+
+def test_the_code_for_plain_threads_runs(make_pool: MakePool) -> None:
+    """Without an event loop, but to open and to close."""
+    pool = make_pool()
+
+    async def main() -> bytes:
+        async with make_pool() as first:
+            await first.generate_keypair(KeyType.RSA, 2048, label="signer", store=True)
+            return await first.key(label="signer").public_key_der()
+
+    public = load_der_public_key(asyncio.run(main()))
+    code = blocks("README.md", "python")[1]
+    names: dict[str, Any] = {"asyncio": asyncio, "pool": pool}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102  # it is ours
+    cast("rsa.RSAPublicKey", public).verify(
+        names["signature"], b"data", PKCS1v15(), SHA512()
+    )
+    assert len(names["number"]) == 8
+    assert pool.state is PoolState.CLOSED
 
 
 async def test_the_code_of_the_documentation_runs(pool: TokenPool) -> None:

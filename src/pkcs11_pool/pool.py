@@ -63,7 +63,8 @@ class TokenPool(Calls):
         max_waiting: How many callers may wait; None: no limit.
         open_timeout: Seconds to wait, at opening, for a module that is down.
         close_timeout: Seconds that closing waits for running calls.
-        recovery_timeout: Seconds that callers wait for a lost token to come back.
+        recovery_timeout: Seconds that callers wait for a lost token to come back. Not
+            used yet: nothing waits for it so far.
         handle_max_age: Seconds after which a remembered object number is verified
             before its next use; 0: always; None: never for its age alone.
         init_reserved: Module parameters for ``C_Initialize``, as NSS wants them.
