@@ -16,12 +16,10 @@ import threading
 import time
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol
-
-from pkcs11 import exceptions as p11
+from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11_pool import cryptoki, events, pins, recovery, rv
-from pkcs11_pool import module as modules
+from pkcs11_pool.attachment import Attachment
 from pkcs11_pool.errors import (
     LoginRequired,
     PinRefused,
@@ -31,19 +29,17 @@ from pkcs11_pool.errors import (
 )
 from pkcs11_pool.jobs import Job, Phase
 from pkcs11_pool.operations import raw_login
-from pkcs11_pool.pin_guard import SO, USER, PinGuard, guard_of
-from pkcs11_pool.session import Session
-from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState
+from pkcs11_pool.pin_guard import SO, USER
+from pkcs11_pool.state import Epoch, LoginEvent, LoginState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pkcs11
-
     from pkcs11_pool.config import PoolOptions
+    from pkcs11_pool.gate import Gate
     from pkcs11_pool.keys import HandleCache
     from pkcs11_pool.pins import Pin, PinCallable
-    from pkcs11_pool.state import TokenInfo
+    from pkcs11_pool.session import Session
 
 _LOOK: Final = 0.05
 """Seconds between two looks at a request that waits for quiet, during a login."""
@@ -52,83 +48,22 @@ _RETRY: Final = 0.2
 _IN: Final = frozenset({0, rv.CODES["CKR_USER_ALREADY_LOGGED_IN"]})
 
 
-class Gate(Protocol):
-    """The engine, as far as the actor needs it."""
-
-    def begin(self, job: Job) -> bool:
-        """The actor starts on a request; False if its caller has gone."""
-
-    def settle(self, job: Job, result: Any, error: BaseException | None) -> bool:
-        """A request is done; whether its caller is still there to hear of it."""
-
-    def pause(self, job: Job, *, leases: bool) -> bool | None:
-        """Let nothing start; wait until nothing is inside; whether it succeeded.
-
-        False: the request is settled, and all is as before. None: the login is lost;
-        restore it and call again.
-        """
-
-    def login_awaited(self) -> bool:
-        """Whether operations wait for a lost login to be restored."""
-
-    def resume(self) -> None:
-        """Let jobs start again."""
-
-    def close_ahead(self) -> None:
-        """Close the sessions that were opened ahead."""
-
-    def interrupt(self, cause: Exception) -> None:
-        """What needs the login that ends now must not go on."""
-
-    def login_settled(self, error: BaseException | None) -> None:
-        """The login that operations wait for succeeded, or failed."""
-
-    def send_for_pin(self, source: PinCallable) -> None:
-        """Have a caller who waits for the login await this PIN source."""
-
-    def drain(self, deadline: float) -> None:
-        """Wait for running calls, then close every session."""
-
-    def end_threads(self) -> None:
-        """End the workers."""
-
-    def counted(self, **counts: int) -> None:
-        """Add to the counters of the statistics."""
-
-
-class LoginActor:
-    """Logs in and out on one token, and holds the anchor.
-
-    Attributes:
-        login: The login state, replaced whole at each change. Written by the
-            actor's thread only; everybody reads.
-        guard: What may be sent to the token as a PIN.
-    """
+class LoginActor(Attachment):
+    """Logs in and out on one token, and holds the anchor."""
 
     def __init__(
         self, options: PoolOptions, gate: Gate, cache: HandleCache, name: str | None
     ) -> None:
-        self.login = Login(LoginState.PUBLIC, LoginState.PUBLIC, Epoch(1))
-        self.module: modules.Module | None = None
-        # The module is remembered after the end: lost calls come back to it.
-        self._is_attached = False
-        self.token: pkcs11.Token | None = None
-        self.info: TokenInfo | None = None
-        self.guard = PinGuard()
-        self._options = options
+        super().__init__(options, gate, cache, name)
         self._pin = options.pin
         # Whether the PIN was being changed, and nobody knows if it was: neither the
         # old nor the new one is sent then. Set by the worker that changes it.
         self._in_doubt = False
-        self._gate = gate
-        self._cache = cache
-        self._name = name
         self._mail: queue.SimpleQueue[partial[None]] = queue.SimpleQueue()
         # Held while something is posted: nothing is left in the box at the end.
         self._mailbox = threading.Lock()
         self._ended = False
         self._stopping = threading.Event()
-        self._anchor: Session | None = None
         # Requests that wait for the login under way, or for its PIN.
         self._logins: list[Job] = []
         self._wanted_by_operations = False
@@ -252,13 +187,6 @@ class LoginActor:
         for message in postponed:
             self._mail.put(message)
 
-    def _change(self, event: LoginEvent) -> None:
-        # The order matters: operations that start from here on see the new epoch,
-        # and what was opened or found in the old one is not used in it.
-        self.login = self.login.after(event)
-        self._cache.login = self.login
-        self._gate.close_ahead()
-
     # -- Opening and closing ------------------------------------------------------
 
     def _open(self, job: Job) -> None:
@@ -287,49 +215,6 @@ class LoginActor:
             self._detach()
             raise
 
-    def _attach(self) -> None:
-        options = self._options
-        self.module = modules.acquire(
-            options.module, options.init_reserved, serialize=options.serialize
-        )
-        self._is_attached = True
-        with self.module.turn:
-            if not self.module.library.get_slots():
-                # A client whose server was down at C_Initialize has no slots, and
-                # keeps none until it is finalised.
-                message = f"{options.module} has no slots"
-                raise p11.TokenNotPresent(message)
-            self.token, info = self.module.find(options)
-            self.module.claim(info, self._name or info.label)
-            self.info = info
-            self.guard = guard_of((self.module.path, info.identity))
-            self._anchor = self.new_session(rw=False)
-
-    def _detach(self) -> None:
-        module = self.module
-        if module is None or not self._is_attached:
-            return
-        # Where one call at a time is let in and a lost one is inside, nothing more
-        # is: the session stays, and so does the module.
-        if module.wait_turn(self._options.close_timeout):
-            if self._anchor is not None:
-                if self.login.state is not LoginState.PUBLIC:
-                    module.functions.C_Logout(self._anchor.handle)
-                self._anchor.close()
-            module.turn.__exit__()
-        self._anchor = self._so = None
-        if self.info is not None:
-            module.unclaim(self.info)
-        modules.release(module)
-        self._is_attached = False
-        self.info = self.token = None
-
-    def new_session(self, *, rw: bool) -> Session:
-        """``C_OpenSession`` on the token; whoever calls has the turn."""
-        if self.token is None:
-            raise PoolClosed("the pool is not open")
-        return Session(self.attached, self.token, rw=rw, epoch=self.login.epoch)
-
     def _close(self, job: Job, deadline: float) -> None:
         self._fail_logins(PoolClosed("the pool is closing"))
         for message in self._postponed:
@@ -341,6 +226,7 @@ class LoginActor:
             if self._is_attached:
                 self._gate.drain(deadline)
                 self._detach()
+                self._so = None
                 self._change(LoginEvent.OUT)
             self._gate.end_threads()
         finally:
@@ -459,16 +345,6 @@ class LoginActor:
         )
         self.guard.answered(who, pin, code, "C_Login")
 
-    def same_token(self) -> TokenInfo:
-        """What the token tells now; no PIN is ever sent to another one."""
-        known = self.known
-        fresh = self.attached.info(known.slot_id)
-        if fresh.identity != known.identity:
-            raise TokenUnavailable(
-                f"another token is in the slot: {fresh}, not {known}"
-            )
-        return fresh
-
     def _pin_changed(self, pin: Pin) -> None:
         self._pin = pin
         self.guard.accepted(USER)
@@ -497,12 +373,6 @@ class LoginActor:
         self._settle_logins(LoginRequired("logged out meanwhile: pool.login(pin)"))
         events.info(events.LOGOUT_COMPLETED, token=self._label)
         self._gate.settle(job, None, None)
-
-    def _raw_logout(self, session: Session) -> None:
-        with self.attached.turn:
-            code = session.functions.C_Logout(session.handle)
-        if code != rv.CODES["CKR_USER_NOT_LOGGED_IN"]:
-            rv.check(code, "C_Logout")
 
     # -- The security officer -----------------------------------------------------
 
@@ -549,18 +419,6 @@ class LoginActor:
         with self.attached.turn:
             self._send_pin(session, cryptoki.CKU_SO, so_pin, force=False)
         self._change(LoginEvent.SO_IN)
-
-    def _swap_anchor(self, *, rw: bool) -> Session:
-        """Replace the anchor by one of the other kind; the new one is opened first.
-
-        The application never has no session by accident: closing the last logs out.
-        """
-        with self.attached.turn:
-            new, old = self.new_session(rw=rw), self._anchor
-            self._anchor = new
-            if old is not None:
-                old.close()
-        return new
 
     def _so_end(self, job: Job) -> None:
         # Nothing of the period may be inside when the SO logs out.
@@ -614,30 +472,6 @@ class LoginActor:
             )
             raise LoginRequired(message)
         return self._pin
-
-    @property
-    def attached(self) -> modules.Module:
-        """The module, also after the end of the pool."""
-        if self.module is None:
-            raise PoolClosed("the pool is not open")
-        return self.module
-
-    @property
-    def known(self) -> TokenInfo:
-        """The token of the open pool, as it told last."""
-        if self.info is None:
-            raise PoolClosed("the pool is not open")
-        return self.info
-
-    @property
-    def _open_anchor(self) -> Session:
-        if self._anchor is None:
-            raise PoolClosed("the pool is not open")
-        return self._anchor
-
-    @property
-    def _label(self) -> str:
-        return self.info.label if self.info is not None else self._options.wanted_token
 
 
 def _is_down(error: BaseException) -> bool:

@@ -1,0 +1,53 @@
+"""What the login actor asks of the engine that it belongs to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pkcs11_pool.jobs import Job
+    from pkcs11_pool.pins import PinCallable
+
+
+class Gate(Protocol):
+    """The engine, as far as the actor needs it."""
+
+    def begin(self, job: Job) -> bool:
+        """The actor starts on a request; False if its caller has gone."""
+
+    def settle(self, job: Job, result: Any, error: BaseException | None) -> bool:
+        """A request is done; whether its caller is still there to hear of it."""
+
+    def pause(self, job: Job, *, leases: bool) -> bool | None:
+        """Let nothing start; wait until nothing is inside; whether it succeeded.
+
+        False: the request is settled, and all is as before. None: the login is lost;
+        restore it and call again.
+        """
+
+    def login_awaited(self) -> bool:
+        """Whether operations wait for a lost login to be restored."""
+
+    def resume(self) -> None:
+        """Let jobs start again."""
+
+    def close_ahead(self) -> None:
+        """Close the sessions that were opened ahead."""
+
+    def interrupt(self, cause: Exception) -> None:
+        """What needs the login that ends now must not go on."""
+
+    def login_settled(self, error: BaseException | None) -> None:
+        """The login that operations wait for succeeded, or failed."""
+
+    def send_for_pin(self, source: PinCallable) -> None:
+        """Have a caller who waits for the login await this PIN source."""
+
+    def drain(self, deadline: float) -> None:
+        """Wait for running calls, then close every session."""
+
+    def end_threads(self) -> None:
+        """End the workers."""
+
+    def counted(self, **counts: int) -> None:
+        """Add to the counters of the statistics."""
