@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import anyio
 import anyio.to_thread
@@ -341,6 +342,30 @@ def test_a_wrong_uri_is_refused(uri: str) -> None:
         assert isinstance(caught.value, InvalidURI)
 
 
+@pytest.mark.parametrize("name", ["token", "serial", "model", "manufacturer"])
+async def test_each_part_of_a_uri_must_match(
+    make_pool: MakePool, token: ThrowawayToken, name: str
+) -> None:
+    """All that a URI says of the token: with its own words it opens, else not."""
+    async with make_pool() as pool:
+        info = pool.token
+    told = {
+        "token": info.label,
+        "serial": info.serial.decode(),
+        "model": info.model,
+        "manufacturer": info.manufacturer,
+    }
+
+    def uri(parts: dict[str, str]) -> str:
+        path = ";".join(f"{key}={quote(value)}" for key, value in parts.items())
+        return f"pkcs11:{path}?module-path={quote(str(token.module))}"
+
+    async with TokenPool.from_uri(uri(told)) as pool:
+        assert pool.token == info
+    with pytest.raises(TokenNotFound, match="other"):
+        await TokenPool.from_uri(uri(told | {name: "other"})).open()
+
+
 _WRONG_CALLS: dict[str, Callable[[Any], Any]] = {
     "run: no function": lambda p: p.run(7),
     "run: rw": lambda p: p.run(print, rw="yes"),
@@ -665,6 +690,37 @@ async def test_a_function_that_gives_a_coroutine_is_refused(pool: TokenPool) -> 
 
 
 # -- Keys -------------------------------------------------------------------------
+
+
+async def test_the_wrong_half_of_a_pair_is_not_used(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Neither half has the other's attributes: refused here, and nothing is sent."""
+    async with make_pool(module=fault.path) as pool:
+        public, private = await pool.generate_keypair(
+            KeyType.RSA, 2048, label="pair", store=True
+        )
+        sealed = bytes(256)
+        await private.attributes()  # each number is known from here on
+        await public.attributes()
+        fault.reset_counts()
+        refused: dict[str, Callable[[], Awaitable[object]]] = {
+            "CKA_SIGN": lambda: public.sign(_DATA),
+            "CKA_DECRYPT": lambda: public.decrypt(sealed),
+            "CKA_UNWRAP": lambda: public.unwrap_key(
+                ObjectClass.SECRET_KEY, KeyType.AES, sealed, store=True
+            ),
+            "CKA_VERIFY": lambda: private.verify(_DATA, sealed),
+            "CKA_ENCRYPT": lambda: private.encrypt(_DATA),
+            "CKA_WRAP": lambda: private.wrap_key(private),
+        }
+        for name, call in refused.items():
+            with pytest.raises(KeyFunctionNotPermitted, match=name):
+                await call()
+        sent = ("Sign", "Decrypt", "Verify", "Encrypt")
+        for function in [*(f"C_{name}Init" for name in sent), "C_UnwrapKey"]:
+            assert fault.count(function) == 0
+        assert fault.count("C_WrapKey") == 0
 
 
 async def test_a_key_without_the_capability_is_not_used(

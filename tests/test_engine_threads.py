@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -12,7 +13,7 @@ import pytest
 from pkcs11 import Mechanism
 
 from pkcs11_pool import WouldBlockLoop
-from poolkit import blocking, digest, make_ec_key
+from poolkit import ASYNCIO_ONLY, blocking, digest, make_ec_key
 
 if TYPE_CHECKING:
     from conftest import MakePool
@@ -51,6 +52,17 @@ async def test_several_loops_and_threads_use_one_pool_at_once(pool: TokenPool) -
     for thread in threads:
         await blocking(thread.join, 30)
     assert right == [True] * 20 * (len(threads) + 1)
+
+
+@ASYNCIO_ONLY
+async def test_a_loop_goes_on_while_another_thread_imports_trio(
+    pool: TokenPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python shows a package that is half imported, without its names yet."""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "trio", ModuleType("trio"))
+        assert await digest(pool)
+        assert await blocking(pool.run_sync, lambda _session: True)
 
 
 async def test_a_blocking_call_on_a_loops_thread_is_refused(pool: TokenPool) -> None:

@@ -26,6 +26,8 @@ class PoolOptions:
     module: str
     token_label: str | None
     token_serial: bytes | None
+    token_model: str | None
+    token_manufacturer: str | None
     slot_id: int | None
     pin: PinSource
     max_sessions: int
@@ -42,6 +44,8 @@ class PoolOptions:
     def __post_init__(self) -> None:
         """Refuse what cannot work, with what to write instead."""
         _text("token_label", self.token_label)
+        _text("token_model", self.token_model)
+        _text("token_manufacturer", self.token_manufacturer)
         _text("name", self.name)
         _bytes("token_serial", self.token_serial)
         _count("slot_id", self.slot_id, least=0)
@@ -73,7 +77,13 @@ class PoolOptions:
         """The options that name the token, for messages."""
         given = {
             name: getattr(self, name)
-            for name in ("token_label", "token_serial", "slot_id")
+            for name in (
+                "token_label",
+                "token_serial",
+                "token_model",
+                "token_manufacturer",
+                "slot_id",
+            )
             if getattr(self, name) is not None
         }
         return ", ".join(f"{name}={value!r}" for name, value in given.items())

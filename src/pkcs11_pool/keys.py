@@ -49,6 +49,17 @@ _NEVER: Final = -2
 """A mark that no present one equals."""
 _PRIVATE_CLASSES: Final = frozenset({ObjectClass.PRIVATE_KEY, ObjectClass.SECRET_KEY})
 _TRUE: Final = b"\x01"
+_NOT_FOR: Final = {
+    **dict.fromkeys(
+        (Attribute.SIGN, Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DECAPSULATE),
+        ObjectClass.PUBLIC_KEY,
+    ),
+    **dict.fromkeys(
+        (Attribute.VERIFY, Attribute.ENCRYPT, Attribute.WRAP, Attribute.ENCAPSULATE),
+        ObjectClass.PRIVATE_KEY,
+    ),
+}
+"""The half of a key pair that has no such attribute by the standard."""
 
 _IDENTITY: Final = (
     Attribute.CLASS,
@@ -206,9 +217,19 @@ class Entry:
         """Refuse an operation that the key's attributes rule out.
 
         Raises:
-            KeyFunctionNotPermitted: The attribute is there and false.
+            KeyFunctionNotPermitted: The attribute is there and false, or the key is
+                the other half of its pair.
         """
-        if capability is None or self.seen.get(capability, _TRUE) == _TRUE:
+        if capability is None:
+            return
+        wrong = _NOT_FOR.get(capability)
+        if wrong is not None and self.object_class == wrong:
+            half = wrong.name.lower().replace("_", " ")
+            raise KeyFunctionNotPermitted(
+                f"key {what} is a {half}, which has no CKA_{capability.name}: use the "
+                "other half of its pair"
+            )
+        if self.seen.get(capability, _TRUE) == _TRUE:
             return
         message = (
             f"key {what} has CKA_{capability.name} false: use another key, or make "

@@ -320,6 +320,8 @@ def _matches(info: TokenInfo, options: PoolOptions) -> bool:
     return (
         options.token_label in (None, info.label)
         and options.token_serial in (None, info.serial)
+        and options.token_model in (None, info.model)
+        and options.token_manufacturer in (None, info.manufacturer)
         and options.slot_id in (None, info.slot_id)
     )
 

@@ -52,6 +52,8 @@ class TokenPool(Calls):
         module: Path of the Cryptoki module, a ``.so`` file.
         token_label: Label of the token.
         token_serial: Its serial number, as bytes.
+        token_model: Its model, which must match as well; needs one of the others.
+        token_manufacturer: The same for its manufacturer.
         slot_id: The slot that it is in. Exactly one token must match what is given;
             the pool then stays with that token, whatever slot it moves to.
         pin: Where the user's PIN comes from: text, a callable, an async callable,
@@ -82,6 +84,8 @@ class TokenPool(Calls):
         *,
         token_label: str | None = None,
         token_serial: bytes | None = None,
+        token_model: str | None = None,
+        token_manufacturer: str | None = None,
         slot_id: int | None = None,
         pin: Any = None,
         max_sessions: int = 8,
@@ -101,6 +105,8 @@ class TokenPool(Calls):
             module=config.module_path(module),
             token_label=token_label,
             token_serial=token_serial,
+            token_model=token_model,
+            token_manufacturer=token_manufacturer,
             slot_id=slot_id,
             pin=pins.checked_source(pin),
             max_sessions=max_sessions,
@@ -118,7 +124,7 @@ class TokenPool(Calls):
 
     @classmethod
     def from_uri(cls, text: str, **options: Any) -> TokenPool:
-        """A pool from a PKCS#11 URI (RFC 7512): token, serial, slot, module, PIN.
+        """A pool from a PKCS#11 URI (RFC 7512): token, slot, module, PIN.
 
         Options given by name win over the URI's.
 
@@ -131,6 +137,8 @@ class TokenPool(Calls):
             raise parsed
         given: dict[str, Any] = {
             "token_label": parsed.text("token"),
+            "token_model": parsed.text("model"),
+            "token_manufacturer": parsed.text("manufacturer"),
             "module": parsed.text("module-path"),
         }
         if serial := parsed.path.get("serial"):

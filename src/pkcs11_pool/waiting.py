@@ -402,6 +402,12 @@ def _run_errand_here(engine: TokenEngine, job: Job) -> None:
         _local.blocking = True
 
 
+def _trio() -> Any:
+    """Trio, or None. While another thread still imports it, no loop of it runs."""
+    trio = sys.modules.get("trio")
+    return trio if hasattr(trio, "lowlevel") else None
+
+
 def current_waiter() -> FaceWaiter:
     """The waiter for whoever calls: a task of asyncio or trio, or a thread.
 
@@ -411,7 +417,7 @@ def current_waiter() -> FaceWaiter:
     local = _local
     if local.blocking:
         return _ThreadWaiter()
-    trio = sys.modules.get("trio")
+    trio = _trio()
     if trio is not None and trio.lowlevel.in_trio_task():
         token = trio.lowlevel.current_trio_token()
         port = local.trio()
@@ -452,7 +458,7 @@ def blocks() -> bool:
 
 def loop_runs_here() -> bool:
     """Whether the current thread runs an event loop."""
-    trio = sys.modules.get("trio")
+    trio = _trio()
     if trio is not None and trio.lowlevel.in_trio_run():
         return True
     try:
