@@ -19,6 +19,7 @@ import pkcs11
 import pytest
 from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, TokenFlag
 
+from faultmodule import CKR
 from pkcs11_pool import (
     InvalidOption,
     InvalidType,
@@ -1112,23 +1113,16 @@ async def test_refused_input_counts_as_no_operation(pool: TokenPool) -> None:
     assert after.sessions_open == before.sessions_open
 
 
-@pytest.mark.parametrize("use", ["sign", "verify", "encrypt"])
-async def test_a_half_of_a_pair_that_cannot_says_which_can(
-    pool: TokenPool, use: str
+async def test_a_key_that_the_token_refuses_for_its_capability_is_named(
+    make_pool: MakePool, fault: FaultModule
 ) -> None:
-    """SoftHSM2 does not tell the capability that the other half has: it refuses."""
-    public, private = await pool.generate_keypair(
-        KeyType.RSA, 2048, label="pair", store=True
-    )
-    calls: dict[str, Callable[[], Awaitable[object]]] = {
-        "sign": lambda: public.sign(b"data"),
-        "verify": lambda: private.verify(b"data", b"x" * 256),
-        "encrypt": lambda: private.encrypt(b"data"),
-    }
-    with pytest.raises(KeyFunctionNotPermitted) as caught:
-        await calls[use]()
-    assert "private key" in str(caught.value)
-    assert "label='pair'" in str(caught.value)
+    """Not every token tells a key's capabilities before it is used."""
+    async with make_pool(module=fault.path) as pool:
+        await pool.generate_key(KeyType.AES, 128, label="secret", store=True)
+        fault.on("C_EncryptInit", answer=CKR.KEY_FUNCTION_NOT_PERMITTED)
+        with pytest.raises(KeyFunctionNotPermitted, match="label='secret'") as caught:
+            await pool.key(label="secret").encrypt(bytes(16), mechanism_param=bytes(16))
+    assert isinstance(caught.value.__cause__, pkcs11.PKCS11Error)
 
 
 async def test_what_python_pkcs11_says_without_a_word_gets_a_text(
