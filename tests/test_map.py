@@ -688,3 +688,20 @@ async def test_a_loop_is_abandoned_with_its_results(make_pool: MakePool) -> None
         await settled(pool)
         assert len(hold.calls) <= 10
         assert await digest(pool)
+
+
+async def test_what_a_function_leaves_under_way_is_ended(pool: TokenPool) -> None:
+    """As by ``run``: a search that is not finished holds up nobody in the session."""
+
+    def search(session: Any, _item: int) -> object:
+        # Kept by its generator, which is the result.
+        found = session.get_objects()
+        next(found, None)
+        return found
+
+    await make_ec_key(pool)
+    async with pool.session() as session:
+        kept = await _all(session.map(search, range(3)))
+        assert len(kept) == 3
+        assert await digest(session)
+        assert await _all(session.map(_same, range(3))) == [0, 1, 2]

@@ -36,8 +36,9 @@ from pkcs11_pool.errors import (
     WouldBlockLoop,
     WouldDeadlock,
 )
-from pkcs11_pool.keyref import KeyRef, ObjectRef
+from pkcs11_pool.keyref import KeyRef
 from pkcs11_pool.mapping import Results
+from pkcs11_pool.objectref import ObjectRef
 from pkcs11_pool.pool import TokenPool
 from pkcs11_pool.pooled_session import PooledSession
 from pkcs11_pool.security_officer import SecurityOfficer

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool import arguments, objects
 from pkcs11_pool.arguments import DEFAULT, Template, Timeout
-from pkcs11_pool.keyref import KeyRef, ObjectRef
+from pkcs11_pool.objectref import ObjectRef
 
 if TYPE_CHECKING:
     from pkcs11.constants import Attribute, MechanismFlag
     from pkcs11.mechanisms import KeyType, Mechanism
 
     from pkcs11_pool.calls import Calls
+    from pkcs11_pool.keyref import KeyRef
 
 
 class ParametersRef(ObjectRef):
