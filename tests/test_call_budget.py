@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from conftest import MakePool
     from faultmodule import FaultModule
     from pkcs11_pool import KeyRef, TokenPool
+    from pkcs11_pool.softhsm import ThrowawayToken
 
 _DIGEST = b"d" * 32
 _MANY = 200
@@ -152,3 +153,21 @@ async def test_sessions_ahead_are_open_in_use_and_gone_when_idle(
     await settled(pool)
     assert pool.stats().sessions_ahead >= 1
     await eventually(lambda: pool.stats().sessions_open == 0)
+
+
+async def test_a_session_opened_ahead_does_not_survive_a_login(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+) -> None:
+    """Also one that is just being opened when the login comes."""
+    async with make_pool(module=fault.path, pin=None) as pool:
+        # The second one: the session after the operation's own.
+        fault.on("C_OpenSession", nth=2, hang="before")
+        await pool.generate_random(64)
+        await blocking(fault.wait_until_hanging, "C_OpenSession")
+        await pool.login(token.user_pin)
+        fault.release()
+        await settled(pool)
+        assert pool.stats().sessions_ahead == 0
+        assert pool.stats().sessions_opened_total == 2
+        # The anchor alone.
+        assert len(fault.sessions()) == 1

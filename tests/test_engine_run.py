@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import threading
 from functools import partial
@@ -410,25 +411,45 @@ async def test_what_it_kept_does_not_reach_a_stranger(
         assert labels == ["signer"]
 
 
-async def test_what_it_returned_is_harmless_at_once(
-    make_pool: MakePool, fault: FaultModule
-) -> None:
-    """Also while the session that it was made in is just being closed."""
+class _Eager(asyncio.SelectorEventLoop):
+    """A loop that uses a key on the very way of the result that it came with."""
 
-    def key_of(session: Any) -> Any:
-        return session.get_key(label="signer", object_class=ObjectClass.PRIVATE_KEY)
+    def __init__(self) -> None:
+        super().__init__()
+        self.key: Any = None
+        self.answers: list[object] = []
 
-    async with make_pool(module=fault.path) as pool:
-        await make_ec_key(pool)
-        await _at_rest(pool)
-        fault.on("C_CloseSession", hang="before")
-        key = await pool.run(key_of)
-        await blocking(fault.wait_until_hanging, "C_CloseSession")
-        fault.reset_counts()
-        with pytest.raises(pkcs11.SessionHandleInvalid):
-            key.sign(_BLOCK * 2, mechanism=Mechanism.ECDSA)
-        assert fault.count("C_Sign") == 0
-        fault.clear()
+    def is_closed(self) -> bool:
+        # The worker asks just before it wakes the loop.
+        if threading.current_thread().name == "pkcs11-pool worker" and self.key:
+            try:
+                self.answers.append(
+                    self.key.sign(_BLOCK * 2, mechanism=Mechanism.ECDSA)
+                )
+            except pkcs11.PKCS11Error as error:
+                self.answers.append(type(error))
+        return super().is_closed()
+
+
+def test_what_it_returned_is_harmless_at_once(make_pool: MakePool) -> None:
+    """Its session is still open when the caller is told."""
+    loop = _Eager()
+    pool = make_pool()
+
+    def key_of(session: Any) -> None:
+        loop.key = session.get_key(label="signer", object_class=ObjectClass.PRIVATE_KEY)
+
+    async def main() -> None:
+        async with pool:
+            await make_ec_key(pool)
+            await pool.run(key_of)
+            key, loop.key = loop.key, None
+            with pytest.raises(pkcs11.SessionHandleInvalid):
+                key.sign(_BLOCK * 2, mechanism=Mechanism.ECDSA)
+
+    loop.run_until_complete(main())
+    loop.close()
+    assert set(loop.answers) == {pkcs11.SessionHandleInvalid}
 
 
 def _numbers(session: Any, label: str) -> list[int]:
