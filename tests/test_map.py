@@ -226,22 +226,28 @@ async def test_a_source_that_needs_the_results(pool: TokenPool) -> None:
 
 async def test_what_is_there_is_given_while_items_are_slow(pool: TokenPool) -> None:
     """A result that is ready does not wait for an item that is not."""
-    asked = anyio.Event()
+    second, third = threading.Event(), anyio.Event()
 
     async def slow() -> AsyncGenerator[int, None]:
         yield 0
+        second.set()
         yield 1
-        await settled(pool)
-        yield 2
-        asked.set()
+        third.set()
         await anyio.sleep_forever()
 
-    async with aclosing(slow()) as items, pool.map(_same, items) as results:
+    def work(_session: object, item: int) -> int:
+        # The first ends when the second item was taken.
+        assert second.wait(LAST_RESORT)
+        return item
+
+    async with (
+        aclosing(slow()) as items,
+        pool.map(work, items, limit=2) as results,
+    ):
         assert await anext(results) == 0
-        assert await anext(results) == 1
         await settled(pool)
-        assert await anext(results) == 2
-        assert not asked.is_set()
+        assert await anext(results) == 1
+        assert not third.is_set()
 
 
 # -- Errors -----------------------------------------------------------------------
