@@ -2,7 +2,7 @@
 """Everything this repository can do, from one command, on a fresh machine.
 
     python3 dev.py demo [options]   real signatures through the pool, on a real token
-    python3 dev.py test [options]   the tests (options go to pytest)
+    python3 dev.py test [options]   the tests (options go to pytest; none: on all cores)
     python3 dev.py check            lint, formatting, types, import floors, spelling
     python3 dev.py pins [options]   write the pin files anew (options go to uv)
 
@@ -239,10 +239,11 @@ def demo(arguments: Sequence[str]) -> NoReturn:
 
 
 def test(arguments: Sequence[str]) -> NoReturn:
-    """Run the tests."""
+    """Run the tests: all of them on every core, or as the options say."""
     python = environment(ALL_PINS)
     os.chdir(ROOT)
-    replace_process([str(python), "-m", "pytest", *arguments])
+    everything = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
+    replace_process([str(python), "-m", "pytest", *(arguments or everything)])
 
 
 def check(arguments: Sequence[str]) -> int:

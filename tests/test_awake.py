@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pkcs11_pool.awake import Awake
+from pkcs11_pool.engine.awake import Awake
 
 if TYPE_CHECKING:
     from pkcs11_pool.jobs import Job

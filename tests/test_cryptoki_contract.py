@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass, defaults, exceptions
 
 from faultmodule import CKR
-from pkcs11_pool import cryptoki, rv
+from pkcs11_pool.cryptoki import interface, rv
 from poolkit import LAST_RESORT, hangs
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def test_the_line_is_still_there(place: str) -> None:
 # -- The library ------------------------------------------------------------------
 
 
-def _forever(library: cryptoki.Library) -> cryptoki.Library:
+def _forever(library: interface.Library) -> interface.Library:
     # As the pool does: its __dealloc__ would unload the module.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
     return library
@@ -109,12 +109,12 @@ def test_a_library_is_initialised_by_our_own_call(fault: FaultModule) -> None:
     ``__cinit__`` (2115) loads the file, and does not initialise it.
     """
     path, fault.hide_reserved = str(fault.path), True
-    library = _forever(cryptoki.Library.__new__(cryptoki.Library, path))
+    library = _forever(interface.Library.__new__(interface.Library, path))
     assert fault.count("C_Initialize") == 0
     assert library.functions.pointer
     library.__init__(path, b"words")  # type: ignore[misc]
     assert fault.count("C_Initialize") == 1
-    assert fault.init_flags == cryptoki.CKF_OS_LOCKING_OK
+    assert fault.init_flags == interface.CKF_OS_LOCKING_OK
     assert fault.init_reserved == "words"
     assert library.so == path
     library.finalize()
@@ -129,7 +129,7 @@ def test_upstream_does_not_finalise_what_it_did_not_initialise(
     ``__dealloc__`` and ``unload`` go that way, too.
     """
     fault.hide_reserved = True
-    library = _forever(cryptoki.Library(str(fault.path), b"words"))
+    library = _forever(interface.Library(str(fault.path), b"words"))
     assert library.initialized is False
     pkcs11._pkcs11.lib.finalize(library)  # noqa: SLF001
     assert fault.count("C_Finalize") == 0
@@ -139,7 +139,7 @@ def test_upstream_does_not_finalise_what_it_did_not_initialise(
 
 def test_a_refused_initialisation_can_be_tried_again(fault: FaultModule) -> None:
     """``_pkcs11.pyx:2115``: what ``__cinit__`` loaded stays loaded."""
-    library = _forever(cryptoki.Library.__new__(cryptoki.Library, str(fault.path)))
+    library = _forever(interface.Library.__new__(interface.Library, str(fault.path)))
     fault.on("C_Initialize", answer=CKR.GENERAL_ERROR)
     with pytest.raises(exceptions.GeneralError):
         library.__init__(str(fault.path))  # type: ignore[misc]
@@ -151,7 +151,7 @@ def test_a_refused_initialisation_can_be_tried_again(fault: FaultModule) -> None
 def test_a_file_that_cannot_be_loaded_is_told_with_the_reason() -> None:
     """``_pkcs11.pyx:2107``: behind the path and a colon comes the loader's word."""
     with pytest.raises(exceptions.PKCS11Error) as caught:
-        cryptoki.Library.__new__(cryptoki.Library, "/nowhere/to/be/found.so")
+        interface.Library.__new__(interface.Library, "/nowhere/to/be/found.so")
     words = str(caught.value).split(": ")
     assert words[0] == "OS exception while loading /nowhere/to/be/found.so"
     assert len(words) > 1
@@ -159,14 +159,14 @@ def test_a_file_that_cannot_be_loaded_is_told_with_the_reason() -> None:
 
 def test_the_functions_have_the_places_of_the_standard(fault: FaultModule) -> None:
     """``pkcs11f.h``; the fault module has its list from there by itself."""
-    assert len(fault.functions) == cryptoki._COUNT  # noqa: SLF001
-    for name, (index, _) in cryptoki._FUNCTIONS.items():  # noqa: SLF001
+    assert len(fault.functions) == interface._COUNT  # noqa: SLF001
+    for name, (index, _) in interface._FUNCTIONS.items():  # noqa: SLF001
         assert fault.functions[index] == name
 
 
 def test_token_info_has_the_fields_of_the_standard(fault: FaultModule) -> None:
     """``CK_TOKEN_INFO``, whose counts python-pkcs11 leaves out."""
-    library = _forever(cryptoki.Library(str(fault.path)))
+    library = _forever(interface.Library(str(fault.path)))
     slot = library.get_slots(token_present=True)[0]
     token = slot.get_token()
     fault.token_info(
@@ -177,7 +177,7 @@ def test_token_info_has_the_fields_of_the_standard(fault: FaultModule) -> None:
         max_pin=15,
         min_pin=16,
     )
-    raw = cryptoki.RawTokenInfo()
+    raw = interface.RawTokenInfo()
     assert library.functions.C_GetTokenInfo(slot.slot_id, ctypes.byref(raw)) == 0
     library.finalize()
     assert raw.label.decode().rstrip() == token.label
@@ -208,7 +208,7 @@ def test_a_pointer_to_something_else_is_refused() -> None:
     """A function list begins with its version, so a moved field is noticed."""
     nothing = ctypes.create_string_buffer(64)
     with pytest.raises(RuntimeError, match=r"elsewhere than in 0\.10"):
-        cryptoki.FunctionList(ctypes.addressof(nothing))
+        interface.FunctionList(ctypes.addressof(nothing))
 
 
 # -- Sessions ---------------------------------------------------------------------
@@ -220,7 +220,7 @@ async def test_a_session_gives_up_its_number(pool: TokenPool) -> None:
     def work(session: Any) -> None:
         other = session.token.open()
         handle = other.handle
-        assert cryptoki.take_handle(other) == handle
+        assert interface.take_handle(other) == handle
         assert other.handle == 0
         with pytest.raises(exceptions.SessionHandleInvalid):
             other.generate_random(8)
@@ -241,7 +241,7 @@ async def test_a_session_calls_through_its_own_list(
     def work(session: Any) -> list[int]:
         other = session.token.open()
         library = pool.lib
-        watched = cryptoki.WatchedList(library.functions, told.append)
+        watched = interface.WatchedList(library.functions, told.append)
         kept.append(watched)
         watched.watch(other)
         key = other.generate_key(KeyType.AES, 128)
@@ -281,18 +281,18 @@ def test_all_sessions_may_share_what_packs_attributes() -> None:
         Attribute.VALUE_LEN: 32,
     }
     for kind, value in values.items():
-        packed = cryptoki.MAPPER.pack_attribute(kind, value)
-        assert cryptoki.MAPPER.unpack_attributes(kind, packed) == value
-    number = cryptoki.MAPPER.pack_attribute(Attribute.VALUE_LEN, 32)
-    assert number == cryptoki.pack_ulong(32)
-    assert cryptoki.unpack_ulong(number) == 32
+        packed = interface.MAPPER.pack_attribute(kind, value)
+        assert interface.MAPPER.unpack_attributes(kind, packed) == value
+    number = interface.MAPPER.pack_attribute(Attribute.VALUE_LEN, 32)
+    assert number == interface.pack_ulong(32)
+    assert interface.unpack_ulong(number) == 32
 
 
 async def test_a_session_knows_what_packs_its_attributes(pool: TokenPool) -> None:
     """``_pkcs11.pyx:550``: the one that was given, and none of its own."""
 
     def work(session: Any) -> bool:
-        return any(o is cryptoki.MAPPER for o in gc.get_referents(session))
+        return any(o is interface.MAPPER for o in gc.get_referents(session))
 
     assert await pool.run(work)
 
@@ -327,7 +327,7 @@ async def test_an_operation_locks_its_session_until_it_is_finalised(
             assert not _is_locked(session)
             assert next(operation)
             assert _is_locked(session)
-            cryptoki.end_operations(session)
+            interface.end_operations(session)
             assert not _is_locked(session)
             with pytest.raises((exceptions.PKCS11Error, RuntimeError)):
                 list(operation)
@@ -342,7 +342,7 @@ def _by_upstream(session: Any) -> None:
     session.generate_random(64)
 
 
-def _by_our_list(session: Any, functions: cryptoki.FunctionList) -> None:
+def _by_our_list(session: Any, functions: interface.FunctionList) -> None:
     buffer = ctypes.create_string_buffer(8)
     assert functions.C_GenerateRandom(session.handle, buffer, 8) == 0
 
@@ -372,25 +372,25 @@ async def test_a_call_inside_lets_other_threads_run(
 def test_a_packed_mechanism_begins_with_its_structure(mechanism: Mechanism) -> None:
     """``_pkcs11.pyx:145, cdef class MechanismWithParam: data`` comes first."""
     param = b"i" * 16 if mechanism is Mechanism.AES_CBC_PAD else None
-    packed = cryptoki.pack_mechanism(None, {}, mechanism, param)
-    address = cryptoki.mechanism_address(packed)
+    packed = interface.pack_mechanism(None, {}, mechanism, param)
+    address = interface.mechanism_address(packed)
     assert ctypes.c_ulong.from_address(address).value == mechanism
 
 
 def test_a_packed_mechanism_is_the_default_where_none_is_named() -> None:
     """``_pkcs11.pyx:164``: by the type of the key, from the table that is given."""
     table = defaults.DEFAULT_SIGN_MECHANISMS
-    packed = cryptoki.pack_mechanism(KeyType.EC, table, None, None)
-    address = cryptoki.mechanism_address(packed)
+    packed = interface.pack_mechanism(KeyType.EC, table, None, None)
+    address = interface.mechanism_address(packed)
     assert ctypes.c_ulong.from_address(address).value == table[KeyType.EC]
     with pytest.raises(exceptions.ArgumentsBad):
-        cryptoki.pack_mechanism(KeyType.EC, {}, None, None)
+        interface.pack_mechanism(KeyType.EC, {}, None, None)
 
 
 def _raw(pool: TokenPool, session: Any, name: str, key: int, packed: object) -> bytes:
     """``C_…Init`` and the call itself, through the function list."""
     functions = pool.lib.functions
-    address = cryptoki.mechanism_address(packed)
+    address = interface.mechanism_address(packed)
     code = getattr(functions, f"{name}Init")(session.handle, address, key)
     rv.check(code, f"{name}Init")
     buffer, length = ctypes.create_string_buffer(1024), ctypes.c_ulong(1024)
@@ -410,7 +410,7 @@ async def test_a_pss_signature_with_a_packed_mechanism_verifies(
 
     def work(session: Any) -> tuple[bytes, bytes, list[bytes]]:
         public, private = session.generate_keypair(KeyType.RSA, 2048)
-        packed = cryptoki.pack_mechanism(KeyType.RSA, {}, mechanism, param)
+        packed = interface.pack_mechanism(KeyType.RSA, {}, mechanism, param)
         signatures = [
             _raw(pool, session, "C_Sign", private.handle, packed) for _ in range(2)
         ]
@@ -441,7 +441,7 @@ async def test_a_ciphertext_with_a_packed_mechanism_opens(pool: TokenPool) -> No
         ).handle
         iv = os.urandom(16)
         copy = bytes(bytearray(iv))
-        packed = cryptoki.pack_mechanism(KeyType.AES, {}, aes, bytes(bytearray(iv)))
+        packed = interface.pack_mechanism(KeyType.AES, {}, aes, bytes(bytearray(iv)))
         others = [os.urandom(16) for _ in range(1000)]
         sealed = _raw(pool, session, "C_Encrypt", key, packed)
         decryptor = Cipher(algorithms.AES(_AES), modes.CBC(copy)).decryptor()
@@ -450,7 +450,7 @@ async def test_a_ciphertext_with_a_packed_mechanism_opens(pool: TokenPool) -> No
 
         nonce = os.urandom(12)
         param = pkcs11.GCMParams(nonce, b"aad", 128)
-        packed = cryptoki.pack_mechanism(KeyType.AES, {}, gcm, param)
+        packed = interface.pack_mechanism(KeyType.AES, {}, gcm, param)
         sealed = _raw(pool, session, "C_Encrypt", key, packed)
         assert AESGCM(_AES).decrypt(nonce, sealed, b"aad") == _DATA
 
@@ -467,7 +467,7 @@ async def test_a_key_works_on_a_session_that_did_not_find_it(pool: TokenPool) ->
     def work(session: Any) -> bool:
         found = session.get_key(object_class=pkcs11.ObjectClass.PRIVATE_KEY, label="k")
         with session.token.open() as other:
-            key = cryptoki.bind_key(other, found.handle, _PRIVATE, KeyType.EC)
+            key = interface.bind_key(other, found.handle, _PRIVATE, KeyType.EC)
             signature = key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
         public = session.get_key(object_class=pkcs11.ObjectClass.PUBLIC_KEY, label="k")
         valid: bool = public.verify(_DIGEST, signature, mechanism=Mechanism.ECDSA)
@@ -489,7 +489,7 @@ async def test_a_key_is_bound_without_a_call(
 
     def work(session: Any) -> None:
         fault.reset_counts()
-        key = cryptoki.bind_key(session, 77, _PRIVATE, KeyType.EC)
+        key = interface.bind_key(session, 77, _PRIVATE, KeyType.EC)
         assert isinstance(key, pkcs11.PrivateKey)
         assert (key.session, key.handle, key.key_type) == (session, 77, KeyType.EC)
         assert fault.counts() == {}
@@ -501,7 +501,7 @@ async def test_a_key_is_bound_without_a_call(
 @pytest.mark.parametrize("object_class", [2, 3, 4])
 def test_a_bound_key_can_do_whatever_a_key_can(object_class: int) -> None:
     """``_pkcs11.pyx:2049, _CLASS_MAP``, and the mixins beside it."""
-    key = cryptoki.bind_key(None, 1, object_class, KeyType.AES)  # type: ignore[arg-type]
+    key = interface.bind_key(None, 1, object_class, KeyType.AES)  # type: ignore[arg-type]
     assert key.object_class == object_class
     for name in (
         *("sign", "verify", "encrypt", "decrypt", "wrap_key", "unwrap_key"),
@@ -527,7 +527,7 @@ async def test_bound_keys_wrap_unwrap_and_derive(pool: TokenPool) -> None:
         )
         other = session.token.open()
         key, wrapped = (
-            cryptoki.bind_key(other, found.handle, _SECRET, KeyType.AES)
+            interface.bind_key(other, found.handle, _SECRET, KeyType.AES)
             for found in (first, second)
         )
         packed = key.wrap_key(wrapped, mechanism=Mechanism.AES_KEY_WRAP)

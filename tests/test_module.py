@@ -21,8 +21,8 @@ from pkcs11_pool import (
     TokenNotFound,
     list_tokens,
 )
-from pkcs11_pool import module as modules
-from pkcs11_pool.session import Session
+from pkcs11_pool.cryptoki import module as modules
+from pkcs11_pool.cryptoki.session import Session
 from pkcs11_pool.state import Epoch
 from poolkit import (
     LAST_RESORT,

@@ -554,7 +554,7 @@ async def test_a_search_does_not_push_out_what_is_in_use(
     make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many it finds: the next use of a key looks nothing up."""
-    monkeypatch.setattr("pkcs11_pool.keys._MOST_ENTRIES", 4)
+    monkeypatch.setattr("pkcs11_pool.cryptoki.keys._MOST_ENTRIES", 4)
     async with make_pool(module=fault.path) as pool:
         for number in range(8):
             await make_secret(pool, label=f"key {number}")

@@ -5,7 +5,6 @@ top floor (demo, command line) are never imported from here.
 """
 
 from pkcs11_pool import pins
-from pkcs11_pool.administration import init_token, list_tokens
 from pkcs11_pool.errors import (
     ForkedProcess,
     InvalidOption,
@@ -36,12 +35,14 @@ from pkcs11_pool.errors import (
     WouldBlockLoop,
     WouldDeadlock,
 )
-from pkcs11_pool.keyref import KeyRef
-from pkcs11_pool.mapping import Results
-from pkcs11_pool.objectref import ObjectRef
-from pkcs11_pool.pool import TokenPool
-from pkcs11_pool.pooled_session import PooledSession
-from pkcs11_pool.security_officer import SecurityOfficer
+from pkcs11_pool.faces.administration import init_token, list_tokens
+from pkcs11_pool.faces.keyref import KeyRef
+from pkcs11_pool.faces.mapping import Results
+from pkcs11_pool.faces.objectref import ObjectRef
+from pkcs11_pool.faces.pool import TokenPool
+from pkcs11_pool.faces.pooled_session import PooledSession
+from pkcs11_pool.faces.security_officer import SecurityOfficer
+from pkcs11_pool.faces.streams import CryptStream
 from pkcs11_pool.state import (
     Access,
     LoginState,
@@ -51,7 +52,6 @@ from pkcs11_pool.state import (
     TokenInfo,
 )
 from pkcs11_pool.stats import PoolStats
-from pkcs11_pool.streams import CryptStream
 
 __all__ = [
     "Access",

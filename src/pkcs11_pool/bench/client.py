@@ -15,7 +15,7 @@ import anyio
 from pkcs11 import Mechanism
 
 from pkcs11_pool.bench import turns
-from pkcs11_pool.pool import TokenPool
+from pkcs11_pool.faces.pool import TokenPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -29,9 +29,9 @@ from pkcs11 import Mechanism
 
 from pkcs11_pool.bench import turns
 from pkcs11_pool.bench.client import operation_of
-from pkcs11_pool.cryptoki import UNAVAILABLE, RawTokenInfo
+from pkcs11_pool.cryptoki.interface import UNAVAILABLE, RawTokenInfo
 from pkcs11_pool.errors import PoolTimeout
-from pkcs11_pool.pool import TokenPool
+from pkcs11_pool.faces.pool import TokenPool
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -18,7 +18,7 @@ from pkcs11_pool import softhsm
 from pkcs11_pool.bench import work
 from pkcs11_pool.bench.measure import Scenario
 from pkcs11_pool.errors import PinSourceError
-from pkcs11_pool.pool import TokenPool
+from pkcs11_pool.faces.pool import TokenPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

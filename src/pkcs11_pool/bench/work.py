@@ -25,7 +25,7 @@ from pkcs11_pool.bench.turns import DIGEST, IV, PAYLOAD, RANDOM_BITS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pkcs11_pool.pool import TokenPool
+    from pkcs11_pool.faces.pool import TokenPool
 
 #: The keys that are made, by the operation that they are for.
 KEYS: Final = ("p256", "rsa2048", "aes", "hmac")

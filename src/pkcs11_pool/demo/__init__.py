@@ -22,12 +22,12 @@ from pkcs11_pool import softhsm
 from pkcs11_pool.demo import load, report, story
 from pkcs11_pool.demo.calls import counting
 from pkcs11_pool.demo.work import Bench, Material, make_keys
-from pkcs11_pool.pool import TokenPool
+from pkcs11_pool.faces.pool import TokenPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pkcs11_pool.cryptoki import Library
+    from pkcs11_pool.cryptoki.interface import Library
     from pkcs11_pool.demo.load import Orders, Outcome
     from pkcs11_pool.demo.report import Terminal
     from pkcs11_pool.softhsm import ThrowawayToken

@@ -15,13 +15,13 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pkcs11_pool.cryptoki import FunctionList
+from pkcs11_pool.cryptoki.interface import FunctionList
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pkcs11_pool.cryptoki import Library
-    from pkcs11_pool.pool import TokenPool
+    from pkcs11_pool.cryptoki.interface import Library
+    from pkcs11_pool.faces.pool import TokenPool
 
 
 class CountingFunctions(FunctionList):

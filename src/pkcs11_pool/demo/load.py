@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.demo.calls import CountingFunctions
     from pkcs11_pool.demo.work import Kind, Material, Proof
-    from pkcs11_pool.pool import TokenPool
+    from pkcs11_pool.faces.pool import TokenPool
 
     Advance = Callable[[int], None]
 

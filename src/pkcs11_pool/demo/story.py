@@ -18,8 +18,8 @@ from pkcs11_pool.state import SessionState
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from pkcs11_pool.keyref import KeyRef
-    from pkcs11_pool.pooled_session import PooledSession
+    from pkcs11_pool.faces.keyref import KeyRef
+    from pkcs11_pool.faces.pooled_session import PooledSession
 
     Tell = Callable[[str, bool], None]
 

@@ -26,8 +26,8 @@ from pkcs11 import MGF, Attribute, GCMParams, KeyType, Mechanism, ObjectClass
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from pkcs11_pool.keyref import KeyRef
-    from pkcs11_pool.pool import TokenPool
+    from pkcs11_pool.faces.keyref import KeyRef
+    from pkcs11_pool.faces.pool import TokenPool
 
     Proof = Callable[[], bool]
     Lap = Callable[[Awaitable[bytes]], Awaitable[bytes]]

@@ -1,0 +1,393 @@
+"""Sign, verify, encrypt, decrypt, digest and random: the hot operations.
+
+An operation gets a session that nobody else uses, and runs on a worker thread.
+These go straight through the function list, without the size query that
+python-pkcs11 makes; the others are in ``objects``.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import threading
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from pkcs11 import defaults
+from pkcs11 import exceptions as p11
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.mechanisms import KeyType, Mechanism
+from pkcs11.util import dsa, ec
+
+from pkcs11_pool.cryptoki import interface, rv
+from pkcs11_pool.cryptoki.keys import GONE, SessionObject, narrowed
+from pkcs11_pool.errors import (
+    InvalidOption,
+    KeyFunctionNotPermitted,
+    KeyNotFound,
+    LoginRequired,
+    SessionObjectDestroyed,
+)
+from pkcs11_pool.pins import Secret
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from pkcs11_pool.cryptoki.keys import Entry, HandleCache, Target
+    from pkcs11_pool.cryptoki.session import Session
+    from pkcs11_pool.pins import Pin
+
+    ContextLogin = Callable[[Session, Entry], None]
+
+T = TypeVar("T")
+
+_ROOM: Final = 64 * 1024
+"""Larger than any signature (SLH-DSA has 49,856 bytes)."""
+_OVERHEAD: Final = 2048
+"""What an encryption adds at most: a block, a tag, an RSA modulus."""
+_TRIES: Final = 4
+_TOO_SMALL: Final = rv.CODES["CKR_BUFFER_TOO_SMALL"]
+_NOT_PERMITTED: Final = rv.CODES["CKR_KEY_FUNCTION_NOT_PERMITTED"]
+_DEAD: Final = frozenset(
+    rv.CODES[name]
+    for name in (
+        "CKR_KEY_HANDLE_INVALID",
+        "CKR_OBJECT_HANDLE_INVALID",
+        "CKR_WRAPPING_KEY_HANDLE_INVALID",
+        "CKR_UNWRAPPING_KEY_HANDLE_INVALID",
+    )
+)
+_WRONG_SIGNATURE: Final = frozenset(
+    {rv.CODES["CKR_SIGNATURE_INVALID"], rv.CODES["CKR_SIGNATURE_LEN_RANGE"]}
+)
+_WRITTEN_BY_THE_MODULE: Final = frozenset({Mechanism.AES_GCM, Mechanism.AES_CCM})
+"""Mechanisms into whose parameter some HSMs write, so it is packed for each call."""
+
+PRIVATE_OR_SECRET: Final = (int(ObjectClass.PRIVATE_KEY), int(ObjectClass.SECRET_KEY))
+PUBLIC_OR_SECRET: Final = (int(ObjectClass.PUBLIC_KEY), int(ObjectClass.SECRET_KEY))
+
+
+class _Scratch(threading.local):
+    """One worker's buffers, made once: making them costs as much as a call."""
+
+    def __init__(self) -> None:
+        self.buffer = c.create_string_buffer(_ROOM)
+        self.address = c.addressof(self.buffer)
+        self.length = c.c_ulong()
+        self.length_ref = c.byref(self.length)
+
+
+_scratch = _Scratch()
+_packed: dict[tuple[Any, ...], Any] = {}
+_MOST_PACKED: Final = 256
+
+
+def packed(
+    key_type: Any, known: Mapping[Any, Any], mechanism: Any, param: Any
+) -> tuple[object, int]:
+    """A packed mechanism and its address; kept where it can be used again."""
+    reusable = mechanism not in _WRITTEN_BY_THE_MODULE and (
+        param is None or isinstance(param, tuple)
+    )
+    key = (key_type, id(known), mechanism, param)
+    if reusable and (kept := _packed.get(key)) is not None:
+        pair: tuple[object, int] = kept
+        return pair
+    packed = interface.pack_mechanism(key_type, dict(known), mechanism, param)
+    pair = (packed, interface.mechanism_address(packed))
+    if reusable:
+        if len(_packed) >= _MOST_PACKED:
+            _packed.clear()
+        _packed[key] = pair
+    return pair
+
+
+def with_object(
+    session: Session,
+    cache: HandleCache,
+    target: Target,
+    classes: tuple[int, ...] | None,
+    call: Callable[[Entry], T],
+) -> T:
+    """Make a call with an object's number, and be sure it was that object's.
+
+    A dead number is looked up once more. When objects changed during the call,
+    the number is verified again before the result leaves; a result that another
+    object may have made is thrown away and the call made anew.
+    """
+    if isinstance(target, SessionObject):
+        return _with_session_object(session, target, call)
+    for attempt in range(_TRIES):
+        entry = cache.entry(session, target, classes)
+        mark = cache.mark()
+        try:
+            result = call(entry)
+        except p11.PKCS11Error as error:
+            code = rv.code_of(error)
+            if code == _NOT_PERMITTED:
+                raise _not_permitted(target, entry) from error
+            dead = code in _DEAD
+            if not dead and (_unmoved(cache, mark) or cache.verify(session, entry)):
+                raise
+            if attempt == _TRIES - 1:
+                raise
+        else:
+            if _unmoved(cache, mark) or cache.verify(session, entry):
+                return result
+        cache.drop(narrowed(target, classes))
+    message = f"{target} changes on the token faster than it can be used"
+    raise KeyNotFound(message)
+
+
+def _not_permitted(target: Target, entry: Entry) -> KeyFunctionNotPermitted:
+    kind = ObjectClass(entry.object_class).name.lower().replace("_", " ")
+    return KeyFunctionNotPermitted(
+        f"the token does not allow this with {target}, a {kind}: the private key "
+        "signs, decrypts, unwraps and derives, the public key verifies, encrypts and "
+        "wraps; or make a key with that capability"
+    )
+
+
+def _unmoved(cache: HandleCache, mark: int) -> bool:
+    return mark >= 0 and mark == cache.mark()
+
+
+def _with_session_object(
+    session: Session, target: SessionObject, call: Callable[[Entry], T]
+) -> T:
+    with target.owner.used():
+        target.check(session.epoch, session.generation)
+        result = call(target.entry)
+        if target.destroyed or target.owner.gone:
+            # The number may have been another object's by then.
+            raise SessionObjectDestroyed(GONE)
+        return result
+
+
+def sign(
+    session: Session,
+    cache: HandleCache,
+    target: Target,
+    data: bytes,
+    *,
+    mechanism: Mechanism | None,
+    param: Any,
+    login: ContextLogin | None,
+    der: bool,
+) -> bytes:
+    """``C_SignInit``, ``C_Sign``."""
+
+    def call(entry: Entry) -> bytes:
+        entry.require(Attribute.SIGN, target)
+        check_login(entry, target, login)
+        f = session.functions
+        kept, address = packed(
+            entry.key_type, defaults.DEFAULT_SIGN_MECHANISMS, mechanism, param
+        )
+        rv.check(f.C_SignInit(session.handle, address, entry.handle), "C_SignInit")
+        if login is not None:
+            _log_in(login, session, entry, f.C_Sign)
+        raw = _output(f.C_Sign, "C_Sign", session.handle, data, _ROOM)
+        del kept
+        return coder(entry.key_type).encode(raw) if der else raw
+
+    return with_object(session, cache, target, PRIVATE_OR_SECRET, call)
+
+
+def verify(
+    session: Session,
+    cache: HandleCache,
+    target: Target,
+    data: bytes,
+    signature: bytes,
+    *,
+    mechanism: Mechanism | None,
+    param: Any,
+    der: bool,
+) -> bool:
+    """``C_VerifyInit``, ``C_Verify``."""
+
+    def call(entry: Entry) -> bool:
+        entry.require(Attribute.VERIFY, target)
+        raw = coder(entry.key_type).decode(signature) if der else signature
+        if raw is None:
+            return False
+        f = session.functions
+        kept, address = packed(
+            entry.key_type, defaults.DEFAULT_SIGN_MECHANISMS, mechanism, param
+        )
+        rv.check(f.C_VerifyInit(session.handle, address, entry.handle), "C_VerifyInit")
+        code = f.C_Verify(session.handle, data, len(data), raw, len(raw))
+        del kept
+        return is_right(code, "C_Verify")
+
+    return with_object(session, cache, target, PUBLIC_OR_SECRET, call)
+
+
+def is_right(code: int, function: str) -> bool:
+    """Whether a signature is right, by what the token answered."""
+    if code not in _WRONG_SIGNATURE:
+        rv.check(code, function)
+    return code == 0
+
+
+def encrypt(
+    session: Session,
+    cache: HandleCache,
+    target: Target,
+    data: bytes,
+    *,
+    mechanism: Mechanism | None,
+    param: Any,
+) -> bytes:
+    """``C_EncryptInit``, ``C_Encrypt``."""
+
+    def call(entry: Entry) -> bytes:
+        entry.require(Attribute.ENCRYPT, target)
+        f = session.functions
+        kept, address = packed(
+            entry.key_type, defaults.DEFAULT_ENCRYPT_MECHANISMS, mechanism, param
+        )
+        code = f.C_EncryptInit(session.handle, address, entry.handle)
+        rv.check(code, "C_EncryptInit")
+        room = len(data) + _OVERHEAD
+        raw = _output(f.C_Encrypt, "C_Encrypt", session.handle, data, room)
+        del kept
+        return raw
+
+    return with_object(session, cache, target, PUBLIC_OR_SECRET, call)
+
+
+def decrypt(
+    session: Session,
+    cache: HandleCache,
+    target: Target,
+    data: bytes,
+    *,
+    mechanism: Mechanism | None,
+    param: Any,
+    login: ContextLogin | None,
+) -> bytes:
+    """``C_DecryptInit``, ``C_Decrypt``."""
+
+    def call(entry: Entry) -> bytes:
+        entry.require(Attribute.DECRYPT, target)
+        check_login(entry, target, login)
+        f = session.functions
+        kept, address = packed(
+            entry.key_type, defaults.DEFAULT_ENCRYPT_MECHANISMS, mechanism, param
+        )
+        code = f.C_DecryptInit(session.handle, address, entry.handle)
+        rv.check(code, "C_DecryptInit")
+        if login is not None:
+            _log_in(login, session, entry, f.C_Decrypt)
+        room = len(data) + _OVERHEAD
+        raw = _output(f.C_Decrypt, "C_Decrypt", session.handle, data, room)
+        del kept
+        return raw
+
+    return with_object(session, cache, target, PRIVATE_OR_SECRET, call)
+
+
+def digest(session: Session, data: bytes, mechanism: Mechanism, param: Any) -> bytes:
+    """``C_DigestInit``, ``C_Digest``."""
+    f = session.functions
+    kept, address = packed(None, {}, mechanism, param)
+    rv.check(f.C_DigestInit(session.handle, address), "C_DigestInit")
+    raw = _output(f.C_Digest, "C_Digest", session.handle, data, _OVERHEAD)
+    del kept
+    return raw
+
+
+def generate_random(session: Session, count: int) -> bytes:
+    """``C_GenerateRandom``, for ``count`` bytes."""
+    buffer = c.create_string_buffer(count)
+    code = session.functions.C_GenerateRandom(session.handle, buffer, count)
+    rv.check(code, "C_GenerateRandom")
+    return buffer.raw
+
+
+def _output(
+    function: Callable[..., int], name: str, handle: int, data: bytes, room: int
+) -> bytes:
+    """A call with an output, without asking its size first."""
+    scratch = _scratch
+    length = scratch.length
+    buffer: Any = scratch.address
+    if room > _ROOM:
+        buffer = c.create_string_buffer(room)
+    length.value = max(room, _ROOM)
+    code = function(handle, data, len(data), buffer, scratch.length_ref)
+    if code == _TOO_SMALL:
+        # The operation is still active, and the length that it needs is told.
+        room = max(length.value, room * 2)
+        buffer = c.create_string_buffer(room)
+        length.value = room
+        code = function(handle, data, len(data), buffer, scratch.length_ref)
+    rv.check(code, name)
+    return c.string_at(buffer, length.value)
+
+
+def check_login(entry: Entry, target: object, login: ContextLogin | None) -> None:
+    """Refuse a use without the PIN that the key wants each time.
+
+    Raises:
+        LoginRequired: It has ``CKA_ALWAYS_AUTHENTICATE``, and there is no PIN.
+    """
+    if login is None and entry.always_authenticate:
+        message = f"key {target} wants the PIN each time it is used: give pin="
+        raise LoginRequired(message)
+
+
+def _log_in(
+    login: ContextLogin, session: Session, entry: Entry, whole: Callable[..., int]
+) -> None:
+    """The login between Init and the call; refused, it ends what Init began."""
+    try:
+        login(session, entry)
+    except BaseException:
+        length = c.c_ulong(_ROOM)
+        whole(session.handle, b"", 0, _scratch.address, c.byref(length))
+        raise
+
+
+def raw_login(
+    functions: interface.FunctionList, handle: int, user: int, pin: Pin
+) -> int:
+    """``C_Login``; the code. Raises nothing, so no traceback holds the PIN."""
+    if not isinstance(pin, Secret):
+        return functions.C_Login(handle, user, None, 0)
+    return functions.C_Login(handle, user, pin.encoded(), len(pin))
+
+
+class _Coder:
+    """DER of the signatures that are two numbers, for one family of keys."""
+
+    def __init__(self, encode: Any, decode: Any) -> None:
+        self.encode = encode
+        self._decode = decode
+
+    def decode(self, signature: bytes) -> bytes | None:
+        """The raw form, or None for what is no DER signature."""
+        try:
+            raw: bytes = self._decode(signature)
+        except (ValueError, TypeError):
+            return None
+        return raw
+
+
+_CODERS: Final = {
+    KeyType.EC: _Coder(ec.encode_ecdsa_signature, ec.decode_ecdsa_signature),
+    KeyType.DSA: _Coder(dsa.encode_dsa_signature, dsa.decode_dsa_signature),
+}
+
+
+def coder(key_type: Any) -> _Coder:
+    """What makes DER of this key's signatures, and takes it apart.
+
+    Raises:
+        InvalidOption: Its signatures are not two numbers.
+    """
+    try:
+        return _CODERS[key_type]
+    except KeyError:
+        message = 'signature_format="der" is for EC and DSA keys only'
+        raise InvalidOption(message) from None

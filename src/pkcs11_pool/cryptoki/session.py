@@ -1,0 +1,198 @@
+"""One Cryptoki session, and the calls on it that python-pkcs11 does not offer.
+
+It knows its number, its generation and the login epoch in which it was opened.
+It never closes twice, and never closes in another generation than its own:
+numbers repeat, and a stale close would end a stranger's session.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+from typing import TYPE_CHECKING, Final
+
+from pkcs11_pool.cryptoki import interface, rv
+from pkcs11_pool.state import SessionInfo, SessionState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pkcs11
+
+    from pkcs11_pool.cryptoki.module import Module
+    from pkcs11_pool.state import Epoch
+
+_ROOM: Final = 512
+"""Bytes for an attribute at the first try; a longer one costs a second call."""
+_BATCH: Final = 256
+_PARTLY: Final = {
+    0,
+    rv.CODES["CKR_ATTRIBUTE_SENSITIVE"],
+    rv.CODES["CKR_ATTRIBUTE_TYPE_INVALID"],
+    rv.CODES["CKR_BUFFER_TOO_SMALL"],
+}
+
+
+class Session:
+    """A session of this process with one token.
+
+    Attributes:
+        p11: The ``pkcs11.Session``.
+        handle: Its number.
+        rw: Whether it is read-write.
+        epoch: The login epoch in which it was opened.
+    """
+
+    __slots__ = (
+        "epoch",
+        "functions",
+        "generation",
+        "handle",
+        "module",
+        "p11",
+        "rw",
+    )
+
+    def __init__(
+        self, module: Module, token: pkcs11.Token, *, rw: bool, epoch: Epoch
+    ) -> None:
+        """``C_OpenSession``, without a login: all sessions share the actor's."""
+        self.p11 = token.open(rw=rw, attribute_mapper=interface.MAPPER)
+        self.module = module
+        self.functions = module.functions
+        self.generation = module.generation
+        self.handle = interface.handle_of(self.p11)
+        # The number is new, so whoever had it before was closed behind our back, by
+        # the token. It must not close this one, too.
+        if before := module.live.get(self.handle):
+            before.forget()
+        module.live[self.handle] = self
+        self.rw = rw
+        self.epoch = epoch
+
+    def lend(self) -> pkcs11.Session:
+        """The ``pkcs11.Session``, for a caller's function, which may close it."""
+        self.module.watched.watch(self.p11)
+        return self.p11
+
+    def disarm(self) -> None:
+        """Make the ``pkcs11.Session`` harmless, and all that was made with it.
+
+        The session itself stays open, for its worker to close.
+        """
+        interface.take_handle(self.p11)
+
+    def close(self) -> int:
+        """``C_CloseSession``; the code that it returned, 0 if it was closed before.
+
+        The number is taken out of the ``pkcs11.Session`` first, so that a caller
+        who kept it cannot reach the session that gets the number next.
+        """
+        handle = self.forget()
+        if not handle or self.generation != self.module.generation:
+            return 0
+        self.module.live.pop(handle, None)
+        return self.functions.C_CloseSession(handle)
+
+    def forget(self) -> int:
+        """Make this session harmless without closing it; its number so far."""
+        handle, self.handle = self.handle, 0
+        if handle:
+            interface.take_handle(self.p11)
+        return handle
+
+    def info(self) -> SessionInfo:
+        """``C_GetSessionInfo``: what the token says, nothing guessed."""
+        raw = interface.RawSessionInfo()
+        code = self.functions.C_GetSessionInfo(self.handle, c.byref(raw))
+        rv.check(code, "C_GetSessionInfo")
+        return SessionInfo(
+            state=SessionState(raw.state),
+            rw=bool(raw.flags & interface.CKF_RW_SESSION),
+            device_error=raw.device_error,
+            slot_id=raw.slot_id,
+        )
+
+    def attributes(self, handle: int, kinds: Sequence[int]) -> dict[int, bytes]:
+        """Packed attributes of an object; those that it does not tell are left out.
+
+        One ``C_GetAttributeValue``, and a second where a value is long.
+        """
+        found, long = self._attributes(handle, [(kind, _ROOM) for kind in kinds])
+        if long:
+            # CK_UNAVAILABLE_INFORMATION stands for "too small" as well as for
+            # "not told": ask the sizes of what is missing.
+            sizes = self._sizes(handle, long)
+            if sizes:
+                more, _ = self._attributes(handle, sizes)
+                found.update(more)
+        return found
+
+    def _attributes(
+        self, handle: int, wanted: list[tuple[int, int]]
+    ) -> tuple[dict[int, bytes], list[int]]:
+        array = (interface.RawAttribute * len(wanted))()
+        room = c.create_string_buffer(sum(size for _, size in wanted) or 1)
+        base = c.addressof(room)
+        for item, (kind, size) in zip(array, wanted, strict=True):
+            item.type, item.value, item.length = kind, base, size
+            base += size
+        code = self.functions.C_GetAttributeValue(
+            self.handle, handle, array, len(wanted)
+        )
+        if code not in _PARTLY:
+            rv.check(code, "C_GetAttributeValue")
+        found, missing = {}, []
+        for item in array:
+            if item.length == interface.UNAVAILABLE:
+                missing.append(item.type)
+            else:
+                found[item.type] = c.string_at(item.value, item.length)
+        too_small = code == rv.CODES["CKR_BUFFER_TOO_SMALL"]
+        return found, missing if too_small else []
+
+    def _sizes(self, handle: int, kinds: Sequence[int]) -> list[tuple[int, int]]:
+        array = (interface.RawAttribute * len(kinds))()
+        for item, kind in zip(array, kinds, strict=True):
+            item.type, item.value, item.length = kind, None, 0
+        code = self.functions.C_GetAttributeValue(
+            self.handle, handle, array, len(kinds)
+        )
+        if code not in _PARTLY:
+            rv.check(code, "C_GetAttributeValue")
+        return [
+            (item.type, item.length)
+            for item in array
+            if item.length != interface.UNAVAILABLE
+        ]
+
+    def find(
+        self, template: Sequence[tuple[int, bytes]], most: int | None = None
+    ) -> list[int]:
+        """Handles of the objects that match packed attributes.
+
+        ``C_FindObjectsInit``, ``C_FindObjects``, ``C_FindObjectsFinal``. The
+        search is ended whatever happens in it.
+        """
+        functions, handle = self.functions, self.handle
+        array, keep = interface.pack_template(template)
+        rv.check(
+            functions.C_FindObjectsInit(handle, array, len(keep)), "C_FindObjectsInit"
+        )
+        room = min(_BATCH, most or _BATCH)
+        batch, count = (c.c_ulong * room)(), c.c_ulong()
+        found: list[int] = []
+        try:
+            while most is None or len(found) < most:
+                code = functions.C_FindObjects(handle, batch, room, c.byref(count))
+                rv.check(code, "C_FindObjects")
+                if not count.value:
+                    break
+                found += batch[: count.value]
+        finally:
+            functions.C_FindObjectsFinal(handle)
+        return found if most is None else found[:most]
+
+    def __repr__(self) -> str:
+        """The number and the kind, for logs."""
+        kind = "R/W" if self.rw else "R/O"
+        return f"<Session {self.handle} {kind}>"

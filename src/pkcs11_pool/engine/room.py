@@ -1,0 +1,112 @@
+"""Which sessions are open: in use, opened ahead, or lent.
+
+Decides and counts; opens and closes nothing. Called under the engine's lock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from pkcs11_pool.jobs import Job, Kind
+
+if TYPE_CHECKING:
+    from pkcs11_pool.cryptoki.session import Session
+    from pkcs11_pool.engine.leases import Lease
+    from pkcs11_pool.engine.limits import SessionLimit
+
+
+class SessionRoom:
+    """The sessions of one engine: open, opened ahead, lent.
+
+    A session is counted from before it is opened until after it is closed.
+    """
+
+    def __init__(self, limit: SessionLimit) -> None:
+        self.limit = limit
+        self.open_all = 0
+        self.open_rw = 0
+        #: R/O sessions that no operation has used; the oldest goes first.
+        self.ahead: deque[Session] = deque()
+        self.leases: set[Lease] = set()
+        #: Leases that are being opened.
+        self.leasing = 0
+
+    @property
+    def most_leases(self) -> int:
+        """One session always stays for operations, unless there is only one."""
+        return max(1, self.limit.total - 1)
+
+    @property
+    def more_leases(self) -> int:
+        """How many more leases may be opened."""
+        return max(0, self.most_leases - len(self.leases) - self.leasing)
+
+    @property
+    def lent_out(self) -> int:
+        """How many leases are in the hands of callers: who may want to keep them."""
+        return sum(not lease.lone for lease in self.leases)
+
+    @property
+    def free(self) -> int:
+        """How many operations could start now."""
+        return self.limit.total - self.open_all + len(self.ahead)
+
+    def allows(self, job: Job) -> bool:
+        """Whether there is a session for this job, or may be one."""
+        if job.kind is Kind.LEASE and not self.more_leases:
+            return False
+        if self.ahead and not job.rw:
+            return True
+        # A session opened ahead makes room rather than let anybody wait for it.
+        open_all = self.open_all - bool(self.ahead)
+        return self.limit.allows(rw=job.rw, open_all=open_all, open_rw=self.open_rw)
+
+    def reserve(self, job: Job) -> tuple[Session | None, Session | None]:
+        """Take a session for a job that ``allows`` let in.
+
+        A session opened ahead; or None: open one, that is counted now; and one to
+        close before, where room had to be made.
+        """
+        self.leasing += job.kind is Kind.LEASE
+        if self.ahead and not job.rw:
+            return self.ahead.popleft(), None
+        victim = None
+        if self.open_all >= self.limit.total:
+            victim = self.ahead.popleft()
+            self.open_all -= 1
+        self.open_all += 1
+        self.open_rw += job.rw
+        return None, victim
+
+    def reserve_ahead(self, spares: int) -> bool:
+        """Count one more session to open ahead, if there is room for a spare."""
+        room = len(self.ahead) < spares and self.limit.allows(
+            rw=False, open_all=self.open_all, open_rw=self.open_rw
+        )
+        self.open_all += room
+        return room
+
+    def closed(self, *, rw: bool) -> None:
+        """A session that was counted is closed, or was not opened after all."""
+        self.open_all -= 1
+        self.open_rw -= rw
+
+    def lent(self, lease: Lease) -> None:
+        """A lease is open."""
+        self.leasing -= 1
+        self.leases.add(lease)
+
+    def returned(self, lease: Lease) -> None:
+        """A lease is over: its session is closed, or lost."""
+        self.leases.discard(lease)
+        if lease.counted:
+            lease.counted = False
+            self.closed(rw=lease.rw)
+
+    def take_ahead(self) -> list[Session]:
+        """All sessions opened ahead, to be closed; not counted any more."""
+        taken = list(self.ahead)
+        self.ahead.clear()
+        self.open_all -= len(taken)
+        return taken

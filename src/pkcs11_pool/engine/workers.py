@@ -1,0 +1,140 @@
+"""A worker thread: takes jobs from its engine, one after the other.
+
+It belongs to one engine and so to one token. A worker whose call was given up
+on is *lost*: when the call returns after all, it closes its session and ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pkcs11 import exceptions as p11
+
+from pkcs11_pool.engine.leases import Lease, Loan
+from pkcs11_pool.errors import PoolClosed
+from pkcs11_pool.jobs import Kind
+
+if TYPE_CHECKING:
+    from pkcs11_pool.cryptoki.session import Session
+    from pkcs11_pool.engine.token_engine import TokenEngine
+    from pkcs11_pool.jobs import Job
+
+
+class Worker:
+    """One thread of an engine.
+
+    Attributes:
+        job: What it works on. Written under the engine's lock.
+        busy: It may be inside the module. Written under the engine's lock.
+        counted: The kind of session that is counted for it. Written there, too.
+        lost: Its call was given up on. Written under the engine's lock.
+        awake: Not 0 while it counts as awake. Written there, too.
+        coming: It was woken and is not there yet. Written there, too.
+        opened: How many sessions it opened since the engine last looked.
+    """
+
+    def __init__(self, engine: TokenEngine) -> None:
+        self._engine = engine
+        self._stopping = False
+        # Locked while there is nothing to do: acquiring it is sleeping.
+        self._sleep = threading.Lock()
+        self._sleep.acquire()
+        self.job: Job | None = None
+        self.busy = False
+        self.counted: bool | None = None
+        self.lost = False
+        self.awake = 0
+        self.coming = False
+        self.opened = 0
+        self._thread = threading.Thread(
+            target=self._run, name="pkcs11-pool worker", daemon=True
+        )
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """End its sleep. Called once for each time that it went idle."""
+        self._sleep.release()
+
+    def stop(self) -> None:
+        """End the thread when it is idle."""
+        self._stopping = True
+        # Somebody else may have woken it just now.
+        with suppress(RuntimeError):
+            self._sleep.release()
+
+    def join(self, timeout: float) -> None:
+        """Wait for the end of the thread."""
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        engine = self._engine
+        ahead: Session | None = None
+        while True:
+            with engine.turn():
+                claimed = engine.claim(self, ahead)
+                ahead = None
+                if claimed is not None:
+                    ahead = self._do(*claimed)
+                    if self.lost:
+                        engine.returned(ahead)
+                        return
+                    # The job and its error must not live on in an idle thread.
+                    del claimed
+                    continue
+            if self.lost:
+                engine.returned(None)
+                return
+            if self._stopping:
+                return
+            engine.look_around()
+            self._sleep.acquire()
+
+    def _do(
+        self, job: Job, session: Session | None, victim: Session | None
+    ) -> Session | None:
+        """Do a job and tidy up; a session opened ahead, or what is left if lost."""
+        engine = self._engine
+        if victim is not None:
+            victim.close()
+        if session is None:
+            try:
+                session = engine.open_session(self, rw=job.rw)
+            except Exception as error:  # noqa: BLE001  # raised at the caller
+                engine.no_session(self, job, error)
+                return None
+        session.epoch = engine.actor.login.epoch
+        result, failure = self._call(job, session)
+        again = isinstance(failure, Exception) and engine.finished(
+            job, session, failure
+        )
+        opens = not again and engine.deliver(self, job, result, failure)
+        if self.lost:
+            return session
+        if job.kind is Kind.LANE or isinstance(result, Loan):
+            return None
+        # Behind the caller's back.
+        session.close()
+        if opens and not self.lost:
+            with suppress(p11.PKCS11Error, PoolClosed):
+                return engine.open_session(self, rw=False)
+        return None
+
+    def _call(self, job: Job, session: Session) -> tuple[Any, BaseException | None]:
+        if self.lost or (job.dropped and not job.stays):
+            # Its caller went while the session was opened: nothing happened.
+            return None, None
+        engine = self._engine
+        if job.kind is Kind.LEASE:
+            lease = Lease(session, job.holder)
+            lease.chain, lease.lone = job.chain, job.chain is not None
+            return Loan(lease, engine.orphans), None
+        assert job.work is not None  # noqa: S101  # only leases have none
+        try:
+            return job.work(session), None
+        except BaseException as error:  # noqa: BLE001  # raised again at the caller
+            return None, error

@@ -1,0 +1,1 @@
+"""What users hold: the pool, its sessions and references, awaited or blocking."""

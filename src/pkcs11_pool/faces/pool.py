@@ -1,0 +1,542 @@
+"""The pool: what users import, await and close."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from pkcs11_pool import config, events, pins, uri
+from pkcs11_pool.config import PoolOptions
+from pkcs11_pool.engine.token_engine import TokenEngine
+from pkcs11_pool.errors import (
+    InvalidURI,
+    PoolClosed,
+    PoolTimeout,
+    WouldDeadlock,
+)
+from pkcs11_pool.faces import arguments
+from pkcs11_pool.faces.arguments import DEFAULT, Timeout
+from pkcs11_pool.faces.calls import Calls
+from pkcs11_pool.faces.mapping import SyncResults
+from pkcs11_pool.faces.pooled_session import SessionBlock
+from pkcs11_pool.faces.security_officer import SecurityOfficerBlock, pin_change
+from pkcs11_pool.faces.waiting import blocking, checkpoint, current_waiter
+from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.login.pin_guard import USER
+from pkcs11_pool.state import LoginState, PoolState
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
+    from pkcs11_pool.cryptoki.interface import Library
+    from pkcs11_pool.cryptoki.keys import SessionObject
+    from pkcs11_pool.cryptoki.session import Session
+    from pkcs11_pool.engine.leases import Hold, Lease, Loan
+    from pkcs11_pool.engine.multipart import MultiPart
+    from pkcs11_pool.faces.waiting import FaceWaiter
+    from pkcs11_pool.state import TokenInfo
+    from pkcs11_pool.stats import PoolStats
+
+T = TypeVar("T")
+
+
+class TokenPool(Calls):
+    """A pool of sessions with one token of one Cryptoki module.
+
+    Each operation runs on a worker thread in a fresh session of its own. One
+    thread alone logs in and out, so that every session sees the same login. One
+    open pool serves every event loop and every thread of the process.
+
+    Args:
+        module: Path of the Cryptoki module, a ``.so`` file.
+        token_label: Label of the token.
+        token_serial: Its serial number, as bytes.
+        token_model: Its model, which must match as well; needs one of the others.
+        token_manufacturer: The same for its manufacturer.
+        slot_id: The slot that it is in. Exactly one token must match what is given;
+            the pool then stays with that token, whatever slot it moves to.
+        pin: Where the user's PIN comes from: text, a callable, an async callable,
+            ``pkcs11.PROTECTED_AUTH`` for a PIN pad, or None to log in later or never.
+        max_sessions: The most sessions for operations and open ``PooledSession``
+            objects; the login's own is one more. Capped by what the token allows.
+        timeout: Seconds for one operation, waiting included; None: no limit;
+            0: do not wait for a session.
+        max_waiting: How many callers may wait; None: no limit.
+        open_timeout: Seconds to wait, at opening, for a module that is down.
+        close_timeout: Seconds that closing waits for running calls.
+        recovery_timeout: Seconds that callers wait for a lost token to come back. Not
+            used yet: nothing waits for it so far.
+        handle_max_age: Seconds after which a remembered object number is verified
+            before its next use; 0: always; None: never for its age alone.
+        init_reserved: Module parameters for ``C_Initialize``, as NSS wants them.
+        serialize: Whether the module is called by one thread at a time; None: where
+            it needs it.
+        name: In logs and messages; default: the token's label.
+
+    Raises:
+        InvalidOption: A value is wrong. The constructor does no I/O.
+    """
+
+    def __init__(  # the options of a pool, all by name but the first
+        self,
+        module: str | os.PathLike[str],
+        *,
+        token_label: str | None = None,
+        token_serial: bytes | None = None,
+        token_model: str | None = None,
+        token_manufacturer: str | None = None,
+        slot_id: int | None = None,
+        pin: Any = None,
+        max_sessions: int = 8,
+        timeout: float | None = 30.0,
+        max_waiting: int | None = 10_000,
+        open_timeout: float | None = 30.0,
+        close_timeout: float = 5.0,
+        recovery_timeout: float = 30.0,
+        handle_max_age: float | None = 60.0,
+        init_reserved: str | bytes | None = None,
+        serialize: bool | None = None,
+        name: str | None = None,
+    ) -> None:
+        # First of all: from here on no frame of ours holds the PIN as text.
+        pin = pins.hide_source(pin)
+        options = PoolOptions(
+            module=config.module_path(module),
+            token_label=token_label,
+            token_serial=token_serial,
+            token_model=token_model,
+            token_manufacturer=token_manufacturer,
+            slot_id=slot_id,
+            pin=pins.checked_source(pin),
+            max_sessions=max_sessions,
+            timeout=timeout,
+            max_waiting=max_waiting,
+            open_timeout=open_timeout,
+            close_timeout=close_timeout,
+            recovery_timeout=recovery_timeout,
+            handle_max_age=handle_max_age,
+            init_reserved=config.reserved_bytes(init_reserved),
+            serialize=serialize,
+            name=name,
+        )
+        self._engine = TokenEngine(options)
+
+    @classmethod
+    def from_uri(cls, text: str, **options: Any) -> TokenPool:
+        """A pool from a PKCS#11 URI (RFC 7512): token, slot, module, PIN.
+
+        Options given by name win over the URI's.
+
+        Raises:
+            InvalidURI: The URI is malformed, or names no module.
+        """
+        # In its own place: from here on no frame of ours has the URI as text.
+        text = parsed = uri.parse(text)  # type: ignore[assignment]
+        if isinstance(parsed, InvalidURI):
+            raise parsed
+        given: dict[str, Any] = {
+            "token_label": parsed.text("token"),
+            "token_model": parsed.text("model"),
+            "token_manufacturer": parsed.text("manufacturer"),
+            "module": parsed.text("module-path"),
+        }
+        if serial := parsed.path.get("serial"):
+            given["token_serial"] = serial
+        if slot := parsed.text("slot-id"):
+            if not slot.isdecimal():
+                message = f"slot-id in the PKCS#11 URI is no number: {slot!r}"
+                raise InvalidURI(message)
+            given["slot_id"] = int(slot)
+        given["pin"] = pins.from_uri(
+            parsed.query.get("pin-value"), parsed.text("pin-source")
+        )
+        given |= options
+        if given["module"] is None:
+            message = "the PKCS#11 URI has no module-path: add it, or give module="
+            raise InvalidURI(message)
+        return cls(**given)
+
+    # -- Life ---------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Load the module, find the token, log in if there is a PIN.
+
+        Raises:
+            ModuleError, ModuleInUse: The file cannot be used.
+            TokenNotFound, TokenAmbiguous, TokenInUse: By the token's name.
+            TokenUnavailable: The module was down for ``open_timeout`` seconds.
+            PinRefused: The token refused the PIN.
+            PoolClosed: It was open before; a pool is opened once.
+
+        Cancellation:
+            Stops the opening; the pool is closed then.
+
+        Cryptoki:
+            ``C_Initialize``, ``C_GetSlotList``, ``C_GetTokenInfo``,
+            ``C_OpenSession``, ``C_Login``.
+        """
+        engine = self._engine
+        engine.check_process()
+        await checkpoint()
+        if not engine.start_here():
+            message = (
+                f"this pool is {engine.state.value}, and a pool is opened once: use "
+                "it as it is, or make a new TokenPool"
+            )
+            raise PoolClosed(message)
+        engine.actor.start()
+        try:
+            await self._request(engine.actor.open, engine.options.open_timeout)
+        except BaseException:
+            await self._shut(grace=0.0)
+            raise
+        engine.opened()
+        events.info(events.POOL_OPENED, token=str(engine.actor.info))
+
+    async def close(self) -> None:
+        """Refuse new operations, let running ones finish, log out, close all.
+
+        Waits at most ``close_timeout`` seconds for calls inside the module; what
+        runs longer is lost. Closing twice is harmless. Completes also when
+        cancelled, and raises the cancellation then.
+
+        Cryptoki:
+            ``C_CloseSession``, ``C_Logout``; ``C_Finalize`` by the module's last pool.
+        """
+        engine = self._engine
+        engine.check_process()
+        if engine.state is PoolState.NEW:
+            engine.become(PoolState.CLOSED)
+        elif engine.state is not PoolState.CLOSED:
+            await self._shut(grace=engine.options.close_timeout)
+
+    async def _shut(self, grace: float) -> None:
+        engine = self._engine
+        first = engine.become(PoolState.CLOSING)
+        if first:
+            engine.refuse_waiting()
+        limit = grace + 2 * engine.options.close_timeout
+
+        def post(job: Job) -> None:
+            engine.actor.close(job, time.monotonic() + grace)
+
+        try:
+            await self._request(post, limit, stays=True)
+        except PoolClosed:
+            # Another task closed it meanwhile.
+            return
+        except PoolTimeout:
+            # The actor itself hangs in the module; its thread is a daemon.
+            events.warning(events.POOL_FAILED, name=engine.options.name)
+        finally:
+            if engine.become(PoolState.CLOSED):
+                events.info(events.POOL_CLOSED, name=engine.options.name)
+
+    async def __aenter__(self) -> Self:
+        """Open the pool."""
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the pool. The error that leaves the block is the one raised in it."""
+        await self.close()
+
+    # -- What it is ---------------------------------------------------------------
+
+    @property
+    def state(self) -> PoolState:
+        """Where the pool is in its life."""
+        return self._engine.state
+
+    @property
+    def login_state(self) -> LoginState:
+        """Who is logged in to the token."""
+        return self._engine.actor.login.state
+
+    @property
+    def login_epoch(self) -> int:
+        """A number that grows with every login, logout, SO period and lost login."""
+        return int(self._engine.actor.login.epoch)
+
+    @property
+    def token(self) -> TokenInfo:
+        """The token, as it told of itself at the last login.
+
+        Raises:
+            PoolClosed: The pool is not open.
+        """
+        info = self._engine.actor.info
+        if info is None:
+            message = "the pool is not open, so it has no token"
+            raise PoolClosed(message)
+        return info
+
+    @property
+    def lib(self) -> Library:
+        """python-pkcs11's library object, shared by all pools on the module.
+
+        Give it to other code that wants to use the same module in this process.
+
+        Raises:
+            PoolClosed: The pool is not open.
+        """
+        return self._checked().actor.attached.library
+
+    def stats(self) -> PoolStats:
+        """A snapshot of gauges and counters."""
+        return self._engine.stats()
+
+    def __repr__(self) -> str:
+        """The token and the state."""
+        if not hasattr(self, "_engine"):
+            return "<TokenPool, not made>"  # in a traceback of the constructor
+        options = self._engine.options
+        return f"<TokenPool {options.name or options.wanted_token} {self.state.value}>"
+
+    # -- Sessions -----------------------------------------------------------------
+
+    def session(self, *, rw: bool = False, timeout: Timeout = DEFAULT) -> SessionBlock:
+        """``async with pool.session() as session:``, a session for a block.
+
+        Args:
+            rw: Read-write.
+            timeout: Seconds to wait for it.
+
+        Cryptoki:
+            ``C_OpenSession``; at the end ``C_CloseSession``.
+        """
+        config.check_flag("rw", rw)
+        limit = arguments.timeout(timeout, self._engine.options.timeout)
+        return SessionBlock(self._engine, self, rw=rw, timeout=limit)
+
+    def security_officer(
+        self, so_pin: Any, *, timeout: Timeout = DEFAULT
+    ) -> SecurityOfficerBlock:
+        """``async with pool.security_officer(so_pin) as so:``.
+
+        Stops new operations, waits for running ones and for open sessions, at most
+        ``timeout`` seconds, and logs the SO in. Other operations wait meanwhile,
+        inside their deadlines. At the end the login found before is restored.
+        """
+        so_pin = pins.hide(so_pin)
+        pins.checked(so_pin)
+        limit = arguments.timeout(timeout, self._engine.options.timeout)
+        return SecurityOfficerBlock(self._engine, self, so_pin, limit)
+
+    # -- Login --------------------------------------------------------------------
+
+    async def login(self, pin: str | None = None, *, force: bool = False) -> None:
+        """Log the user in, with ``pin`` or the pool's own source.
+
+        An accepted PIN becomes the pool's. While logged in it returns at once and
+        checks nothing: tokens answer ``CKR_USER_ALREADY_LOGGED_IN`` to a wrong PIN
+        too.
+
+        Args:
+            pin: The PIN, or None for the pool's source.
+            force: Send a PIN that was refused before, or that is the final try.
+
+        Raises:
+            PinRefused: The token refused it, or it was not sent. The pool stays open.
+            LoginRequired: There is no PIN.
+            WouldDeadlock: This task is the security officer.
+
+        Cancellation:
+            Stops the wait, not the login.
+
+        Cryptoki:
+            ``C_GetTokenInfo``, ``C_Login``.
+        """
+        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
+        given = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
+        config.check_flag("force", force)
+        actor = self._checked().actor
+        await self._request(
+            lambda job: actor.log_in(job, given, force=force),
+            self._engine.options.timeout,
+        )
+
+    async def logout(self) -> None:
+        """Log out, and stay out until ``login()``. Every session is logged out.
+
+        Waits for running calls, inside the pool's ``timeout``.
+
+        Raises:
+            PoolTimeout: They did not end in time; nothing has changed.
+            WouldDeadlock: This task is the security officer.
+
+        Cancellation:
+            Stops the wait, not the logout.
+
+        Cryptoki:
+            ``C_Logout``.
+        """
+        actor = self._checked().actor
+        await self._request(actor.log_out, self._engine.options.timeout)
+
+    async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
+        """Change the user's PIN; the new one becomes the pool's.
+
+        Raises:
+            PinLengthInvalid: The token takes no PIN of this length; nothing was sent.
+            PinRefused: ``old`` is not the PIN.
+            OutcomeUnknown: The token went away during the call. The pool tries
+                neither PIN until ``login(pin)``; so it is after ``PoolTimeout`` with
+                the phase ``"running"``, until the call returns.
+
+        Cancellation:
+            The outcome is waited for, then the cancellation raised.
+
+        Cryptoki:
+            ``C_SetPIN``, in a fresh R/W session.
+        """
+        old, new = pins.hide(old), pins.hide(new)  # type: ignore[assignment]  # hides them
+        before, after = pins.secret(old), pins.secret(new)  # type: ignore[arg-type]
+        arguments.timeout(timeout, None)
+        work = pin_change(self._checked(), USER, before, after)
+        await self._perform(work, timeout, rw=True, changes=True, restart=False)
+
+    # -- For code that is not async -----------------------------------------------
+
+    def run_sync(self, func: Callable[..., T], *args: Any, **options: Any) -> T:
+        """The blocking twin of :meth:`run`.
+
+        Raises:
+            WouldBlockLoop: This thread runs an event loop.
+        """
+        return blocking(self.run(func, *args, **options))
+
+    def map_sync(
+        self, func: Callable[[Any, Any], T], items: Iterable[Any], **options: Any
+    ) -> SyncResults[Any]:
+        """The blocking twin of :meth:`map`, for a plain ``for`` loop.
+
+        Raises:
+            WouldBlockLoop: At the first result: this thread runs an event loop.
+        """
+        return SyncResults(self.map(func, items, **options))
+
+    # -- Inside -------------------------------------------------------------------
+
+    def _checked(self) -> TokenEngine:
+        self._engine.check_open()
+        return self._engine
+
+    @property
+    def _owner(self) -> None:
+        return None
+
+    def _pool(self) -> Calls:
+        return self
+
+    async def _request(
+        self, post: Callable[[Job], None], limit: float | None, *, stays: bool = False
+    ) -> Any:
+        self._engine.check_process()
+        waiter = current_waiter()
+        job = Job(
+            None,
+            Kind.ACTOR,
+            waiter=waiter,
+            deadline=None if limit is None else time.monotonic() + limit,
+            stays=stays,
+            holder=waiter.holder,
+        )
+        self._engine.request(job, post)
+        return await waiter.result(self._engine, job)
+
+    async def _seat(
+        self,
+        chain: MultiPart,
+        deadline: float | None,
+        *,
+        nowait: bool,
+        home: Calls | None,
+    ) -> tuple[Lease, Hold | Loan]:
+        engine, waiter = self._engine, current_waiter()
+        job = Job(
+            None,
+            Kind.LEASE,
+            waiter=waiter,
+            deadline=deadline,
+            nowait=nowait,
+            holder=waiter.holder,
+            chain=chain,
+        )
+        try:
+            engine.submit(job)
+        except WouldDeadlock:
+            if home is None or getattr(home, "closed", True):
+                raise
+            return await home._seat(chain, deadline, nowait=nowait, home=None)  # noqa: SLF001
+        loan: Loan = await waiter.result(engine, job)
+        return loan.lease, loan
+
+    def _job(
+        self,
+        work: Callable[[Session], Any],
+        timeout: Timeout,
+        *,
+        waiter: FaceWaiter,
+        rw: bool = False,
+        changes: bool = False,
+        restart: bool = True,
+        target: SessionObject | None = None,
+    ) -> Job:
+        limit = arguments.timeout(timeout, self._engine.options.timeout)
+        return Job(
+            work,
+            Kind.WRITE if rw else Kind.READ,
+            waiter=waiter,
+            deadline=time.monotonic() + limit if limit else None,
+            changes=changes,
+            restart=restart,
+            rw=rw,
+            nowait=limit == 0,
+            target=target,
+            holder=waiter.holder,
+        )
+
+    async def _perform(
+        self,
+        work: Callable[[Session], T],
+        timeout: Timeout,
+        *,
+        rw: bool = False,
+        changes: bool = False,
+        restart: bool = True,
+        home: Calls | None = None,
+        target: SessionObject | None = None,
+    ) -> T:
+        engine = self._engine
+        arguments.timeout(timeout, None)
+        engine.check_process()
+        if changes:
+            await checkpoint()
+        waiter = current_waiter()
+        job = self._job(
+            work,
+            timeout,
+            waiter=waiter,
+            rw=rw,
+            changes=changes,
+            restart=restart,
+            target=target,
+        )
+        try:
+            engine.submit(job)
+        except WouldDeadlock:
+            if home is None or getattr(home, "closed", True):
+                raise
+            return await home._perform(  # noqa: SLF001  # one package
+                work, timeout, changes=changes, restart=restart, target=target
+            )
+        result: T = await waiter.result(engine, job)
+        return result

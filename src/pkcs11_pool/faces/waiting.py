@@ -1,0 +1,500 @@
+"""How a caller waits for a job: on asyncio, on trio, or on a plain thread.
+
+Waiting is native to each backend, because it is on the way of every operation.
+Results come from other threads; many of them share one wake-up of the loop.
+
+A caller that is cancelled goes at once where the job allows it. Where the job
+may change the token, the caller waits for its outcome first: asyncio's own
+``Task.cancel()`` goes through AnyIO's shields, so it is caught here each time
+and raised at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import anyio
+import anyio.lowlevel
+
+from pkcs11_pool import pins
+from pkcs11_pool.errors import (
+    PinRefused,
+    PinSourceError,
+    PoolClosed,
+    PoolTimeout,
+    WouldBlockLoop,
+)
+from pkcs11_pool.jobs import Job, Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Hashable
+
+    from pkcs11_pool.engine.token_engine import TokenEngine
+
+T = TypeVar("T")
+
+LATE = 0.05
+"""Seconds that a blocking caller allows the engine to give out a deadline."""
+
+
+class _Port:
+    """The way from the workers into one event loop: many results, one wake-up."""
+
+    def __init__(self) -> None:
+        self._ready: deque[_LoopWaiter] = deque()
+        self._scheduled = False
+
+    def post(self, waiter: _LoopWaiter) -> bool:
+        """Resume a waiter on its loop; False if the loop has ended."""
+        if self._ended():
+            return False
+        self._ready.append(waiter)
+        if self._scheduled:
+            return True
+        self._scheduled = True
+        try:
+            self._schedule()
+        except (RuntimeError, OSError):
+            # trio.RunFinishedError is a RuntimeError; a run of trio's that its host
+            # abandoned has no socket any more to be woken by.
+            self._scheduled = False
+            return False
+        return True
+
+    def _drain(self) -> None:
+        # Before the queue is emptied: what is posted from here on schedules anew.
+        self._scheduled = False
+        ready = self._ready
+        while ready:
+            ready.popleft().resume()
+
+    def _ended(self) -> bool:
+        raise NotImplementedError
+
+    def _schedule(self) -> None:
+        raise NotImplementedError
+
+
+class _AsyncioPort(_Port):
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self.loop = loop
+
+    def _ended(self) -> bool:
+        return self.loop.is_closed()
+
+    def _schedule(self) -> None:
+        self.loop.call_soon_threadsafe(self._drain)
+
+
+class _EventPort(_AsyncioPort):
+    """A descriptor of its own costs half of what ``call_soon_threadsafe`` does.
+
+    The loop alone keeps the port, by its reader, and lets it go when it is closed.
+    Whoever posts keeps it meanwhile: nobody writes to a number that belongs to
+    another file by then.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        loop.add_reader(self._descriptor, self._drain)
+
+    def _schedule(self) -> None:
+        os.eventfd_write(self._descriptor, 1)
+        if self.loop.is_closed():
+            # Closed meanwhile: nobody reads it any more.
+            message = "the event loop is closed"
+            raise RuntimeError(message)
+
+    def _drain(self) -> None:
+        # Before the base class lets others write again, or a wake-up would be lost.
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._descriptor)
+        super()._drain()
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):
+            os.close(self._descriptor)
+
+
+def _asyncio_port(loop: asyncio.AbstractEventLoop) -> _AsyncioPort:
+    if hasattr(os, "eventfd"):
+        # Not every loop has readers.
+        with suppress(NotImplementedError):
+            return _EventPort(loop)
+    return _AsyncioPort(loop)
+
+
+class _TrioPort(_Port):
+    def __init__(self, token: Any) -> None:
+        super().__init__()
+        self.loop = token
+
+    def _ended(self) -> bool:
+        return False
+
+    def _schedule(self) -> None:
+        self.loop.run_sync_soon(self._drain)
+
+
+class FaceWaiter(Protocol):
+    """A waiter that its own caller can wait with."""
+
+    holder: Hashable
+
+    def wake(self) -> bool:
+        """See :class:`pkcs11_pool.jobs.Waiter`."""
+
+    async def result(self, engine: TokenEngine, job: Job) -> Any:
+        """The result of a job, or its error."""
+
+    async def outlast(self, job: Job) -> None:
+        """Wait for the end of a job, through every cancellation."""
+
+
+class _LoopWaiter:
+    """One caller on an event loop."""
+
+    def __init__(self, port: Callable[[], _Port | None], holder: Hashable) -> None:
+        # A call away, because it goes with its loop, and the waiter may stay: the
+        # traceback of an error keeps it.
+        self._port = port
+        self.holder = holder
+        # Around a PIN source that this caller awaits, and the job that it is for.
+        self._errand: tuple[Job, anyio.CancelScope] | None = None
+
+    def wake(self) -> bool:
+        """Called by any thread."""
+        port = self._port()
+        return port is not None and port.post(self)
+
+    def resume(self) -> None:
+        """Called on the loop."""
+        if self._errand is not None:
+            job, scope = self._errand
+            if job.errand is None:
+                # The deadline came, or a login by others: the PIN is not wanted.
+                scope.cancel()
+
+    async def _run_errand(self, engine: TokenEngine, job: Job) -> None:
+        with anyio.CancelScope() as scope:
+            self._errand = (job, scope)
+            try:
+                await fetch_pin(engine, job)
+            finally:
+                self._errand = None
+
+
+class _AsyncioWaiter(_LoopWaiter):
+    def __init__(
+        self,
+        port: Callable[[], _Port | None],
+        holder: Hashable,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(port, holder)
+        self._loop = loop
+        self._future: asyncio.Future[None] | None = None
+
+    def resume(self) -> None:
+        if self._errand is not None:
+            super().resume()
+        future = self._future
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    def _wait(self) -> asyncio.Future[None]:
+        # A new one for each wait, after a look at the job: what came before is seen
+        # there, and nothing can come between, because it comes on this thread.
+        self._future = future = self._loop.create_future()
+        return future
+
+    async def result(self, engine: TokenEngine, job: Job) -> Any:
+        try:
+            while job.phase is not Phase.SETTLED:
+                if job.errand is not None:
+                    await self._run_errand(engine, job)
+                else:
+                    await self._wait()
+        except GeneratorExit:
+            engine.forget(job)
+            raise
+        except BaseException:
+            if not engine.cancel(job):
+                await self.outlast(job)
+            raise
+        return outcome(job)
+
+    async def outlast(self, job: Job) -> None:
+        with anyio.CancelScope(shield=True):
+            while job.phase is not Phase.SETTLED:
+                try:
+                    await self._wait()
+                except asyncio.CancelledError:
+                    # Raised by the caller of this when the outcome is there.
+                    continue
+
+
+class _TrioWaiter(_LoopWaiter):
+    def __init__(
+        self, port: Callable[[], _Port | None], holder: Hashable, trio: Any
+    ) -> None:
+        super().__init__(port, holder)
+        self._trio = trio
+        self._task: Any = None
+
+    def resume(self) -> None:
+        super().resume()
+        task, self._task = self._task, None
+        if task is not None:
+            self._trio.lowlevel.reschedule(task)
+
+    async def _wait(self, engine: TokenEngine | None, job: Job) -> None:
+        lowlevel = self._trio.lowlevel
+
+        def abort(_raise_cancel: object) -> Any:
+            if engine is not None and engine.cancel(job):
+                self._task = None
+                return lowlevel.Abort.SUCCEEDED
+            return lowlevel.Abort.FAILED
+
+        self._task = lowlevel.current_task()
+        await lowlevel.wait_task_rescheduled(abort)
+
+    async def result(self, engine: TokenEngine, job: Job) -> Any:
+        try:
+            while job.phase is not Phase.SETTLED:
+                if job.errand is not None:
+                    await self._run_errand(engine, job)
+                else:
+                    await self._wait(engine, job)
+            if job.changes or job.stays:
+                await self._trio.lowlevel.checkpoint_if_cancelled()
+        except GeneratorExit:
+            engine.forget(job)
+            raise
+        except BaseException:
+            if not engine.cancel(job):
+                await self.outlast(job)
+            raise
+        return outcome(job)
+
+    async def outlast(self, job: Job) -> None:
+        while job.phase is not Phase.SETTLED:
+            await self._wait(None, job)
+
+
+class _ThreadWaiter:
+    """A caller on a thread without an event loop."""
+
+    def __init__(self) -> None:
+        self.holder: Hashable = threading.get_ident()
+        self._woken = threading.Semaphore(0)
+
+    def wake(self) -> bool:
+        self._woken.release()
+        return True
+
+    async def result(self, engine: TokenEngine, job: Job) -> Any:
+        try:
+            while job.phase is not Phase.SETTLED:
+                if job.errand is not None:
+                    # No loop runs on this thread, so one may be run for the PIN.
+                    _run_errand_here(engine, job)
+                else:
+                    self._woken.acquire()
+        except BaseException:
+            engine.cancel(job)
+            raise
+        return outcome(job)
+
+    async def outlast(self, job: Job) -> None:
+        while job.phase is not Phase.SETTLED:
+            self._woken.acquire()
+
+
+class _Kept:
+    """Looks like a weak reference, to a port that nobody else keeps."""
+
+    def __init__(self, port: _Port | None) -> None:
+        self._port = port
+
+    def __call__(self) -> _Port | None:
+        return self._port
+
+
+class _Local(threading.local):
+    """What the current thread waits with.
+
+    Attributes:
+        blocking: Whether its own waiting blocks it.
+        asyncio, trio: Give the way into the loop that ran here last, or None. Trio may
+            be the guest of asyncio, on one thread by turns.
+    """
+
+    def __init__(self) -> None:
+        self.blocking = False
+        self.asyncio: Any = _Kept(None)
+        self.trio: Any = _Kept(None)
+
+
+_local = _Local()
+
+
+def outcome(job: Job) -> Any:
+    """The result of a settled job, or its error, raised."""
+    if job.error is None:
+        return job.result
+    try:
+        raise job.error
+    finally:
+        # The traceback holds this frame: without this, it would hold itself.
+        del job
+
+
+async def fetch_pin(engine: TokenEngine, job: Job) -> None:
+    """Await the PIN source that this caller was sent for, and hand in the answer."""
+    source = job.errand
+    if source is None:
+        return
+    try:
+        given: Any = source()
+        if inspect.isawaitable(given):
+            given = await given
+        # In its own place: no frame keeps what the source gave.
+        given = pins.answer(given)
+    except PinRefused as error:
+        engine.pin_came(job, None, error)
+    except Exception as error:  # noqa: BLE001  # raised at all who wait for the login
+        failure = PinSourceError(f"the PIN source raised {type(error).__name__}")
+        failure.__cause__ = error
+        engine.pin_came(job, None, failure)
+    else:
+        refused = isinstance(given, PinSourceError)
+        engine.pin_came(job, None if refused else given, given if refused else None)
+
+
+def _run_errand_here(engine: TokenEngine, job: Job) -> None:
+    """Await a PIN source on a thread without a loop, in a loop for it alone.
+
+    It ends soon after the deadline, which the engine has given out by then.
+    """
+
+    async def main() -> None:
+        left = None if job.deadline is None else job.deadline - time.monotonic()
+        with anyio.move_on_after(None if left is None else left + LATE):
+            await fetch_pin(engine, job)
+
+    _local.blocking = False
+    try:
+        anyio.run(main)
+    finally:
+        _local.blocking = True
+
+
+def _trio() -> Any:
+    """Trio, or None. While another thread still imports it, no loop of it runs."""
+    trio = sys.modules.get("trio")
+    return trio if hasattr(trio, "lowlevel") else None
+
+
+def current_waiter() -> FaceWaiter:
+    """The waiter for whoever calls: a task of asyncio or trio, or a thread.
+
+    Raises:
+        RuntimeError: Neither runs here, and the call is not a blocking one.
+    """
+    local = _local
+    if local.blocking:
+        return _ThreadWaiter()
+    trio = _trio()
+    if trio is not None and trio.lowlevel.in_trio_task():
+        token = trio.lowlevel.current_trio_token()
+        port = local.trio()
+        if port is None or port.loop is not token:
+            local.trio = _Kept(_TrioPort(token))
+        me = weakref.ref(trio.lowlevel.current_task())
+        return _TrioWaiter(local.trio, me, trio)
+    loop = asyncio.get_running_loop()
+    port = local.asyncio()
+    if port is None or port.loop is not loop:
+        port = _asyncio_port(loop)
+        local.asyncio = (weakref.ref if isinstance(port, _EventPort) else _Kept)(port)
+    task = asyncio.current_task(loop)
+    # Weak, or a session held by a task would keep the task, which keeps the session.
+    holder = None if task is None else weakref.ref(task)
+    return _AsyncioWaiter(local.asyncio, holder, loop)
+
+
+async def checkpoint() -> None:
+    """Raise the cancellation of the caller, before anything is sent."""
+    if not _local.blocking:
+        await anyio.lowlevel.checkpoint_if_cancelled()
+
+
+async def ended(engine: TokenEngine, job: Job, waiter: FaceWaiter) -> None:
+    """Wait for the end of a session, which comes in any case, but not for ever.
+
+    The error that leaves a block is the one raised in it.
+    """
+    with suppress(PoolTimeout, PoolClosed):
+        await waiter.result(engine, job)
+
+
+def blocks() -> bool:
+    """Whether this is a blocking call, that can await nothing but the engine."""
+    return _local.blocking
+
+
+def loop_runs_here() -> bool:
+    """Whether the current thread runs an event loop."""
+    trio = _trio()
+    if trio is not None and trio.lowlevel.in_trio_run():
+        return True
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def blocking(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run one of the faces' coroutines on this thread, without an event loop.
+
+    Raises:
+        WouldBlockLoop: The thread runs an event loop, which would stand still.
+    """
+    if loop_runs_here():
+        coroutine.close()
+        message = (
+            "this thread runs an event loop, which would stand still: await the async "
+            "form, or call from a worker thread (anyio.to_thread.run_sync)"
+        )
+        raise WouldBlockLoop(message)
+    _local.blocking = True
+    try:
+        return await_nothing(coroutine)
+    finally:
+        _local.blocking = False
+
+
+def await_nothing(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends: its waiting blocks the thread."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        value: T = done.value
+        return value
+    coroutine.close()
+    message = "a blocking call tried to wait for an event loop"
+    raise RuntimeError(message)

@@ -1,0 +1,482 @@
+"""The login state of one token, owned by one thread.
+
+Cryptoki keeps the login per application *and token*, not per session: one
+``C_Login`` logs in every session that we have open there, one ``C_Logout`` ends
+them all. So no session logs in for itself. This thread alone logs the user and
+the SO in and out, and it holds the *anchor*: the session that keeps the
+application from having none, because closing the last one logs out.
+
+It takes one message after the other, and works when all workers hang.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from pkcs11_pool import events, pins
+from pkcs11_pool.cryptoki import interface, recovery, rv
+from pkcs11_pool.cryptoki.operations import raw_login
+from pkcs11_pool.errors import (
+    LoginRequired,
+    PinRefused,
+    PoolClosed,
+    PoolError,
+    TokenUnavailable,
+)
+from pkcs11_pool.jobs import Job, Phase
+from pkcs11_pool.login.attachment import Attachment
+from pkcs11_pool.login.pin_guard import SO, USER
+from pkcs11_pool.state import Epoch, LoginEvent, LoginState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pkcs11_pool.config import PoolOptions
+    from pkcs11_pool.cryptoki.keys import HandleCache
+    from pkcs11_pool.cryptoki.session import Session
+    from pkcs11_pool.login.gate import Gate
+    from pkcs11_pool.pins import Pin, PinCallable
+
+_LOOK: Final = 0.05
+"""Seconds between two looks at a request that waits for quiet, during a login."""
+_RETRY: Final = 0.2
+"""Seconds between two tries to reach a module that is down, at opening."""
+_IN: Final = frozenset({0, rv.CODES["CKR_USER_ALREADY_LOGGED_IN"]})
+
+
+class LoginActor(Attachment):
+    """Logs in and out on one token, and holds the anchor."""
+
+    def __init__(
+        self, options: PoolOptions, gate: Gate, cache: HandleCache, name: str | None
+    ) -> None:
+        super().__init__(options, gate, cache, name)
+        self._pin = options.pin
+        # Whether the PIN was being changed, and nobody knows if it was: neither the
+        # old nor the new one is sent then. Set by the worker that changes it.
+        self._in_doubt = False
+        self._mail: queue.SimpleQueue[partial[None]] = queue.SimpleQueue()
+        # Held while something is posted: nothing is left in the box at the end.
+        self._mailbox = threading.Lock()
+        self._ended = False
+        self._stopping = threading.Event()
+        # Requests that wait for the login under way, or for its PIN.
+        self._logins: list[Job] = []
+        self._wanted_by_operations = False
+        # Whether a caller was sent for the PIN and is not back.
+        self._asking = False
+        # Whether one of the requests said force=True.
+        self._insisted = False
+        self._so: Session | None = None
+        # What came during a SO period and can only be done after it.
+        self._postponed: list[partial[None]] = []
+
+    def start(self) -> None:
+        """Start the thread."""
+        # Made here: one that was made before a fork cannot be started after it.
+        name = "pkcs11-pool login actor"
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    # -- Messages: called by any thread, never block ------------------------------
+
+    def open(self, job: Job) -> None:
+        """Find the token, open the anchor, log in."""
+        self._post(job, self._open)
+
+    def log_in(self, job: Job, pin: Pin | None, *, force: bool) -> None:
+        """Log the user in."""
+        self._post(job, self._log_in, pin, force)
+
+    def log_out(self, job: Job) -> None:
+        """Log out, and stay out."""
+        self._post(job, self._log_out)
+
+    def so_begin(self, job: Job, so_pin: Pin) -> None:
+        """Begin a period of the security officer; gives the R/W session."""
+        self._post(job, self._so_begin, so_pin)
+
+    def so_end(self, job: Job) -> None:
+        """End it, and log in again whoever was logged in before."""
+        self._post(job, self._so_end)
+
+    def close(self, job: Job, deadline: float) -> None:
+        """Let running calls finish until ``deadline``, log out, close all, end."""
+        self._stopping.set()
+        self._post(job, self._close, deadline)
+
+    def need_login(self, epoch: Epoch) -> None:
+        """An operation of this epoch found the token logged out."""
+        self._mail.put(partial(self._need_login, epoch))
+
+    def pin_came(self, pin: Pin | None, error: BaseException | None) -> None:
+        """The caller who was sent for the PIN has it, or not."""
+        self._mail.put(partial(self._pin_came, pin, error))
+
+    def pin_in_doubt(self) -> None:
+        """The PIN is being changed: until the token answers, none is known."""
+        self._in_doubt = True
+
+    def pin_kept(self) -> None:
+        """The token refused to change it."""
+        self._in_doubt = False
+
+    def pin_changed(self, pin: Pin) -> None:
+        """The user's PIN on the token is another now."""
+        self._in_doubt = False
+        self._mail.put(partial(self._pin_changed, pin))
+
+    def later(self, call: partial[Any]) -> None:
+        """Make a call on this thread. Takes no lock, and holds up nobody."""
+        # put() of this queue, and of no other, may be called by the collector.
+        self._mail.put(call)
+
+    def _post(self, job: Job, handle: Callable[..., None], *arguments: Any) -> None:
+        with self._mailbox:
+            if not self._ended:
+                self._mail.put(partial(self._handle, job, handle, *arguments))
+                return
+        self._gate.settle(job, None, PoolClosed("the pool is closed"))
+
+    # -- The thread ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._ended:
+            message = self._mail.get()
+            message()
+            # A request and its error live in the frame of the handler, not here.
+            del message
+        # Nothing is posted any more: see _post().
+        while not self._mail.empty():
+            self._mail.get()()
+
+    def _handle(self, job: Job, handle: Callable[..., None], *arguments: Any) -> None:
+        if self._so is not None and handle not in (self._so_end, self._close):
+            self._postponed.append(partial(self._handle, job, handle, *arguments))
+            return
+        if not self._gate.begin(job):
+            return
+        try:
+            handle(job, *arguments)
+        except Exception as error:  # noqa: BLE001  # it is the caller's, raised there
+            self._gate.settle(job, None, error)
+
+    def _quiet(self, job: Job, *, leases: bool) -> bool:
+        """Pause the queue for a request; whether it succeeded.
+
+        Logins go on meanwhile: those who are waited for may need one. Every other
+        request is kept for later.
+        """
+        while (quiet := self._gate.pause(job, leases=leases)) is None:
+            while self._gate.login_awaited() and job.phase is not Phase.SETTLED:
+                with suppress(queue.Empty):
+                    message = self._mail.get(timeout=_LOOK)
+                    request = message.func == self._handle
+                    if request and self._log_in not in message.args:
+                        self._postponed.append(message)
+                    else:
+                        message()
+        return quiet
+
+    def _repost(self) -> None:
+        """What came during a pause or a SO period can be done now."""
+        postponed, self._postponed = self._postponed, []
+        for message in postponed:
+            self._mail.put(message)
+
+    # -- Opening and closing ------------------------------------------------------
+
+    def _open(self, job: Job) -> None:
+        options = self._options
+        while True:
+            try:
+                self._attach()
+                break
+            except Exception as error:
+                self._detach()
+                if not _is_down(error):
+                    raise
+                left = None if job.deadline is None else job.deadline - time.monotonic()
+                if left is not None and left <= _RETRY:
+                    message = f"{options.module} does not answer: {error}"
+                    raise TokenUnavailable(message) from error
+                if self._stopping.wait(_RETRY):
+                    message = "the pool was closed while it opened"
+                    raise PoolClosed(message) from error
+        try:
+            if self._pin is None:
+                self._gate.settle(job, None, None)
+            else:
+                self._log_in(job, None, force=False)
+        except Exception:
+            self._detach()
+            raise
+
+    def _close(self, job: Job, deadline: float) -> None:
+        self._fail_logins(PoolClosed("the pool is closing"))
+        for message in self._postponed:
+            if message.func == self._handle:
+                self._gate.settle(
+                    message.args[0], None, PoolClosed("the pool is closing")
+                )
+        try:
+            if self._is_attached:
+                self._gate.drain(deadline)
+                self._detach()
+                self._so = None
+                self._change(LoginEvent.OUT)
+            self._gate.end_threads()
+        finally:
+            with self._mailbox:
+                self._ended = True
+        self._gate.settle(job, None, None)
+
+    # -- The user's login ---------------------------------------------------------
+
+    def _log_in(self, job: Job, pin: Pin | None, force: bool) -> None:  # noqa: FBT001
+        if self.login.state is LoginState.USER:
+            self._gate.settle(job, None, None)
+            return
+        given = pin is not None
+        source = self._own_pin if pin is None else pin
+        if callable(source):
+            self._insisted |= force
+            self._ask(source, job)
+            return
+        self._try_login(source, force=force)
+        if given:
+            self._pin, self._in_doubt = source, False
+        self._gate.settle(job, None, None)
+        self._settle_logins(None)
+
+    def _need_login(self, epoch: Epoch) -> None:
+        if self._so is not None:
+            self._postponed.append(partial(self._need_login, epoch))
+            return
+        if self.login.epoch == epoch and self.login.state is LoginState.USER:
+            events.warning(events.LOGIN_LOST, token=self._label, epoch=epoch)
+            self._change(LoginEvent.LOST)
+        if self.login.state is LoginState.USER:
+            self._gate.login_settled(None)
+            return
+        if self.login.wanted is not LoginState.USER or self._pin is None:
+            self._gate.login_settled(
+                LoginRequired("nobody is logged in: await pool.login(pin)")
+            )
+            return
+        self._wanted_by_operations = True
+        try:
+            source = self._own_pin
+            if callable(source):
+                self._ask(source, None)
+                return
+            self._try_login(source, force=False)
+        except Exception as error:  # noqa: BLE001  # raised at those who wait for it
+            self._settle_logins(error)
+        else:
+            self._gate.counted(recoveries_total=1)
+            self._settle_logins(None)
+
+    def _ask(self, source: PinCallable, job: Job | None) -> None:
+        """Get a PIN from a callable: here, or by a caller if it must be awaited."""
+        if job is not None:
+            self._logins.append(job)
+        if self._asking:
+            return
+        if not pins.is_async(source):
+            try:
+                pin = pins.ask(source)
+            except PinRefused as error:
+                self._pin_came(None, error)
+            else:
+                self._pin_came(pin, None)
+            return
+        self._asking = True
+        self._gate.send_for_pin(source)
+
+    def _pin_came(self, pin: Pin | None, error: BaseException | None) -> None:
+        if self.login.state is not LoginState.USER and pin is not None:
+            try:
+                self._try_login(pin, force=self._insisted)
+            except Exception as failure:  # noqa: BLE001  # raised at the waiting
+                error = failure
+            else:
+                if self._wanted_by_operations:
+                    self._gate.counted(recoveries_total=1)
+        self._settle_logins(error)
+
+    def _settle_logins(self, error: BaseException | None) -> None:
+        waiting, self._logins = self._logins, []
+        for job in waiting:
+            self._gate.settle(job, None, error)
+        self._wanted_by_operations = self._insisted = self._asking = False
+        self._gate.login_settled(error)
+
+    def _fail_logins(self, error: PoolError) -> None:
+        waiting, self._logins = self._logins, []
+        for job in waiting:
+            self._gate.settle(job, None, error)
+
+    def _try_login(self, pin: Pin, *, force: bool) -> None:
+        with self.attached.turn:
+            self._send_pin(self._open_anchor, interface.CKU_USER, pin, force=force)
+        self._change(LoginEvent.USER_IN)
+        events.info(
+            events.LOGIN_COMPLETED, token=self._label, epoch=int(self.login.epoch)
+        )
+
+    def _send_pin(self, session: Session, user: int, pin: Pin, *, force: bool) -> None:
+        """``C_GetTokenInfo`` and ``C_Login``, if this PIN may be tried."""
+        who = SO if user == interface.CKU_SO else USER
+        self.info = fresh = self.same_token()
+        self.guard.check(who, pin, fresh, force=force)
+        events.info(events.LOGIN_STARTED, token=self._label, user=who)
+        code = raw_login(session.functions, session.handle, user, pin)
+        if code in _IN:
+            self.guard.accepted(who)
+            self._gate.counted(logins_total=1)
+            return
+        self._gate.counted(logins_failed_total=1)
+        events.warning(
+            events.LOGIN_FAILED, token=self._label, user=who, rv=rv.name_of(code)
+        )
+        self.guard.answered(who, pin, code, "C_Login")
+
+    def _pin_changed(self, pin: Pin) -> None:
+        self._pin = pin
+        self.guard.accepted(USER)
+
+    # -- Logout -------------------------------------------------------------------
+
+    def _log_out(self, job: Job) -> None:
+        if not self._quiet(job, leases=False):
+            self._repost()
+            return
+        try:
+            if self.login.state is LoginState.USER:
+                self._raw_logout(self._open_anchor)
+            # A chain of calls may be alive in the module after a logout.
+            self._gate.interrupt(
+                LoginRequired(
+                    "logged out in the middle of the data: await pool.login(pin), then "
+                    "begin again"
+                )
+            )
+            self._change(LoginEvent.OUT)
+        finally:
+            self._gate.resume()
+            self._repost()
+        # A login that was under way is against the user's word now.
+        self._settle_logins(LoginRequired("logged out meanwhile: pool.login(pin)"))
+        events.info(events.LOGOUT_COMPLETED, token=self._label)
+        self._gate.settle(job, None, None)
+
+    # -- The security officer -----------------------------------------------------
+
+    def _so_begin(self, job: Job, so_pin: Pin) -> None:
+        if not self._quiet(job, leases=True):
+            self._repost()
+            return
+        try:
+            session = self._swap_anchor(rw=True)
+            self._so_login(session, so_pin)
+        except Exception as error:
+            events.warning(events.SO_FAILED, token=self._label, error=str(error))
+            self._so_undo()
+            raise
+        self._so = session
+        if self._gate.settle(job, session, None):
+            events.info(events.SO_STARTED, token=self._label)
+        else:
+            # Its deadline passed inside C_Login: nobody is there to have the period.
+            self._so_undo()
+
+    def _so_undo(self) -> None:
+        """The period did not begin: back to what was before."""
+        try:
+            self._so_out()
+            self._so_restore(None)
+        except Exception as error:  # noqa: BLE001  # the first error is the one to raise
+            events.warning(events.SO_FAILED, token=self._label, error=str(error))
+        finally:
+            self._gate.resume()
+            self._repost()
+
+    def _so_out(self) -> None:
+        """Log the SO out, if in. The anchor is the period's R/W session."""
+        self._so = None
+        if self.login.state is LoginState.SO:
+            self._raw_logout(self._open_anchor)
+            self._change(LoginEvent.LOST)
+
+    def _so_login(self, session: Session, so_pin: Pin) -> None:
+        if self.login.state is LoginState.USER:
+            self._raw_logout(session)
+            self._change(LoginEvent.LOST)
+        with self.attached.turn:
+            self._send_pin(session, interface.CKU_SO, so_pin, force=False)
+        self._change(LoginEvent.SO_IN)
+
+    def _so_end(self, job: Job) -> None:
+        # Nothing of the period may be inside when the SO logs out.
+        if not self._quiet(job, leases=False):
+            return
+        try:
+            self._so_out()
+            asked = self._so_restore(job)
+        finally:
+            self._gate.resume()
+            self._repost()
+        events.info(events.SO_COMPLETED, token=self._label)
+        if not asked:
+            self._gate.settle(job, None, None)
+
+    def _so_restore(self, job: Job | None) -> bool:
+        """A R/O anchor, and the login that was there before the period.
+
+        True: a caller was asked for the PIN, and ``job`` is settled when it comes.
+        """
+        if self._anchor is not None and self._anchor.rw:
+            self._swap_anchor(rw=False)
+        wanted = self.login.wanted is LoginState.USER
+        if not wanted or self.login.state is LoginState.USER or self._pin is None:
+            return False
+        source = self._own_pin
+        if callable(source):
+            if job is not None:
+                # The period is over; what is left is a login, and may be left alone.
+                job.stays = False
+            self._ask(source, job)
+            return True
+        self._try_login(source, force=False)
+        return False
+
+    @property
+    def _own_pin(self) -> Pin | PinCallable:
+        """The pool's PIN or its source.
+
+        Raises:
+            LoginRequired: It has none; or a change of the PIN was lost, and either
+                may be the wrong one.
+        """
+        if self._pin is None:
+            message = "no PIN to log in with: await pool.login(pin)"
+            raise LoginRequired(message)
+        if self._in_doubt:
+            message = (
+                "a change of the PIN was lost, so the pool sends neither the old nor "
+                "the new one: await pool.login(pin)"
+            )
+            raise LoginRequired(message)
+        return self._pin
+
+
+def _is_down(error: BaseException) -> bool:
+    return not isinstance(error, PoolError) and recovery.classify(error) in (
+        recovery.Fault.TOKEN,
+        recovery.Fault.MODULE,
+    )

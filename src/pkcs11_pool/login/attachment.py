@@ -1,0 +1,154 @@
+"""What one pool has of its token: the module, the token, the anchor, the login state.
+
+The *anchor* is the session that keeps the application from having none, because
+closing the last one logs out. All of this is written by the login actor's thread
+only; everybody reads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pkcs11 import exceptions as p11
+
+from pkcs11_pool.cryptoki import module as modules
+from pkcs11_pool.cryptoki import rv
+from pkcs11_pool.cryptoki.session import Session
+from pkcs11_pool.errors import PoolClosed, TokenUnavailable
+from pkcs11_pool.login.pin_guard import PinGuard, guard_of
+from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState
+
+if TYPE_CHECKING:
+    import pkcs11
+
+    from pkcs11_pool.config import PoolOptions
+    from pkcs11_pool.cryptoki.keys import HandleCache
+    from pkcs11_pool.login.gate import Gate
+    from pkcs11_pool.state import TokenInfo
+
+
+class Attachment:
+    """The token of one pool, and the session that stays open on it.
+
+    Attributes:
+        login: The login state, replaced whole at each change.
+        guard: What may be sent to the token as a PIN.
+    """
+
+    def __init__(
+        self, options: PoolOptions, gate: Gate, cache: HandleCache, name: str | None
+    ) -> None:
+        self.login = Login(LoginState.PUBLIC, LoginState.PUBLIC, Epoch(1))
+        self.module: modules.Module | None = None
+        # The module is remembered after the end: lost calls come back to it.
+        self._is_attached = False
+        self.token: pkcs11.Token | None = None
+        self.info: TokenInfo | None = None
+        self.guard = PinGuard()
+        self._options = options
+        self._gate = gate
+        self._cache = cache
+        self._name = name
+        self._anchor: Session | None = None
+
+    def _attach(self) -> None:
+        options = self._options
+        self.module = modules.acquire(
+            options.module, options.init_reserved, serialize=options.serialize
+        )
+        self._is_attached = True
+        with self.module.turn:
+            if not self.module.library.get_slots():
+                # A client whose server was down at C_Initialize has no slots, and
+                # keeps none until it is finalised.
+                message = f"{options.module} has no slots"
+                raise p11.TokenNotPresent(message)
+            self.token, info = self.module.find(options)
+            self.module.claim(info, self._name or info.label)
+            self.info = info
+            self.guard = guard_of((self.module.path, info.identity))
+            self._anchor = self.new_session(rw=False)
+
+    def _detach(self) -> None:
+        module = self.module
+        if module is None or not self._is_attached:
+            return
+        # Where one call at a time is let in and a lost one is inside, nothing more
+        # is: the session stays, and so does the module.
+        if module.wait_turn(self._options.close_timeout):
+            if self._anchor is not None:
+                if self.login.state is not LoginState.PUBLIC:
+                    module.functions.C_Logout(self._anchor.handle)
+                self._anchor.close()
+            module.turn.__exit__()
+        self._anchor = None
+        if self.info is not None:
+            module.unclaim(self.info)
+        modules.release(module)
+        self._is_attached = False
+        self.info = self.token = None
+
+    def new_session(self, *, rw: bool) -> Session:
+        """``C_OpenSession`` on the token; whoever calls has the turn."""
+        if self.token is None:
+            raise PoolClosed("the pool is not open")
+        return Session(self.attached, self.token, rw=rw, epoch=self.login.epoch)
+
+    def _swap_anchor(self, *, rw: bool) -> Session:
+        """Replace the anchor by one of the other kind; the new one is opened first.
+
+        The application never has no session by accident: closing the last logs out.
+        """
+        with self.attached.turn:
+            new, old = self.new_session(rw=rw), self._anchor
+            self._anchor = new
+            if old is not None:
+                old.close()
+        return new
+
+    def _raw_logout(self, session: Session) -> None:
+        with self.attached.turn:
+            code = session.functions.C_Logout(session.handle)
+        if code != rv.CODES["CKR_USER_NOT_LOGGED_IN"]:
+            rv.check(code, "C_Logout")
+
+    def _change(self, event: LoginEvent) -> None:
+        # The order matters: operations that start from here on see the new epoch,
+        # and what was opened or found in the old one is not used in it.
+        self.login = self.login.after(event)
+        self._cache.login = self.login
+        self._gate.close_ahead()
+
+    def same_token(self) -> TokenInfo:
+        """What the token tells now; no PIN is ever sent to another one."""
+        known = self.known
+        fresh = self.attached.info(known.slot_id)
+        if fresh.identity != known.identity:
+            raise TokenUnavailable(
+                f"another token is in the slot: {fresh}, not {known}"
+            )
+        return fresh
+
+    @property
+    def attached(self) -> modules.Module:
+        """The module, also after the end of the pool."""
+        if self.module is None:
+            raise PoolClosed("the pool is not open")
+        return self.module
+
+    @property
+    def known(self) -> TokenInfo:
+        """The token of the open pool, as it told last."""
+        if self.info is None:
+            raise PoolClosed("the pool is not open")
+        return self.info
+
+    @property
+    def _open_anchor(self) -> Session:
+        if self._anchor is None:
+            raise PoolClosed("the pool is not open")
+        return self._anchor
+
+    @property
+    def _label(self) -> str:
+        return self.info.label if self.info is not None else self._options.wanted_token
