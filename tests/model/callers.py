@@ -68,6 +68,11 @@ class Running:
             raise Lost(f"a call did not end within {LAST_RESORT} s")
 
     @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self._over.is_set()
+
+    @property
     def outcome(self) -> str:
         """How it ended, in one word or two."""
         if self.cancelled:

@@ -147,39 +147,44 @@ class Ledger:
         if call.rv in _NEVER:
             raise Broken(f"{call.function}: {_NEVER[CKR(call.rv)]}")
         if call.function == "C_Finalize":
-            # A new generation: every number of the old one is void.
-            self._sessions.clear()
-            self._slots.clear()
-            self._began_with.clear()
-            self.outliving.clear()
+            self._finalized()
+        elif call.session is None:
             return
-        if call.session is None:
-            return
-        if call.thread in strangers:
+        elif call.thread in strangers:
             raise Broken(f"{call.function} by a thread that is not the pool's")
-        if call.function == "C_OpenSession":
-            self._opened(call)
-            return
-        session = self._sessions.get(call.session)
+        elif call.function == "C_OpenSession":
+            self._opened(call, call.session)
+        else:
+            self._called(call, call.session)
+
+    def _finalized(self) -> None:
+        """A new generation: every number of the old one is void."""
+        self._sessions.clear()
+        self._slots.clear()
+        self._began_with.clear()
+        self.outliving.clear()
+
+    def _called(self, call: Call, number: int) -> None:
+        session = self._sessions.get(number)
         if session is None:
-            raise Broken(f"{call.function} on session {call.session}: it is not open")
+            raise Broken(f"{call.function} on session {number}: it is not open")
         if call.began_ns < session.busy_until:
-            raise Broken(f"{call.function}: two calls on session {call.session} at once {session}")
+            raise Broken(f"{call.function}: two calls on session {number} at once")
         session.busy_until = call.ended_ns or 0
-        session.kept |= call.session in self.lent or call.function in _LOGINS
+        session.kept |= number in self.lent or call.function in _LOGINS
         if call.function == "C_CloseSession":
-            self._closed(call.session)
+            self._closed(number)
         elif call.function in _LOGINS:
             self._login(call, session.slot)
         else:
             self._used(call, session)
 
-    def _opened(self, call: Call) -> None:
-        if call.rv or call.session is None or call.slot is None:
+    def _opened(self, call: Call, number: int) -> None:
+        if call.rv or call.slot is None:
             return
-        if call.session in self._sessions:
-            raise Broken(f"session {call.session} was opened twice")
-        self._sessions[call.session] = _Open(call.slot, self._step)
+        if number in self._sessions:
+            raise Broken(f"session {number} was opened twice")
+        self._sessions[number] = _Open(call.slot, self._step)
         self._slots.setdefault(call.slot, _Slot())
 
     def _closed(self, number: int) -> None:

@@ -50,7 +50,7 @@ class Refused(Exception):
 class Kind(Enum):
     """What an object is."""
 
-    SECRET = "AES key"
+    AES = "AES key"
     PRIVATE = "private key"
     PUBLIC = "public key"
 

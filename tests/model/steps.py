@@ -31,6 +31,7 @@ PIECES: Final = 4
 LONG: Final = bytes(range(256)) * (_PIECE * PIECES // 256)
 """Data that goes to the token in parts."""
 
+
 class Error(str):
     """Among the results that are right: an error, by the name of its class."""
 
@@ -188,7 +189,7 @@ class Officer(Step):
         if self.init_pin is not None:
             model.so_init_pin(self.life, self.init_pin)
         if self.new is not None:
-            thing = _secret(self.new, "a", private=False, token=True)
+            thing = secret(self.new, "a", private=False, token=True)
             # In his own R/W session, as the pool's fresh ones are.
             model.add(self.life, "pool", [thing], ref=None)
         model.so_end(self.life)
@@ -205,7 +206,7 @@ class Officer(Step):
             refused = False
             try:
                 await so.session.create_object(
-                    _template("never", "a", private=True, token=True)
+                    template("never", "a", private=True, token=True)
                 )
             except LoginRequired:
                 refused = True
@@ -213,7 +214,7 @@ class Officer(Step):
                 await so.init_pin(self.init_pin)
             if self.new is not None:
                 await so.session.create_object(
-                    _template(self.new, "a", private=False, token=True)
+                    template(self.new, "a", private=False, token=True)
                 )
             return info.rw, _user(info.state.name), found, refused
 
@@ -308,7 +309,7 @@ class Visit(Step):
         async with pool.session(rw=self.rw, timeout=self.timeout) as session:
             world.visited.add(session.handle)
             key: Any = await session.create_object(
-                _template(self.new, "a", private=self.private, token=False)
+                template(self.new, "a", private=self.private, token=False)
             )
             result: bytes = await key.on(session).encrypt(b"visit", **_CBC)
             return result
@@ -322,7 +323,8 @@ _CBC: Final[dict[str, Any]] = {
 }
 
 
-def _template(name: str, label: str, *, private: bool, token: bool) -> Any:
+def template(name: str, label: str, *, private: bool, token: bool) -> Any:
+    """The attributes of a secret key that the test makes."""
     return {
         Attribute.CLASS: ObjectClass.SECRET_KEY,
         Attribute.KEY_TYPE: KeyType.AES,
@@ -344,9 +346,10 @@ def _common(name: str, label: str) -> Any:
     }
 
 
-def _secret(name: str, label: str, *, private: bool, token: bool) -> Thing:
+def secret(name: str, label: str, *, private: bool, token: bool) -> Thing:
+    """The same for the model."""
     value = value_of(name)
-    return Thing(name, Kind.SECRET, label, private, token, None, 0, value)
+    return Thing(name, Kind.AES, label, private, token, None, 0, value)
 
 
 @dataclass(frozen=True)
@@ -364,7 +367,7 @@ class Create(Step):
 
     def expect(self, model: Model) -> Right:
         """See the model."""
-        thing = _secret(self.new, self.label, private=self.private, token=self.token)
+        thing = secret(self.new, self.label, private=self.private, token=self.token)
         ref = self.new if self.keep else None
         model.create(self.life, self.where, [thing], ref=ref)
         return None
@@ -372,7 +375,7 @@ class Create(Step):
     async def act(self, world: World) -> None:
         """``await calls.create_object()``."""
         world.refs[self.new] = await world.calls(self.life, self.where).create_object(
-            _template(self.new, self.label, private=self.private, token=self.token)
+            template(self.new, self.label, private=self.private, token=self.token)
         )
 
 
@@ -435,7 +438,7 @@ class Unwrap(Step):
             raise Refused("SessionObjectNeedsSession")
         ref = model.refs[self.ref]
         model.resolve(ref, self.where)
-        thing = _secret(self.new, "b", private=self.private, token=self.token)
+        thing = secret(self.new, "b", private=self.private, token=self.token)
         kept = self.new if self.keep else None
         model.add(ref.life, self.where, [thing], ref=kept)
         return None
@@ -472,7 +475,7 @@ class Copy(Step):
             raise Refused("SessionObjectNeedsSession")
         ref = model.refs[self.ref]
         thing = model.resolve(ref, self.where)
-        made = _secret(self.new, "c", private=thing.private, token=self.token)
+        made = secret(self.new, "c", private=thing.private, token=self.token)
         made.value = thing.value
         kept = self.new if self.keep else None
         model.add(ref.life, self.where, [made], ref=kept)
@@ -548,8 +551,8 @@ class Find(Step):
     async def act(self, world: World) -> Hashable:
         """``await calls.find()``."""
         calls = world.calls(self.life, self.where)
-        template = None if self.label is None else {Attribute.LABEL: self.label}
-        return await _ids(await calls.find(template), calls)
+        wanted = None if self.label is None else {Attribute.LABEL: self.label}
+        return await _ids(await calls.find(wanted), calls)
 
 
 async def _ids(found: list[Any], calls: Any) -> tuple[str, ...]:
@@ -619,14 +622,14 @@ class Make(Step):
         model.door(self.life)
         if not self.rw:
             raise Refused("SessionReadOnly")
-        thing = _secret(self.new, "c", private=self.private, token=True)
+        thing = secret(self.new, "c", private=self.private, token=True)
         model.add(self.life, "pool", [thing], ref=None)
         return None
 
     async def act(self, world: World) -> None:
         """``await pool.run(func, rw=True)``."""
-        template = _template(self.new, "c", private=self.private, token=True)
-        await world.pools[self.life].run(_make, template, rw=self.rw)
+        made = template(self.new, "c", private=self.private, token=True)
+        await world.pools[self.life].run(_make, made, rw=self.rw)
 
 
 def _make(session: Any, template: Any) -> None:
@@ -670,7 +673,7 @@ class Sign(Step):
         """``await key.sign()``."""
         key = world.ref(self.ref, self.where)
         raw = await key.sign(sha256(b"data"), mechanism=Mechanism.ECDSA)
-        return await world.signer(world.life_of(key), sha256(b"data"), raw)
+        return await world.signer(sha256(b"data"), raw)
 
 
 @dataclass(frozen=True)
@@ -690,11 +693,9 @@ class SignMany(Step):
         key = world.refs[self.ref]
         items = [sha256(f"item {n}".encode()) for n in range(self.items)]
         signers = []
-        made = [
-            raw async for raw in key.sign_many(items, mechanism=Mechanism.ECDSA)
-        ]
+        made = [raw async for raw in key.sign_many(items, mechanism=Mechanism.ECDSA)]
         for item, raw in zip(items, made, strict=True):
-            signers.append(await world.signer(world.life_of(key), item, raw))
+            signers.append(await world.signer(item, raw))
         return tuple(signers)
 
 
@@ -729,7 +730,7 @@ class EncryptBy(Step):
 
     def expect(self, model: Model) -> Right:
         """Where several match, it is refused, unless one was known before."""
-        found = model.named(self.life, self.where, self.label, Kind.SECRET)
+        found = model.named(self.life, self.where, self.label, Kind.AES)
         right: set[Any] = {sealed(thing.value, b"data") for thing in found}
         return frozenset(right | ({Error("KeyAmbiguous")} if len(found) > 1 else set()))
 

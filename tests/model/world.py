@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import shutil
 import threading
 import time
@@ -161,20 +159,14 @@ class World:
         ref = self.refs[name]
         return ref if where == "pool" else ref.on(self.sessions[where])
 
-    def life_of(self, ref: Any) -> str:
-        """The name of the pool that a reference belongs to."""
-        name: str = ref._calls._engine.options.name  # noqa: SLF001
-        return name
-
     def forget(self, stream: str) -> TokenPool:
         """Let go of a stream without a word; the pool that it was of."""
         pool: TokenPool = self.streams.pop(stream)._task.calls  # noqa: SLF001
-        gc.collect()
         return pool
 
     # -- Whose signature is it ----------------------------------------------------
 
-    async def signer(self, life: str, digest: bytes, raw: bytes) -> str:
+    async def signer(self, digest: bytes, raw: bytes) -> str:
         """The CKA_ID of the key pair that made a signature; or ``none``."""
         half = len(raw) // 2
         r, s = (int.from_bytes(part, "big") for part in (raw[:half], raw[half:]))
@@ -207,7 +199,7 @@ class World:
             actor: Any = pool._engine.actor  # noqa: SLF001  # it has no public mark
             actor.later(partial(done.set))
             assert done.wait(SOON), "the login actor does not come to its end"
-            wait_until(partial(_is_quiet, pool), lambda p=pool: str(p.stats()))
+            wait_until(partial(_is_quiet, pool), partial(_stats, pool))
 
     def lent(self) -> set[int]:
         """The numbers of the sessions that are lent, to callers and to streams."""
@@ -233,6 +225,10 @@ def _is_quiet(pool: TokenPool) -> bool:
     return idle and s.sessions_open == s.sessions_ahead + s.sessions_leased
 
 
+def _stats(pool: TokenPool) -> str:
+    return str(pool.stats())
+
+
 def wait_until(predicate: Callable[[], object], why: Callable[[], str]) -> None:
     """Wait for what no event tells of."""
     deadline = time.monotonic() + SOON
@@ -244,11 +240,13 @@ def wait_until(predicate: Callable[[], object], why: Callable[[], str]) -> None:
         pause = min(0.01, pause * 2)
 
 
-def left_over() -> tuple[list[str], int]:
-    """Threads of pools, and how many files are open."""
-    names = [t.name for t in threading.enumerate() if t.name.startswith("pkcs11-pool")]
+def left_over() -> list[str]:
+    """Threads of pools that are still there."""
+    names = (thread.name for thread in threading.enumerate())
+    return [name for name in names if name.startswith("pkcs11-pool")]
+
+
+def open_files() -> int:
+    """How many files, pipes and sockets are open."""
     here = Path("/proc/self/fd")
-    if names:
-        return names, 0
-    gc.collect()
-    return names, len(os.listdir(here)) if here.exists() else 0
+    return len(list(here.iterdir())) if here.exists() else 0
