@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pkcs11_pool import PoolTimeout
 from pkcs11_pool.engine.dispatch import RECENT
 from pkcs11_pool.stats import BOUNDS, Histogram, Times
-from poolkit import Hold, digest, settled
+from poolkit import Hold, digest, eventually, settled
 
 if TYPE_CHECKING:
     from conftest import MakePool
@@ -141,7 +141,7 @@ async def test_a_call_that_hangs_is_counted_at_its_deadline(
         assert runs.count == 1
         assert runs.seconds >= 0.05
         fault.release()
-        await settled(pool)
+        await eventually(lambda: not pool.stats().calls_stuck)
         assert pool.stats().run_times.since(before).count == 1
 
 
@@ -159,6 +159,7 @@ async def test_recent_errors_have_a_type_and_a_code_and_no_text(
             await pool.run(fails)
     with Hold() as hold, pytest.raises(PoolTimeout):
         await pool.run(hold, timeout=0.05)
+    await eventually(lambda: not pool.stats().calls_stuck)
     errors = pool.stats().recent_errors
     assert len(errors) == RECENT
     assert (errors[0].type, errors[0].code) == ("DataInvalid", "CKR_DATA_INVALID")

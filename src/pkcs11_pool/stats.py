@@ -74,10 +74,10 @@ class Times:
         self.counts = [0] * (len(BOUNDS) + 1)
         self.seconds = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Count one more. On the way of every operation: keep it two lines."""
-        self.seconds += seconds
-        self.counts[bisect_left(BOUNDS, seconds)] += 1
+    def add(self, seconds: float, times: int = 1) -> None:
+        """Count one more, or none. On the way of every operation: keep it short."""
+        self.seconds += seconds * times
+        self.counts[bisect_left(BOUNDS, seconds)] += times
 
     def snapshot(self) -> Histogram:
         """What was counted so far."""

@@ -468,8 +468,7 @@ class Dispatch:
             # There may be more for whom nobody was woken.
             self._wake_for_next_locked()
         waited = now - job.since
-        if not job.stays:
-            self._wait_times.add(waited)
+        self._wait_times.add(waited, not job.stays)
         if job.waited:
             self._counters.wait_seconds_total += waited
         job.since = now
@@ -558,8 +557,7 @@ class Dispatch:
             )
             if job.kind is not Kind.ACTOR:
                 self._write_off_locked(job, error)
-                if job.is_operation:
-                    self._run_times.add(now - job.since)
+                self._run_times.add(now - job.since, job.is_operation)
         if not self._settle_locked(job, None, error):
             return False
         self._counters.operations_timed_out += job.is_operation

@@ -251,8 +251,7 @@ class TokenEngine(Leasing):
             now = time.monotonic()
             duration = now - job.since
             self._counters.run_seconds_total += duration
-            if job.is_operation:
-                self._run_times.add(duration)
+            self._run_times.add(duration, job.is_operation)
             self._awake.took(duration)
             if isinstance(result, Loan):
                 self._room.lent(result.lease)
