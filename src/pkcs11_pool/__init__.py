@@ -52,6 +52,7 @@ from pkcs11_pool.state import (
     TokenInfo,
 )
 from pkcs11_pool.stats import Histogram, PoolStats, RecentError
+from pkcs11_pool.uri import Pkcs11URI
 
 __all__ = [
     "Access",
@@ -74,6 +75,7 @@ __all__ = [
     "PinLengthInvalid",
     "PinRefused",
     "PinSourceError",
+    "Pkcs11URI",
     "PoolClosed",
     "PoolError",
     "PoolState",
