@@ -11,10 +11,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
-from ocktoken import MODULE, USER_PIN
 from pkcs11 import KeyType, Mechanism
 from pkcs11.exceptions import PKCS11Error
 
+from opencryptoki.ocktoken import MODULE, USER_PIN
 from pkcs11_pool import KeyNotFound, SessionObjectDestroyed
 from poolkit import blocking
 

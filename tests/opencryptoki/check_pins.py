@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from ocktoken import MODULE, SO_PIN, USER_PIN
 from pkcs11 import Mechanism, TokenFlag
 from pkcs11.exceptions import PinLocked
 
+from opencryptoki.ocktoken import MODULE, SO_PIN, USER_PIN
 from pkcs11_pool import LoginState, PinRefused, PoolState, TokenPool
 from pkcs11_pool.cryptoki import interface
 from poolkit import blocking

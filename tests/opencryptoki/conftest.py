@@ -10,8 +10,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from ocktoken import MODULE, SO_PIN, USER_PIN, software_slot
 
+from opencryptoki.ocktoken import MODULE, SO_PIN, USER_PIN, software_slot
 from pkcs11_pool import TokenPool, init_token
 from pkcs11_pool.cryptoki import module as modules
 
