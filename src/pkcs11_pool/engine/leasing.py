@@ -101,7 +101,9 @@ class Leasing(Dispatch):
         refused = []
         while lease.waiting:
             job = lease.waiting.popleft()
-            if self._settle_locked(job, None, lease.error()):
+            # The end of a chain or of the lease itself has come with this.
+            error = None if job.stays else lease.error()
+            if self._settle_locked(job, None, error):
                 refused.append(job)
         return refused
 
