@@ -233,9 +233,7 @@ class Outages(Leasing):
         wake = self._refuse_lane_locked(lane) + self._refuse_users_locked(lane)
         for job in [job for job in self._lines if job.lane is lane]:
             self._take_out_locked(job)
-            # The end of a lease has come, one way or the other.
-            error = None if job.stays else lane.error()
-            if self._settle_locked(job, None, error):
+            if self._settle_lane_locked(job):
                 wake.append(job)
         self._room.returned(lane)
         return wake
