@@ -51,12 +51,13 @@ from pkcs11_pool.state import (
     SessionState,
     TokenInfo,
 )
-from pkcs11_pool.stats import PoolStats
+from pkcs11_pool.stats import Histogram, PoolStats, RecentError
 
 __all__ = [
     "Access",
     "CryptStream",
     "ForkedProcess",
+    "Histogram",
     "InvalidOption",
     "InvalidType",
     "InvalidURI",
@@ -79,6 +80,7 @@ __all__ = [
     "PoolStats",
     "PoolTimeout",
     "PooledSession",
+    "RecentError",
     "Results",
     "SecurityOfficer",
     "SessionClosed",
