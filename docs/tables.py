@@ -137,22 +137,16 @@ def event_table() -> str:
 def stats_table() -> str:
     """Each figure of ``pool.stats()``."""
     texts = comments(stats, above=True)
+    counted = {field.name for field in dataclasses.fields(stats.Counters)}
 
-    def kind(name: str) -> str:
-        if name == "last_error":
-            return "text"
-        counter = (
-            name.endswith("_total")
-            or name == "calls_lost"
-            or (
-                name
-                in {"operations_failed", "operations_cancelled", "operations_timed_out"}
-            )
-        )
-        return "counter" if counter else "gauge"
+    def kind(field: dataclasses.Field[object]) -> str:
+        if field.name in counted:
+            return "text" if field.name == "last_error" else "counter"
+        kinds = {"Histogram": "histogram", "int": "gauge"}
+        return kinds.get(str(field.type), "list")
 
     rows = (
-        (f"`{field.name}`", kind(field.name), markdown(texts[field.name]))
+        (f"`{field.name}`", kind(field), markdown(texts[field.name]))
         for field in dataclasses.fields(stats.PoolStats)
     )
     return table(("figure", "kind", "meaning"), rows)
