@@ -106,7 +106,9 @@ def error_table() -> str:
     def rows() -> Iterator[tuple[str, ...]]:
         for name in sorted(errors.__all__):
             kind = getattr(errors, name)
-            bases = [b for b in kind.__bases__ if b not in {Exception, errors.PoolError}]
+            bases = [
+                b for b in kind.__bases__ if b not in {Exception, errors.PoolError}
+            ]
             shown = ", ".join(f"`{_known_as(base)}`" for base in bases)
             text = (inspect.getdoc(kind) or "").partition("\n\nAttributes:")
             said = markdown(text[0])

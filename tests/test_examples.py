@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SAID = {
+    "sign_certificate.py": "50 certificates verify",
+    "sign_jwt.py": "100 tokens verify, the last is for user 99",
     "asyncio_sign.py": "100 of 100 signatures verify, after 1 login",
     "batch_of_signatures.py": "number 4321: InvalidType: an item must be bytes",
     "envelope_encryption.py": "20 of 20 records open",
@@ -20,6 +23,7 @@ SAID = {
 }
 LINES = 75
 """As many as fit on a screen or two."""
+CORES = {"sign_certificate.py": "issue", "sign_jwt.py": "issue"}
 
 
 def test_every_example_is_run_here() -> None:
@@ -46,3 +50,15 @@ def test_an_example_runs_as_it_stands(name: str) -> None:
 def test_an_example_is_short(name: str) -> None:
     """Long ones are not read."""
     assert len((EXAMPLES / name).read_text().splitlines()) <= LINES
+
+
+@pytest.mark.parametrize(("name", "function"), sorted(CORES.items()))
+def test_the_core_of_an_integration_is_under_ten_lines(
+    name: str, function: str
+) -> None:
+    """What a user writes, without the throwaway token and the verifier."""
+    tree = ast.parse((EXAMPLES / name).read_text())
+    (core,) = (node for node in tree.body if getattr(node, "name", "") == function)
+    assert isinstance(core, ast.AsyncFunctionDef)
+    first, last = core.body[1], core.body[-1]  # after its docstring
+    assert (last.end_lineno or 0) - first.lineno + 1 < 10
