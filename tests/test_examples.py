@@ -35,12 +35,17 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 MODULE = "/usr/lib/softhsm/libsofthsm2.so"  # Debian's, in the README
 SAID = {
+    "envelope_encryption.py": "tenant 7 reads b'card 4711'; tenant 8 cannot",
     "sign_certificate.py": "50 certificates verify",
     "sign_jwt.py": "100 tokens verify, the last is for user 99",
     "asyncio_sign.py": "100 of 100 signatures verify, after 1 login",
     "trio_sign.py": "the signature verifies",
 }
-CORES = {"sign_certificate.py": "issue", "sign_jwt.py": "issue"}
+CORES = {
+    "envelope_encryption.py": "seal",
+    "sign_certificate.py": "issue",
+    "sign_jwt.py": "issue",
+}
 
 
 def test_every_example_is_run_here() -> None:
