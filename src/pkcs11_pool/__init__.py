@@ -53,12 +53,14 @@ from pkcs11_pool.state import (
     SessionState,
     TokenInfo,
 )
-from pkcs11_pool.stats import PoolStats
+from pkcs11_pool.stats import Histogram, PoolStats, RecentError
+from pkcs11_pool.uri import Pkcs11URI
 
 __all__ = [
     "Access",
     "CryptStream",
     "ForkedProcess",
+    "Histogram",
     "InvalidCiphertext",
     "InvalidOption",
     "InvalidType",
@@ -77,12 +79,14 @@ __all__ = [
     "PinLengthInvalid",
     "PinRefused",
     "PinSourceError",
+    "Pkcs11URI",
     "PoolClosed",
     "PoolError",
     "PoolState",
     "PoolStats",
     "PoolTimeout",
     "PooledSession",
+    "RecentError",
     "Results",
     "SecurityOfficer",
     "SessionClosed",

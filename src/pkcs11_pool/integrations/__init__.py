@@ -1,1 +1,1 @@
-"""What users already sign with, on keys of the pool: each an extra of its own."""
+"""What users already have, on top of a pool: each an extra of its own."""

@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from asn1crypto import algos, core
-from pkcs11 import MGF, KeyType, Mechanism, ObjectClass
+from pkcs11 import MGF, Attribute, KeyType, Mechanism, ObjectClass
 
 from pkcs11_pool.cryptoki.keys import KeySpec, narrowed
 from pkcs11_pool.errors import InvalidOption, InvalidType
@@ -257,6 +257,14 @@ def secret_key(key: KeyRef) -> KeyRef:
     if isinstance(target, KeySpec):
         target = narrowed(target, (int(ObjectClass.SECRET_KEY),))
     return KeyRef(key._calls, target, home=key._home)  # noqa: SLF001
+
+
+def name_of(key: KeyRef) -> tuple[str | None, bytes | None]:
+    """Label and id that a reference names its key by."""
+    target = key._target  # noqa: SLF001  # one package
+    given = dict(target.attributes) if isinstance(target, KeySpec) else {}
+    label = given.get(int(Attribute.LABEL))
+    return None if label is None else label.decode(), given.get(int(Attribute.ID))
 
 
 SECRET_KEY_TYPES: Final = frozenset(
