@@ -77,7 +77,10 @@ class Pause(Enum):
     NOT = "not"
     """Everything."""
     NEW = "new"
-    """Only jobs of open leases: the security officer waits for their end."""
+    """Only jobs of open leases: the security officer waits for their end.
+
+    When no others are open, he stops chains that have a session to themselves.
+    """
     ALL = "all"
     """Nothing, but the jobs of a period of the security officer."""
 
@@ -377,8 +380,18 @@ class Dispatch:
         if self._login_awaited and not job.restart and not job.stays:
             return False
         if job.kind is Kind.LANE:
-            return True
+            return self._pause is Pause.NOT or not self._is_stopped_locked(job)
         return self._pause is Pause.NOT and self._room.allows(job)
+
+    def _is_stopped_locked(self, job: Job) -> bool:
+        """Whether a part of a chain must not start: it would keep the officer out.
+
+        Not while he waits for a session in somebody's hands, who may need the chain to
+        come to his end.
+        """
+        if not job.lane.lone or job.stays:
+            return False
+        return not (self._room.lent_out or self._room.leasing)
 
     def _can_start_at_once_locked(self, job: Job) -> bool:
         """Whether a new job finds a session and a thread that nobody waits for."""
