@@ -116,8 +116,8 @@ class Client:
     async def _lifespan(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await self._app(scope, receive, send)
-        except PoolError:
-            # Told by a message, too; a server logs it.
+        except* PoolError:
+            # Told by a message, too; a server logs it. Litestar raises a group.
             assert self.told[-1]["type"] == "lifespan.startup.failed"
 
 

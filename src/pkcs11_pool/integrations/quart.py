@@ -36,7 +36,6 @@ def install(app: Quart, make: Callable[[], TokenPool]) -> None:
         app: The application.
         make: Makes the pool; called at each start.
     """
-
     # Not `while_serving`: its generator serves for one start of the application.
     stack = AsyncExitStack()
 
