@@ -12,6 +12,7 @@ from pkcs11_pool.errors import (
     InvalidURI,
     KeyAmbiguous,
     KeyFunctionNotPermitted,
+    KeyNotExportable,
     KeyNotFound,
     LoginRequired,
     ModuleError,
@@ -52,6 +53,7 @@ from pkcs11_pool.state import (
     TokenInfo,
 )
 from pkcs11_pool.stats import Histogram, PoolStats, RecentError
+from pkcs11_pool.uri import Pkcs11URI
 
 __all__ = [
     "Access",
@@ -63,6 +65,7 @@ __all__ = [
     "InvalidURI",
     "KeyAmbiguous",
     "KeyFunctionNotPermitted",
+    "KeyNotExportable",
     "KeyNotFound",
     "KeyRef",
     "LoginRequired",
@@ -74,6 +77,7 @@ __all__ = [
     "PinLengthInvalid",
     "PinRefused",
     "PinSourceError",
+    "Pkcs11URI",
     "PoolClosed",
     "PoolError",
     "PoolState",
