@@ -288,10 +288,8 @@ class TokenPool(Calls):
 
     @property
     def name(self) -> str:
-        """Its name in metrics, given as ``name`` or else the label of its token."""
-        options, info = self._engine.options, self._engine.actor.info
-        label = options.token_label if info is None else info.label
-        return options.name or label or "pkcs11"
+        """What it is called in metrics: ``name``, or the label of its token."""
+        return self._engine.name
 
     @property
     def state(self) -> PoolState:
