@@ -7,11 +7,13 @@ top floor (demo, command line) are never imported from here.
 from pkcs11_pool import pins
 from pkcs11_pool.errors import (
     ForkedProcess,
+    InvalidCiphertext,
     InvalidOption,
     InvalidType,
     InvalidURI,
     KeyAmbiguous,
     KeyFunctionNotPermitted,
+    KeyNotExportable,
     KeyNotFound,
     LoginRequired,
     ModuleError,
@@ -51,17 +53,21 @@ from pkcs11_pool.state import (
     SessionState,
     TokenInfo,
 )
-from pkcs11_pool.stats import PoolStats
+from pkcs11_pool.stats import Histogram, PoolStats, RecentError
+from pkcs11_pool.uri import Pkcs11URI
 
 __all__ = [
     "Access",
     "CryptStream",
     "ForkedProcess",
+    "Histogram",
+    "InvalidCiphertext",
     "InvalidOption",
     "InvalidType",
     "InvalidURI",
     "KeyAmbiguous",
     "KeyFunctionNotPermitted",
+    "KeyNotExportable",
     "KeyNotFound",
     "KeyRef",
     "LoginRequired",
@@ -73,12 +79,14 @@ __all__ = [
     "PinLengthInvalid",
     "PinRefused",
     "PinSourceError",
+    "Pkcs11URI",
     "PoolClosed",
     "PoolError",
     "PoolState",
     "PoolStats",
     "PoolTimeout",
     "PooledSession",
+    "RecentError",
     "Results",
     "SecurityOfficer",
     "SessionClosed",
