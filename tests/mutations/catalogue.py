@@ -95,8 +95,10 @@ CATALOGUE = (
         "        self._pause = pause\n",
         "Who waited for the end of a pause starts then.",
         (
-            "test_security_officer.py::"
-            "test_operations_wait_for_the_officer_inside_their_deadlines",
+            (
+                "test_security_officer.py::"
+                "test_operations_wait_for_the_officer_inside_their_deadlines"
+            ),
         ),
     ),
     Mutation(
@@ -106,10 +108,14 @@ CATALOGUE = (
         "if self._changing:",
         "A number is verified after objects may have changed.",
         (
-            "test_keys_reuse.py::"
-            "test_no_signature_is_made_with_another_key_than_the_one_it_names",
-            "test_keys_reuse.py::"
-            "test_an_old_number_signs_for_nobody_when_it_is_another_keys",
+            (
+                "test_keys_reuse.py::"
+                "test_no_signature_is_made_with_another_key_than_the_one_it_names"
+            ),
+            (
+                "test_keys_reuse.py::"
+                "test_an_old_number_signs_for_nobody_when_it_is_another_keys"
+            ),
         ),
     ),
     Mutation(
@@ -119,8 +125,10 @@ CATALOGUE = (
         "            pass",
         "A lease for a caller who was just cancelled goes back whole, at once.",
         (
-            "test_leases_lost.py::"
-            "test_a_lease_for_a_caller_just_cancelled_is_given_back",
+            (
+                "test_leases_lost.py::"
+                "test_a_lease_for_a_caller_just_cancelled_is_given_back"
+            ),
             "test_leases_lost.py::test_a_lease_cancelled_while_it_is_opened_is_closed",
         ),
     ),
@@ -147,8 +155,10 @@ CATALOGUE = (
         "            pass",
         "A session object is of no use after its owner.",
         (
-            "test_session_objects.py::"
-            "test_after_its_owner_a_session_object_is_refused_here",
+            (
+                "test_session_objects.py::"
+                "test_after_its_owner_a_session_object_is_refused_here"
+            ),
         ),
     ),
     Mutation(
@@ -238,8 +248,10 @@ CATALOGUE = (
         "(job.changes and not runs)",
         "Who changes the token waits for the outcome.",
         (
-            "test_engine_cancellation.py::"
-            "test_a_call_that_changes_waits_for_its_outcome",
+            (
+                "test_engine_cancellation.py::"
+                "test_a_call_that_changes_waits_for_its_outcome"
+            ),
         ),
     ),
     Mutation(

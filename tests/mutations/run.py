@@ -91,8 +91,13 @@ def noticed(home: Path, mutation: Mutation, steps: int) -> tuple[str, str]:
 def _first_failure(home: Path, words: list[str]) -> str:
     """The first test that fails; empty if none does."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", *words]
-    # The copy's source comes before the one that is installed.
-    environment = os.environ | {"PYTHONPATH": str(home / "src")}
+    # Only the plugins that are needed: others have died of what goes wrong here.
+    command += ["-p", "anyio.pytest_plugin", "-p", "pytest_timeout"]
+    environment = os.environ | {
+        # The copy's source comes before the one that is installed.
+        "PYTHONPATH": str(home / "src"),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
     with subprocess.Popen(
         [*command, "-p", "no:cacheprovider"],
         cwd=home,
