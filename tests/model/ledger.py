@@ -163,7 +163,6 @@ class Ledger:
         self._sessions.clear()
         self._slots.clear()
         self._began_with.clear()
-        self.outliving.clear()
 
     def _called(self, call: Call, number: int) -> None:
         session = self._sessions.get(number)

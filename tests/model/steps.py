@@ -311,7 +311,7 @@ class Visit(Step):
             key: Any = await session.create_object(
                 template(self.new, "a", private=self.private, token=False)
             )
-            result: bytes = await key.on(session).encrypt(b"visit", **_CBC)
+            result: bytes = await key.encrypt(b"visit", **_CBC)
             return result
 
 

@@ -44,10 +44,10 @@ CATALOGUE = (
         ("test_keys.py::test_a_number_is_never_used_in_another_login_than_its_own",),
     ),
     Mutation(
-        "no-generation-check",
-        "cryptoki/session.py",
-        "if not handle or self.generation != self.module.generation:",
-        "if not handle:",
+        "no-new-generation",
+        "cryptoki/module.py",
+        "        session.forget()\n    module.live.clear()",
+        "        pass\n    module.live.clear()",
         "A session of an older generation never reaches the module again.",
         (
             "test_module.py::test_nothing_of_an_older_generation_enters_the_module",
@@ -90,16 +90,11 @@ CATALOGUE = (
     ),
     Mutation(
         "lose-wake-up",
-        "engine/token_engine.py",
-        "        self._pause = pause\n        self._wake_many_locked()\n",
-        "        self._pause = pause\n",
-        "Who waited for the end of a pause starts then.",
-        (
-            (
-                "test_security_officer.py::"
-                "test_operations_wait_for_the_officer_inside_their_deadlines"
-            ),
-        ),
+        "engine/dispatch.py",
+        "            if at_once:\n                self._wake_one_locked()",
+        "            if at_once:\n                pass",
+        "Who finds a free session and an idle worker is served at once.",
+        ("test_engine.py::test_a_signature_costs_four_calls",),
     ),
     Mutation(
         "no-trust-mark",
@@ -184,6 +179,32 @@ CATALOGUE = (
         "            if old is not None and not rw:\n                old.close()",
         "No R/O session is open when the SO logs in.",
         ("test_security_officer.py::test_inside_the_officer_is_logged_in",),
+    ),
+    Mutation(
+        "officer-deadlock",
+        "engine/dispatch.py",
+        "            self._pause is Pause.NEW\n            and job.holder is not None",
+        "            self._pause is Pause.NOT\n            and job.holder is not None",
+        "Whoever holds a session comes to his end while the SO waits for it.",
+        (
+            (
+                "test_security_officer.py::"
+                "test_who_holds_a_session_comes_to_his_end_while_the_officer_waits"
+            ),
+        ),
+    ),
+    Mutation(
+        "copy-left-behind",
+        "cryptoki/objects.py",
+        "        _undo(session, cache, made)\n        raise\n\n\ndef make(",
+        "        raise\n\n\ndef make(",
+        "Who is told that the key is not found has made nothing with it.",
+        (
+            (
+                "test_keys_reuse.py::"
+                "test_what_a_destroyed_key_made_is_not_left_on_the_token"
+            ),
+        ),
     ),
     Mutation(
         "two-wake-ups",
