@@ -239,6 +239,7 @@ async def test_a_given_token_is_left_as_it_was(
         await pool.generate_key(KeyType.AES, 128, label="theirs", store=True)
     file = tmp_path / "pin"
     file.write_text(f"{token.user_pin}\n")
+    file.chmod(0o600)
     done = bench(*SHORT, *ONE_CELL, *theirs, "--pin-file", str(file))
     assert done.returncode == 0, done.stderr
     assert "pkcs11_pool, asyncio" in done.stdout

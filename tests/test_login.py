@@ -987,6 +987,7 @@ async def test_a_pin_from_a_file(
     """pins.file takes the first line at each login, and names the file if it fails."""
     path = tmp_path / "pin"
     path.write_text(f"{token.user_pin}\nnot this\n")
+    path.chmod(0o600)
     async with make_pool(pin=pins.file(path)) as pool:
         await pool.logout()
         path.unlink()
@@ -1626,6 +1627,7 @@ async def test_no_traceback_shows_a_file_that_cannot_be_decoded(
     """The decoder's frames and errors hold the bytes, so they are not passed on."""
     path = tmp_path / "pin"
     path.write_bytes(_SECRET.encode() + b"\xff")
+    path.chmod(0o600)
     with pytest.raises(PinSourceError, match="pin") as caught:
         await make_pool(pin=pins.file(path)).open()
     assert _SECRET not in _shown(caught.value)

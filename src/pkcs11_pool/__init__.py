@@ -12,6 +12,7 @@ from pkcs11_pool.errors import (
     InvalidURI,
     KeyAmbiguous,
     KeyFunctionNotPermitted,
+    KeyNotExportable,
     KeyNotFound,
     LoginRequired,
     ModuleError,
@@ -51,17 +52,20 @@ from pkcs11_pool.state import (
     SessionState,
     TokenInfo,
 )
-from pkcs11_pool.stats import PoolStats
+from pkcs11_pool.stats import Histogram, PoolStats, RecentError
+from pkcs11_pool.uri import Pkcs11URI
 
 __all__ = [
     "Access",
     "CryptStream",
     "ForkedProcess",
+    "Histogram",
     "InvalidOption",
     "InvalidType",
     "InvalidURI",
     "KeyAmbiguous",
     "KeyFunctionNotPermitted",
+    "KeyNotExportable",
     "KeyNotFound",
     "KeyRef",
     "LoginRequired",
@@ -73,12 +77,14 @@ __all__ = [
     "PinLengthInvalid",
     "PinRefused",
     "PinSourceError",
+    "Pkcs11URI",
     "PoolClosed",
     "PoolError",
     "PoolState",
     "PoolStats",
     "PoolTimeout",
     "PooledSession",
+    "RecentError",
     "Results",
     "SecurityOfficer",
     "SessionClosed",

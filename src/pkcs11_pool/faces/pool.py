@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from pkcs11_pool import config, events, pins, uri
 from pkcs11_pool.config import PoolOptions
@@ -35,11 +35,22 @@ if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.leases import Hold, Lease, Loan
     from pkcs11_pool.engine.multipart import MultiPart
+    from pkcs11_pool.faces.keyref import KeyRef
     from pkcs11_pool.faces.waiting import FaceWaiter
     from pkcs11_pool.state import TokenInfo
     from pkcs11_pool.stats import PoolStats
+    from pkcs11_pool.uri import Pkcs11URI
 
 T = TypeVar("T")
+
+# Options of the pool, and where an open token tells the same of itself.
+_TOLD: Final = {
+    "token_label": "label",
+    "token_serial": "serial",
+    "token_model": "model",
+    "token_manufacturer": "manufacturer",
+    "slot_id": "slot_id",
+}
 
 
 class TokenPool(Calls):
@@ -124,39 +135,63 @@ class TokenPool(Calls):
         self._engine = TokenEngine(options)
 
     @classmethod
-    def from_uri(cls, text: str, **options: Any) -> TokenPool:
+    def from_uri(
+        cls,
+        text: str | Pkcs11URI,
+        *,
+        allow_pin_command: bool = False,
+        **options: Any,
+    ) -> TokenPool:
         """A pool from a PKCS#11 URI (RFC 7512): token, slot, module, PIN.
 
-        Options given by name win over the URI's.
+        What it says of an object is left to :meth:`key_from_uri`.
+
+        Args:
+            text: The URI.
+            allow_pin_command: Run the program that ``pin-source`` names after ``|``,
+                at each login.
+            **options: As the constructor takes them; they win over the URI's.
 
         Raises:
-            InvalidURI: The URI is malformed, or names no module.
+            InvalidURI: The URI is malformed, names no module, or says something of the
+                token that the pool cannot look at.
         """
         # In its own place: from here on no frame of ours has the URI as text.
-        text = parsed = uri.parse(text)  # type: ignore[assignment]
+        text = parsed = uri.read(text)  # type: ignore[assignment]
         if isinstance(parsed, InvalidURI):
             raise parsed
-        given: dict[str, Any] = {
-            "token_label": parsed.text("token"),
-            "token_model": parsed.text("model"),
-            "token_manufacturer": parsed.text("manufacturer"),
-            "module": parsed.text("module-path"),
-        }
-        if serial := parsed.path.get("serial"):
-            given["token_serial"] = serial
-        if slot := parsed.text("slot-id"):
-            if not slot.isdecimal():
-                message = f"slot-id in the PKCS#11 URI is no number: {slot!r}"
-                raise InvalidURI(message)
-            given["slot_id"] = int(slot)
-        given["pin"] = pins.from_uri(
-            parsed.query.get("pin-value"), parsed.text("pin-source")
+        config.check_flag("allow_pin_command", allow_pin_command)
+        given = config.uri_options(
+            parsed, with_pin="pin" not in options, allow_command=allow_pin_command
         )
         given |= options
         if given["module"] is None:
-            message = "the PKCS#11 URI has no module-path: add it, or give module="
-            raise InvalidURI(message)
+            raise InvalidURI(config.NO_MODULE_PATH)
         return cls(**given)
+
+    def key_from_uri(self, text: str | Pkcs11URI) -> KeyRef:
+        """The key that a PKCS#11 URI names: ``object``, ``id``, ``type``. No I/O.
+
+        Raises:
+            InvalidURI: The URI is malformed, names no key, or names another token than
+                this pool's.
+        """
+        text = parsed = uri.read(text)  # type: ignore[assignment]
+        if isinstance(parsed, InvalidURI):
+            raise parsed
+        named = config.uri_options(parsed, with_pin=False, allow_command=False)
+        info, asked = self._engine.actor.info, self._engine.options
+        for name, wanted in named.items():
+            ours = getattr(asked, name)
+            if info is not None and name in _TOLD:
+                ours = getattr(info, _TOLD[name])
+            if None not in (wanted, ours) and wanted != ours:
+                message = (
+                    f"the PKCS#11 URI names another token than this pool's: "
+                    f"{name} is {ours!r} here, not {wanted!r}"
+                )
+                raise InvalidURI(message)
+        return self.key(**config.uri_key(parsed))
 
     # -- Life ---------------------------------------------------------------------
 
@@ -249,6 +284,13 @@ class TokenPool(Calls):
         await self.close()
 
     # -- What it is ---------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What it is called in metrics: ``name``, or the label of its token."""
+        options, info = self._engine.options, self._engine.actor.info
+        label = options.token_label if info is None else info.label
+        return options.name or label or "pkcs11"
 
     @property
     def state(self) -> PoolState:
