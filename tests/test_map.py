@@ -458,17 +458,19 @@ async def test_a_native_cancellation_while_it_breaks_off_is_raised(
                 hold(session, item)
 
             results = pool.map(work, range(3), rw=True)
+            breaks_off = anyio.Event()
 
             async def use() -> None:
                 await anext(results)
                 await hold.entered()
+                breaks_off.set()
                 if how == "error":
                     await anext(results)
                 else:
                     await results.aclose()
 
             task = asyncio.create_task(use())
-            await hold.entered()
+            await breaks_off.wait()
             for _ in range(2):
                 await anyio.wait_all_tasks_blocked()
                 task.cancel()
