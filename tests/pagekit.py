@@ -119,7 +119,6 @@ class Page:
             "__name__": "page",
             "asyncio": asyncio,
             "serving": serving,
-            "spy": spy(),
             "token": token,
             "module": str(token.module),
         }
@@ -144,6 +143,7 @@ class Page:
             dialect.SkipParser(),
         ]
         document = kind.parse(str(self.path), *parsers)
+        document.namespace["spy"] = spy()  # for conditions of skip
         with (
             anyio.from_thread.start_blocking_portal(self.backend) as self._portal,
             contextlib.ExitStack() as at_end,
