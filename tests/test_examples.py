@@ -12,18 +12,28 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SAID = {
+    "envelope_encryption.py": "tenant 7 reads b'card 4711'; tenant 8 cannot",
+    "issue_certificate.py": "100 certificates verify",
+    "sign_tuf.py": "100 signatures verify",
+    "sign_pdf.py": "20 of 20 signed PDFs are valid",
     "sign_certificate.py": "50 certificates verify",
     "sign_jwt.py": "100 tokens verify, the last is for user 99",
     "asyncio_sign.py": "100 of 100 signatures verify, after 1 login",
     "batch_of_signatures.py": "number 4321: InvalidType: an item must be bytes",
-    "envelope_encryption.py": "20 of 20 records open",
     "fastapi_sign.py": "sign {'detail': \"no key 'stranger'\"}",
     "key_ceremony.py": "5. the minutes are signed: True",
     "trio_sign.py": "the signature verifies",
 }
 LINES = 75
 """As many as fit on a screen or two."""
-CORES = {"sign_certificate.py": "issue", "sign_jwt.py": "issue"}
+CORES = {
+    "envelope_encryption.py": "seal",
+    "issue_certificate.py": "issue",
+    "sign_certificate.py": "issue",
+    "sign_jwt.py": "issue",
+    "sign_pdf.py": "sign",
+    "sign_tuf.py": "sign",
+}
 
 
 def test_every_example_is_run_here() -> None:
