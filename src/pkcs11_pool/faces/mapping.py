@@ -105,6 +105,9 @@ class Results(Generic[T]):
 
         Cancellation:
             Takes back what waits. What changes the token and is inside is waited for.
+
+        Cryptoki:
+            What the operations send.
         """
         if self._in_use:
             raise RuntimeError(_READ)
@@ -123,7 +126,14 @@ class Results(Generic[T]):
         return result
 
     async def aclose(self) -> None:
-        """Break off: take back what waits, and wait for what changes the token."""
+        """Break off: take back what waits, and wait for what changes the token.
+
+        Cancellation:
+            Nothing more is waited for; what is under way is finished and dropped.
+
+        Cryptoki:
+            Nothing of its own.
+        """
         if self._in_use:
             raise RuntimeError(_READ)
         await self._abandon()

@@ -58,11 +58,20 @@ class PooledSession(Calls):
     async def info(self, *, timeout: Timeout = DEFAULT) -> SessionInfo:
         """What the token says of this session: state, kind, device error, slot.
 
+        Args:
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            What the token says; nothing of it is guessed.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
             ``C_GetSessionInfo``.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         return await self._perform(lambda session: session.info(), timeout)
 

@@ -171,6 +171,9 @@ class CryptStream:
 
         Cancellation:
             The caller goes at once, and the stream is over.
+
+        Cryptoki:
+            The update that gives it; at the end the final call.
         """
         if self._in_use:
             message = "another task is reading this stream"
@@ -190,7 +193,14 @@ class CryptStream:
         return output
 
     async def aclose(self) -> None:
-        """Break off: let the session go, and wait until it is closed."""
+        """Break off: let the session go, and wait until it is closed.
+
+        Cancellation:
+            Nothing more is waited for; the session is closed behind.
+
+        Cryptoki:
+            ``C_CloseSession``, where the stream had a session for itself.
+        """
         if self._in_use:
             message = "another task is reading this stream"
             raise RuntimeError(message)
