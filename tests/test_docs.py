@@ -53,6 +53,9 @@ def test_only_what_says_why_is_skipped() -> None:
     """A block that is not run any more is seen here."""
     found = {named(page): skipped(page) for page in pages() if skipped(page)}
     assert found == SKIPPED
+    for page in pages():
+        for directive in re.findall(r"(?m)^<!-- skip: .*$", page.read_text()):
+            assert re.search(r' ".+" -->$|reason=".+"\) -->$', directive), page
 
 
 def test_every_public_name_is_in_the_reference() -> None:

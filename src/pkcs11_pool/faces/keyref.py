@@ -33,6 +33,13 @@ class KeyRef(KeyMaker):
     """A reference to a key, with the operations that python-pkcs11 has on keys.
 
     Parameters are python-pkcs11's. ``mechanism`` defaults to that of the key type.
+
+    Example:
+        .. code-block:: python
+
+            key = pool.key(label="signer")  # no I/O; it may be kept for ever
+            signature = await key.sign(b"data")
+            assert await key.verify(b"data", signature)
     """
 
     def on(self, session: Calls) -> KeyRef:

@@ -69,6 +69,15 @@ class Results(Generic[T]):
     At most ``limit`` operations are under way or wait to be taken, whatever the number
     of items; items are taken only as results are. To break off is harmless: what is
     under way then is finished and dropped. ``aclose()`` takes back what still waits.
+
+    Example:
+        .. code-block:: python
+
+            digests = (bytes([n]) * 32 for n in range(100))
+            async for signature in pool.key(label="p256").sign_many(
+                digests, mechanism=Mechanism.ECDSA
+            ):
+                assert len(signature) == 64
     """
 
     def __init__(

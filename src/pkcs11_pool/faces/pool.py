@@ -89,6 +89,12 @@ class TokenPool(Calls):
 
     Raises:
         InvalidOption: A value is wrong. The constructor does no I/O.
+
+    Example:
+        .. code-block:: python
+
+            async with TokenPool(module, token_label="demo", pin="1234") as pool:
+                signature = await pool.key(label="signer").sign(b"data")
     """
 
     def __init__(  # the options of a pool, all by name but the first

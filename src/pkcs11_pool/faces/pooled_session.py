@@ -33,6 +33,14 @@ class PooledSession(Calls):
     It has the pool's own operations, all in this one session, one at a time and in
     order. It holds no thread. When the block ends, the session is closed, and its
     session objects are gone with it (PKCS#11 v3.1, "Session objects").
+
+    Example:
+        .. code-block:: python
+
+            async with pool.session() as session:
+                secret = await session.generate_key(KeyType.AES, 256)
+                sealed = await secret.encrypt(b"data", mechanism_param=bytes(16))
+            # `secret` is gone
     """
 
     def __init__(self, engine: TokenEngine, pool: Calls, lease: Lease) -> None:

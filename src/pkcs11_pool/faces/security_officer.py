@@ -33,6 +33,12 @@ class SecurityOfficer:
 
     Attributes:
         session: A R/W ``PooledSession`` in the state ``CKS_RW_SO_FUNCTIONS``.
+
+    Example:
+        .. code-block:: python
+
+            async with pool.security_officer("12345678") as so:
+                await so.init_pin("1234")
     """
 
     def __init__(self, engine: TokenEngine, session: PooledSession) -> None:

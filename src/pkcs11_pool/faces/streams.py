@@ -146,6 +146,17 @@ class CryptStream:
     The session is held from the first piece of data to the last; no thread is. To
     break off is harmless: forgotten or closed, it lets the session go. Its operation
     has one time limit, which counts from the first output asked for.
+
+    Example:
+        .. code-block:: python
+
+            plain = (bytes(100_000) for part in range(10))
+            sealed = bytearray()
+            stream = pool.key(label="master").encrypt_stream(
+                plain, mechanism_param=bytes(16)
+            )
+            async for output in stream:
+                sealed += output
     """
 
     def __init__(self, task: Task, data: Data) -> None:
