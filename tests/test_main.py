@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pkcs11_pool.__main__ import DEMO_NEEDS, main
+from pkcs11_pool.__main__ import main
+from pkcs11_pool.cli.running import DEMO_NEEDS
 
 
 class FakeDemo(ModuleType):
@@ -65,23 +66,38 @@ def test_a_bad_number_is_named(
     option: str, number: str, fake_demo: FakeDemo, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing has run by then."""
-    with pytest.raises(SystemExit) as ended:
-        main(["demo", f"{option}={number}"])
-    assert ended.value.code == 2
+    assert main(["demo", f"{option}={number}"]) == 2
     said = capsys.readouterr().err
-    assert f"argument {option}: {number!r} is not a whole number from 1 up" in said
+    assert f"{option}: {number!r} is not a whole number from 1 up" in said
+    assert said.count("\n") == 1
     assert fake_demo.given == {}
 
 
-@pytest.mark.parametrize("words", [[], ["dance"], ["demo", "--fast"]])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dance"], "'dance' is no command. Commands: tokens, objects, "),
+        (["dmeo"], "'dmeo' is no command. Did you mean demo?"),
+        (["demo", "--fast"], "Unknown option: --fast"),
+        (["demo", "more"], "Unused Tokens: ['more']"),
+    ],
+)
 def test_words_that_are_not_known_are_refused(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the usage, and the status that argparse has for it."""
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("usage: python -m pkcs11_pool")
+    """In one line, and nothing on standard output."""
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(said)
+    assert (told.err.count("\n"), told.out) == (1, "")
+
+
+def test_without_words_it_shows_its_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And that it was not asked for anything."""
+    assert main([]) == 2
+    assert "demo" in capsys.readouterr().out
 
 
 WITHOUT = """\
@@ -113,6 +129,15 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(name: str) -
     done = demonstrate_without(name)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"The demo needs {name}: pip install 'pkcs11-pool[demo]'\n"
+
+
+def test_a_missing_command_line_is_named() -> None:
+    """The package alone has none."""
+    done = demonstrate_without("cyclopts")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "The command line needs cyclopts: pip install 'pkcs11-pool[cli]'\n"
+    )
 
 
 def test_another_missing_package_is_not_blamed_on_the_extra() -> None:
