@@ -357,7 +357,7 @@ def test_a_wrong_pin_is_sent_once(
     monkeypatch.setenv("PKCS11_PIN", "9999")
     told = run("random", "8", status=4)
     assert "9999" not in told.err
-    assert fault.counts()["C_Login"] == 1
+    assert fault.count("C_Login") == 1
 
 
 def test_a_key_that_is_there_is_not_made_again(run: Run) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import pkcs11
 import pytest
 
-from pkcs11_pool import TokenPool
 from pkcs11_pool.cli import checks
 from poolkit import make_ec_key
 from test_cli import Run, bare, no_terminal, no_variables, run
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from faultmodule import FaultModule
+    from pkcs11_pool import TokenPool
     from pkcs11_pool.cli.checks import Finding
     from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken, TokenDirectory
 
@@ -172,9 +172,7 @@ def test_a_module_in_use_by_other_code(
     """In this process: as where a web server's other part uses it."""
     lib = pkcs11.lib(str(fault.path))
     try:
-        text, advice = bad(
-            bare, "--module", str(fault.path), "--token", token.label
-        )
+        text, advice = bad(bare, "--module", str(fault.path), "--token", token.label)
     finally:
         lib.finalize()
     assert "initialised already" in text
@@ -233,7 +231,7 @@ def test_a_wrong_pin_is_sent_once_and_seen_the_next_time(
     text, advice = bad(run)
     assert text.startswith("the PIN is wrong")
     assert "--by-officer" in advice
-    assert fault.counts()["C_Login"] == 1
+    assert fault.count("C_Login") == 1
     monkeypatch.setenv("PKCS11_PIN", good_pin)
     levels = [finding["level"] for finding in found(run, status=0)]
     assert levels.count("warning") == 1
@@ -256,11 +254,11 @@ def test_a_pin_that_is_locked_or_nearly_so_is_not_sent(
 ) -> None:
     """Whatever it is."""
     monkeypatch.setenv("PKCS11_MODULE", str(fault.path))
-    fault.set_token_flags(int(flag))
+    fault.token_info(flags_set=int(flag))
     findings = found(run, status=1)
     texts = [finding["text"] for finding in findings if finding["level"] == "bad"]
     assert said in texts[0]
-    assert fault.counts()["C_Login"] == 0
+    assert fault.count("C_Login") == 0
 
 
 def test_a_pin_source_that_has_none(run: Run, tmp_path: Path) -> None:
@@ -292,7 +290,8 @@ def test_the_version_of_python_pkcs11(
 
 
 @pytest.mark.parametrize(
-    ("given", "level"), [((3, 10, 0), "bad"), ((3, 12, 1), "good"), ((3, 99), "warning")]
+    ("given", "level"),
+    [((3, 10, 0), "bad"), ((3, 12, 1), "good"), ((3, 99), "warning")],
 )
 def test_the_version_of_python(
     monkeypatch: pytest.MonkeyPatch, given: tuple[int, ...], level: str
@@ -307,7 +306,7 @@ def test_a_token_with_few_sessions(
 ) -> None:
     """The number to give the pool is told."""
     monkeypatch.setenv("PKCS11_MODULE", str(fault.path))
-    fault.set_session_limits(4, 4)
+    fault.token_info(max_sessions=4, max_rw=4)
     notes = [f for f in found(run, status=0) if f["level"] == "warning"]
     assert "max_sessions=3" in notes[0]["advice"]
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         InvalidURI,
         KeyAmbiguous,
         KeyFunctionNotPermitted,
+        KeyNotExportable,
         KeyNotFound,
         LoginRequired,
         ModuleError,
@@ -59,18 +60,20 @@ if TYPE_CHECKING:
         SessionState,
         TokenInfo,
     )
-    from pkcs11_pool.stats import PoolStats
+    from pkcs11_pool.stats import Histogram, PoolStats, RecentError
     from pkcs11_pool.uri import Pkcs11URI
 
 __all__ = [
     "Access",
     "CryptStream",
     "ForkedProcess",
+    "Histogram",
     "InvalidOption",
     "InvalidType",
     "InvalidURI",
     "KeyAmbiguous",
     "KeyFunctionNotPermitted",
+    "KeyNotExportable",
     "KeyNotFound",
     "KeyRef",
     "LoginRequired",
@@ -89,6 +92,7 @@ __all__ = [
     "PoolStats",
     "PoolTimeout",
     "PooledSession",
+    "RecentError",
     "Results",
     "SecurityOfficer",
     "SessionClosed",
@@ -128,24 +132,28 @@ _HOMES: Final = {
     "SessionInfo": "pkcs11_pool.state",
     "SessionState": "pkcs11_pool.state",
     "TokenInfo": "pkcs11_pool.state",
+    "Histogram": "pkcs11_pool.stats",
     "PoolStats": "pkcs11_pool.stats",
+    "RecentError": "pkcs11_pool.stats",
     "Pkcs11URI": "pkcs11_pool.uri",
 }
 _ERRORS: Final = "pkcs11_pool.errors"
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name, once."""
-    if name not in __all__:
-        message = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(message)
-    if name == "pins":
-        return import_module("pkcs11_pool.pins")
-    value = getattr(import_module(_HOMES.get(name, _ERRORS)), name)
-    globals()[name] = value
-    return value
+# Type checkers would take any name for one that this gives.
+if not TYPE_CHECKING:
 
+    def __getattr__(name: str) -> Any:
+        """Import a public name, once."""
+        if name not in __all__:
+            message = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(message)
+        if name == "pins":
+            return import_module("pkcs11_pool.pins")
+        value = getattr(import_module(_HOMES.get(name, _ERRORS)), name)
+        globals()[name] = value
+        return value
 
-def __dir__() -> list[str]:
-    """Also the names that nobody has asked for yet."""
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        """Also the names that nobody has asked for yet."""
+        return sorted({*globals(), *__all__})

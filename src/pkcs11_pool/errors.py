@@ -18,6 +18,7 @@ __all__ = [
     "InvalidURI",
     "KeyAmbiguous",
     "KeyFunctionNotPermitted",
+    "KeyNotExportable",
     "KeyNotFound",
     "LoginRequired",
     "ModuleError",
@@ -70,6 +71,13 @@ class KeyFunctionNotPermitted(InvalidOption):
 
     Use another key, or make one with the capability (``CKA_SIGN``,
     ``CKA_DECRYPT``, …) set to true. Nothing was done with the key.
+    """
+
+
+class KeyNotExportable(InvalidOption):
+    """The value of a private key was asked for. It never leaves the token.
+
+    Use the key where it is: let the pool sign, decrypt or derive with it.
     """
 
 

@@ -251,6 +251,7 @@ class TokenEngine(Leasing):
             now = time.monotonic()
             duration = now - job.since
             self._counters.run_seconds_total += duration
+            self._run_times.add(duration, job.is_operation)
             self._awake.took(duration)
             if isinstance(result, Loan):
                 self._room.lent(result.lease)
@@ -566,6 +567,9 @@ class TokenEngine(Leasing):
                 operations_running=self._running,
                 operations_waiting=self._waiting_locked(),
                 calls_stuck=self._stuck,
+                wait_times=self._wait_times.snapshot(),
+                run_times=self._run_times.snapshot(),
+                recent_errors=tuple(self._recent_errors),
                 **{name: getattr(counters, name) for name in Counters.__slots__},
             )
 

@@ -286,6 +286,13 @@ class TokenPool(Calls):
     # -- What it is ---------------------------------------------------------------
 
     @property
+    def name(self) -> str:
+        """What it is called in metrics: ``name``, or the label of its token."""
+        options, info = self._engine.options, self._engine.actor.info
+        label = options.token_label if info is None else info.label
+        return options.name or label or "pkcs11"
+
+    @property
     def state(self) -> PoolState:
         """Where the pool is in its life."""
         return self._engine.state
