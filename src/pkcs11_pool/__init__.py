@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pkcs11_pool import pins
     from pkcs11_pool.errors import (
         ForkedProcess,
+        InvalidCiphertext,
         InvalidOption,
         InvalidType,
         InvalidURI,
@@ -68,6 +69,7 @@ __all__ = [
     "CryptStream",
     "ForkedProcess",
     "Histogram",
+    "InvalidCiphertext",
     "InvalidOption",
     "InvalidType",
     "InvalidURI",
