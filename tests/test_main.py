@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pkcs11_pool import __main__
 from pkcs11_pool.__main__ import main
 from pkcs11_pool.cli.running import DEMO_NEEDS
 
@@ -54,9 +55,8 @@ def test_the_status_of_the_demo_is_that_of_the_program(
     """A wrong result must reach the shell."""
     fake_demo.status = 1
     monkeypatch.setattr(sys, "argv", ["pkcs11_pool", "demo"])
-    monkeypatch.delitem(sys.modules, "pkcs11_pool.__main__")
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("pkcs11_pool", run_name="__main__")
+        runpy.run_path(str(__main__.__file__), run_name="__main__")
     assert ended.value.code == 1
 
 
@@ -107,6 +107,7 @@ class Finder:
         if name == sys.argv[1]:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Finder)
+from pkcs11_pool import __main__
 from pkcs11_pool.__main__ import main
 sys.exit(main(["demo", "--operations", "1"]))
 """
