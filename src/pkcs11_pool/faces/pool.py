@@ -288,7 +288,7 @@ class TokenPool(Calls):
 
     @property
     def name(self) -> str:
-        """What it is called in metrics: ``name``, or the label of its token."""
+        """Its name in metrics, which is ``name`` or the label of its token."""
         return self._engine.name
 
     @property
