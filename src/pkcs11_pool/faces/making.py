@@ -58,6 +58,7 @@ class Making(ABC):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         home: Calls | None = None,
         target: SessionObject | None = None,
     ) -> T:
@@ -73,6 +74,7 @@ class Making(ABC):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         target: SessionObject | None = None,
     ) -> Job:
         """A job that runs ``work`` on a worker thread, with a session."""

@@ -77,8 +77,9 @@ class TokenPool(Calls):
         max_waiting: How many callers may wait; None: no limit.
         open_timeout: Seconds to wait, at opening, for a module that is down.
         close_timeout: Seconds that closing waits for running calls.
-        recovery_timeout: Seconds that callers wait for a lost token to come back. Not
-            used yet: nothing waits for it so far.
+        recovery_timeout: Seconds that callers wait, inside their deadlines, for a lost
+            token to come back. Then ``TokenUnavailable``, at once for those who come
+            later, while the pool goes on trying.
         handle_max_age: Seconds after which a remembered object number is verified
             before its next use; 0: always; None: never for its age alone.
         init_reserved: Module parameters for ``C_Initialize``, as NSS wants them.
@@ -287,7 +288,7 @@ class TokenPool(Calls):
 
     @property
     def name(self) -> str:
-        """What it is called in metrics: ``name``, or the label of its token."""
+        """Its name in metrics, given as ``name`` or else the label of its token."""
         options, info = self._engine.options, self._engine.actor.info
         label = options.token_label if info is None else info.label
         return options.name or label or "pkcs11"
@@ -530,6 +531,7 @@ class TokenPool(Calls):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         target: SessionObject | None = None,
     ) -> Job:
         limit = arguments.timeout(timeout, self._engine.options.timeout)
@@ -540,6 +542,7 @@ class TokenPool(Calls):
             deadline=time.monotonic() + limit if limit else None,
             changes=changes,
             restart=restart,
+            repeat=repeat,
             rw=rw,
             nowait=limit == 0,
             target=target,
@@ -554,6 +557,7 @@ class TokenPool(Calls):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         home: Calls | None = None,
         target: SessionObject | None = None,
     ) -> T:
@@ -570,6 +574,7 @@ class TokenPool(Calls):
             rw=rw,
             changes=changes,
             restart=restart,
+            repeat=repeat,
             target=target,
         )
         try:
@@ -578,7 +583,12 @@ class TokenPool(Calls):
             if home is None or getattr(home, "closed", True):
                 raise
             return await home._perform(  # noqa: SLF001  # one package
-                work, timeout, changes=changes, restart=restart, target=target
+                work,
+                timeout,
+                changes=changes,
+                restart=restart,
+                repeat=repeat,
+                target=target,
             )
         result: T = await waiter.result(engine, job)
         return result

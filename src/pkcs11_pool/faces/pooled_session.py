@@ -93,6 +93,7 @@ class PooledSession(Calls):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         target: SessionObject | None = None,
     ) -> Job:
         del rw  # the session is what it is
@@ -104,6 +105,7 @@ class PooledSession(Calls):
             deadline=time.monotonic() + limit if limit else None,
             changes=changes,
             restart=restart,
+            repeat=repeat,
             nowait=limit == 0,
             lane=self._lease,
             target=target,
@@ -118,6 +120,7 @@ class PooledSession(Calls):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         home: Calls | None = None,
         target: SessionObject | None = None,
     ) -> T:
@@ -133,6 +136,7 @@ class PooledSession(Calls):
             waiter=waiter,
             changes=changes,
             restart=restart,
+            repeat=repeat,
             target=target,
         )
         self._engine.submit(job)

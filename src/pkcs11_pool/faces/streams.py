@@ -41,7 +41,15 @@ if TYPE_CHECKING:
 
 _ATTEMPTS: Final = 3
 """How often an operation is begun, where the data is still there."""
-_CUT: Final = frozenset({recovery.Fault.LOGIN, recovery.Fault.HANDLE})
+_CUT: Final = frozenset(
+    {
+        recovery.Fault.LOGIN,
+        recovery.Fault.HANDLE,
+        recovery.Fault.SESSION,
+        recovery.Fault.TOKEN,
+        recovery.Fault.MODULE,
+    }
+)
 _ENDED: Final = "the stream is over"
 
 
@@ -408,7 +416,7 @@ class Feed:
         if isinstance(error, p11.OperationNotInitialized):
             return True
         fault = recovery.classify(error)
-        return fault in _CUT or (fault is recovery.Fault.SESSION and lease.lone)
+        return fault in _CUT and (fault is not recovery.Fault.SESSION or lease.lone)
 
 
 class _BrokenOff(BaseException):
