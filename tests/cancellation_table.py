@@ -217,6 +217,7 @@ async def _officer_gone(ground: Ground) -> None:
 async def _closed(ground: Ground) -> None:
     """It is closed, nothing of it is left, and the token can be had again."""
     pool: TokenPool = ground.state.pop("pool")
+    assert pool.state in {PoolState.NEW, PoolState.READY, PoolState.CLOSED}
     await pool.close()
     assert pool.state is PoolState.CLOSED
     stats = pool.stats()
@@ -296,6 +297,21 @@ async def _read_stream(ground: Ground) -> bytes:
         assert await anext(stream)
         await stream.aclose()
     return found
+
+
+async def _keep_stream(ground: Ground) -> None:
+    # Neither closed nor forgotten: it must let the session go by itself.
+    stream = ground.key("secret").encrypt_stream(awaited(_LARGE), **_CBC)
+    ground.state["stream"] = stream
+    async for piece in stream:
+        assert piece
+
+
+async def _keep_results(ground: Ground) -> None:
+    results = ground.key("mac").sign_many([b"%d" % i for i in range(40)], **_HMAC)
+    ground.state["results"] = results
+    async for result in results:
+        assert result
 
 
 async def _sign_parts(ground: Ground) -> None:
@@ -566,6 +582,7 @@ CASES = [
     ),
     # Many
     Case("Results.__anext__ Results.__aenter__ Results.__aexit__", _sign_many),
+    Case("Results.__anext__", _keep_results),
     Case(
         "Results.aclose",
         _map,
@@ -636,6 +653,7 @@ CASES = [
         _read_stream,
         in_session=True,
     ),
+    Case("CryptStream.__anext__", _keep_stream, in_session=True),
     Case(
         "KeyRef.wrap_key",
         lambda g: g.key("secret").wrap_key(g.pool.key("plain"), **_WRAP),
