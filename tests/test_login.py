@@ -715,7 +715,7 @@ async def test_another_token_is_sent_no_pin(
     make_pool: MakePool, fault: FaultModule, field: str
 ) -> None:
     """A token that differs from the one that was opened never sees the PIN."""
-    async with make_pool(module=fault.path) as pool:
+    async with make_pool(module=fault.path, recovery_timeout=0.1) as pool:
         key = await _make_signer(pool)
         await pool.logout()
         fault.reset_counts()
@@ -727,6 +727,7 @@ async def test_another_token_is_sent_no_pin(
         assert fault.count("C_Login") == 0
         assert _who(pool) is LoginState.PUBLIC
         fault.token_info()
+        await _until(lambda: pool.state is PoolState.READY)
         await pool.login()
         await _sign(key)
 
@@ -735,7 +736,7 @@ async def test_another_token_is_sent_no_pin_to_restore_a_login(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
     """An operation that finds the login lost does not log in to a stranger."""
-    async with make_pool(module=fault.path) as pool:
+    async with make_pool(module=fault.path, recovery_timeout=0.1) as pool:
         key = await _make_signer(pool)
         fault.lose_login()
         fault.token_info(serial="another")

@@ -20,6 +20,13 @@ async def list_tokens(
 ) -> list[TokenInfo]:
     """All tokens that a module has, with their mechanisms.
 
+    Args:
+        module: Path of the Cryptoki module.
+        init_reserved: Module parameters for ``C_Initialize``.
+
+    Returns:
+        One for each token that is present, in the module's order of slots.
+
     Raises:
         ModuleError, ModuleInUse: The file cannot be used.
 
@@ -28,6 +35,9 @@ async def list_tokens(
 
     Cryptoki:
         ``C_GetSlotList``, ``C_GetTokenInfo``, ``C_GetMechanismList``.
+
+    Source:
+        PKCS#11 v3.1, "Slot and token management functions".
     """
     path, reserved = config.module_path(module), config.reserved_bytes(init_reserved)
     return await aside(tokens.list_all, path, reserved)
@@ -54,6 +64,9 @@ async def init_token(  # all by name
         wipe: Allow it on a used token, whose objects are all destroyed.
         init_reserved: Module parameters for ``C_Initialize``.
 
+    Returns:
+        What the token says of itself afterwards.
+
     Raises:
         InvalidOption: The token is initialised already, and ``wipe`` is false.
         TokenInUse: A pool of this process is open on it.
@@ -65,6 +78,9 @@ async def init_token(  # all by name
     Cryptoki:
         ``C_InitToken``; with ``user_pin`` also ``C_OpenSession``, ``C_Login``,
         ``C_InitPIN``, ``C_Logout``, ``C_CloseSession``.
+
+    Source:
+        PKCS#11 v3.1, "Slot and token management functions".
     """
     so_pin = pins.hide(so_pin)
     user_pin = None if user_pin is None else pins.hide(user_pin)
