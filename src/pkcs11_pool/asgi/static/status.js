@@ -255,7 +255,7 @@
   async function ask() {
     if (!document.hidden) {
       try {
-        const answer = await fetch(`${base}status.json`, { cache: "no-store" });
+        const answer = await fetch(`${location.origin}${base}status.json`, { cache: "no-store" });
         if (!answer.ok) throw new Error(`status ${answer.status}`);
         const report = await answer.json();
         told(report);
