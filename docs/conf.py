@@ -129,6 +129,12 @@ PROJECTS = {
         r"anyio\..*",
         "Debian has no documentation package of AnyIO",
     ),
+    "pydantic": Project(
+        "https://docs.pydantic.dev/latest",
+        None,
+        r"pydantic(_settings)?\..*|SecretStr|BaseSettings",
+        "Debian has no documentation package of pydantic",
+    ),
     "trio": Project(
         "https://trio.readthedocs.io/en/stable",
         None,
@@ -175,7 +181,7 @@ def house_name(
     if node.get("refdomain") != "py":
         return None
     name = node["reftarget"].removeprefix("pkcs11_pool.")
-    for where in ("", "errors.", "faces.parameters."):
+    for where in ("", "errors.", "stats.", "faces.parameters."):
         full = f"pkcs11_pool.{where}{name}"
         found = env.domains.python_domain.objects.get(full)
         if found is not None:

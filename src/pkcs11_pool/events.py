@@ -50,6 +50,24 @@ SESSION_REFUSED = "session.refused"
 Keys: ``error``, ``sessions``, ``rw_sessions``: how many there may be from now on.
 """
 
+RECOVERY_STARTED = "recovery.started"
+"""The token is lost; operations wait from here on. Keys: ``token``, ``error``."""
+
+RECOVERY_STEP = "recovery.step"
+"""One step: ``find``, ``initialize`` or ``log_in``. Keys: ``token``, ``step``."""
+
+RECOVERY_FAILED = "recovery.failed"
+"""A round was in vain; the next comes in ``retry_in`` seconds.
+
+Keys: ``token``, ``round``, ``error``, ``retry_in``.
+"""
+
+RECOVERY_TIMED_OUT = "recovery.timed_out"
+"""Calls are refused until the token is back. Keys: ``error``, ``seconds``."""
+
+RECOVERY_COMPLETED = "recovery.completed"
+"""The token is back. Keys: ``token``, ``slot``, ``rounds``, ``seconds``."""
+
 CALL_LOST = "call.lost"
 """A call was given up on inside the module. Keys: ``stuck``, how many are."""
 

@@ -88,6 +88,7 @@ class Job:
         rw: Whether its session must be R/W.
         changes: Whether it may change the token: the outcome is waited for.
         restart: Whether it may start again after a lost login.
+        repeats: Whether it may start again after a lost token, that may have done it.
         stays: Whether it is done in any case, also when nobody waits any more.
         nowait: Whether it is refused rather than let wait (``timeout=0``).
         deadline: On the monotonic clock, or None.
@@ -115,6 +116,7 @@ class Job:
         "nowait",
         "number",
         "phase",
+        "repeats",
         "restart",
         "result",
         "rw",
@@ -137,6 +139,7 @@ class Job:
         deadline: float | None,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         rw: bool = False,
         stays: bool = False,
         nowait: bool = False,
@@ -150,6 +153,7 @@ class Job:
         self.rw = rw
         self.changes = changes
         self.restart = restart
+        self.repeats = repeat or (restart and not changes)
         self.stays = stays
         self.nowait = nowait
         self.deadline = None if deadline == math.inf else deadline

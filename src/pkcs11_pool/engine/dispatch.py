@@ -24,6 +24,7 @@ from pkcs11_pool.engine.timekeeper import timekeeper
 from pkcs11_pool.errors import (
     ForkedProcess,
     PoolClosed,
+    PoolError,
     PoolTimeout,
     TokenUnavailable,
     TooManyWaiting,
@@ -34,7 +35,7 @@ from pkcs11_pool.state import PoolState, may_follow
 from pkcs11_pool.stats import Counters, RecentError, Times
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Callable, Hashable, Iterable
 
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.engine.leases import Chain, Lease
@@ -130,6 +131,8 @@ class Dispatch:
         # Workers with a job, tidying included; and jobs whose result is not posted.
         self._busy = 0
         self._running = 0
+        # Threads that close sessions opened ahead, and count as nothing else.
+        self._tidying = 0
         #: Leases, or chains in one, that nobody holds any more: put here by the
         #: garbage collector.
         self.orphans: deque[tuple[Lease, Chain | None]] = deque()
@@ -316,6 +319,10 @@ class Dispatch:
             if job.phase is Phase.WAITING:
                 job.phase = Phase.SETTLED
                 self._take_out_locked(job)
+            elif job.kind is Kind.ACTOR:
+                # What it asked for goes on without it, or nobody is there to do it.
+                self._requests.discard(job)
+                self._deadlines.unwatch(job)
         self._give_back(leftover)
         return True
 
@@ -599,20 +606,25 @@ class Dispatch:
     def refuse_waiting(self) -> None:
         """The pool closes: nobody waits any longer."""
         with self._lock:
-            waiting = [*self._lines, *self._parked]
-            # A request that waits for quiet must not keep the pool from closing.
-            waiting += [
-                job
-                for job in self._requests
-                if job.phase is Phase.WAITING and not job.stays
-            ]
-            waiting += [job for lease in self._room.leases for job in lease.waiting]
-            wake = []
-            for job in waiting:
-                self._take_out_locked(job)
-                if self._settle_locked(job, None, PoolClosed("the pool is closing")):
-                    wake.append(job)
+            wake = self._refuse_all_locked(lambda: PoolClosed("the pool is closing"))
         self._wake_all(wake)
+
+    def _refuse_all_locked(self, error: Callable[[], PoolError]) -> list[Job]:
+        """Refuse all that wait for anything; who must be woken."""
+        waiting = [*self._lines, *self._parked]
+        # A request that waits for quiet must not keep the pool from closing.
+        waiting += [
+            job
+            for job in self._requests
+            if job.phase is Phase.WAITING and not job.stays
+        ]
+        waiting += [job for lease in self._room.leases for job in lease.waiting]
+        wake = []
+        for job in waiting:
+            self._take_out_locked(job)
+            if self._settle_locked(job, None, error()):
+                wake.append(job)
+        return wake
 
     def holds_lease(self, holder: Hashable) -> bool:
         """Whether this task or thread has a session of the pool."""
