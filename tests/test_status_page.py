@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pkcs11 import DataInvalid
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -77,7 +78,9 @@ def text(driver: Chrome, selector: str) -> str:
 
 def until(driver: Chrome, true: Callable[[], object]) -> None:
     """Wait for what the page will show."""
-    WebDriverWait(driver, 15, 0.1).until(lambda _: true())
+    # The tables are made anew with each report.
+    wait = WebDriverWait(driver, 15, 0.1, [StaleElementReferenceException])
+    wait.until(lambda _: true())
 
 
 def visit(driver: Chrome, url: str) -> None:
@@ -109,8 +112,12 @@ async def test_the_page_is_live_and_of_no_harm(
                 await pool.run(_fails)
             await settled(pool)
             await blocking(until, chrome, lambda: total(chrome) == "4")
-            errors = await blocking(text, chrome, ".errors tbody")
-            assert errors.endswith("DataInvalid CKR_DATA_INVALID")
+            told_last = "DataInvalid CKR_DATA_INVALID"
+            await blocking(
+                until,
+                chrome,
+                lambda: text(chrome, ".errors tbody").endswith(told_last),
+            )
             await pool.logout()
             out = "◐ not logged in"
             await blocking(until, chrome, lambda: text(chrome, ".login") == out)
