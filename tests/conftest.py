@@ -34,6 +34,30 @@ class MakePool(Protocol):
         """Options replace those that open the token with the user's PIN."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the model machine runs: see ``tests/model``."""
+    group = parser.getgroup("model machine")
+    group.addoption(
+        "--model-steps",
+        type=int,
+        default=6_000,
+        help="steps of the model machine in all, over both backends (default: 6000)",
+    )
+    group.addoption(
+        "--model-seed", type=int, default=0, help="where its random choices begin"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell how many steps the model machine really made."""
+    for word in ("passed", "failed"):
+        for report in terminalreporter.stats.get(word, []):
+            for name, value in getattr(report, "user_properties", []):
+                if name == "model machine":
+                    test = report.nodeid.rpartition("::")[2]
+                    terminalreporter.write_line(f"model machine, {test}: {value}")
+
+
 @pytest.fixture(
     params=[
         pytest.param(("asyncio", {"debug": True}), id="asyncio"),
