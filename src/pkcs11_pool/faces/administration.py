@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import anyio.to_thread
-
 from pkcs11_pool import config, pins
 from pkcs11_pool.faces import arguments
+from pkcs11_pool.faces.aside import aside
 from pkcs11_pool.login import tokens
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ async def list_tokens(
         PKCS#11 v3.1, "Slot and token management functions".
     """
     path, reserved = config.module_path(module), config.reserved_bytes(init_reserved)
-    return await anyio.to_thread.run_sync(tokens.list_all, path, reserved)
+    return await aside(tokens.list_all, path, reserved)
 
 
 async def init_token(  # all by name
@@ -97,4 +96,4 @@ async def init_token(  # all by name
         user_pin=None if user_pin is None else pins.secret(user_pin),
         wipe=wipe,
     )
-    return await anyio.to_thread.run_sync(tokens.initialize, path, reserved, order)
+    return await aside(tokens.initialize, path, reserved, order)

@@ -15,7 +15,7 @@ import anyio.lowlevel
 
 from pkcs11_pool.errors import InvalidType, PoolTimeout, TooManyWaiting, WouldDeadlock
 from pkcs11_pool.faces import arguments
-from pkcs11_pool.faces.waiting import blocking, blocks, current_waiter
+from pkcs11_pool.faces.waiting import blocking, blocks, checkpoint, current_waiter
 from pkcs11_pool.jobs import Job, Phase
 
 if TYPE_CHECKING:
@@ -268,9 +268,9 @@ class Results(Generic[T]):
         if self._engine.is_forked:
             return
         inside = [job for job in left if not self._engine.cancel(job)]
-        for job in inside:
-            if self._waiter is not None:
-                await self._waiter.outlast(job)
+        if inside and self._waiter is not None:
+            await self._waiter.outlast(*inside)
+            await checkpoint()
 
 
 class SyncResults(Generic[T]):
