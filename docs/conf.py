@@ -63,6 +63,7 @@ napoleon_use_ivar = True
 napoleon_custom_sections = ["Cancellation", "Cryptoki", "Source"]
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 autodoc_default_options = {"members": True}
