@@ -156,7 +156,9 @@ class Together(Bench):
         self._begin("at once:")
         self.counts["calls"] += len(parts) - 1
         for part, pick in zip(parts, picks, strict=False):
-            part.start(self.callers, pick[1], self.world)
+            # A period is a block, and that is for tasks.
+            officer = isinstance(part.step, steps.Officer)
+            part.start(self.callers, pick[1] % (2 if officer else 4), self.world)
         for part, gone in zip(parts, cancel, strict=False):
             if gone and part.running.cancel is not None:
                 part.running.cancel()
