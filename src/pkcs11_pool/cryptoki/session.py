@@ -11,6 +11,7 @@ import ctypes as c
 from typing import TYPE_CHECKING, Final
 
 from pkcs11_pool.cryptoki import interface, rv
+from pkcs11_pool.cryptoki.lent import bury
 from pkcs11_pool.state import SessionInfo, SessionState
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Session:
         handle: Its number.
         rw: Whether it is read-write.
         epoch: The login epoch in which it was opened.
+        lent: Whether a caller's function has had it.
     """
 
     __slots__ = (
@@ -47,6 +49,7 @@ class Session:
         "functions",
         "generation",
         "handle",
+        "lent",
         "module",
         "p11",
         "rw",
@@ -68,10 +71,12 @@ class Session:
         module.live[self.handle] = self
         self.rw = rw
         self.epoch = epoch
+        self.lent = False
 
     def lend(self) -> pkcs11.Session:
         """The ``pkcs11.Session``, for a caller's function, which may close it."""
-        self.module.watched.watch(self.p11)
+        self.module.lent_list.watch(self.p11)
+        self.lent = True
         return self.p11
 
     def disarm(self) -> None:
@@ -80,6 +85,7 @@ class Session:
         The session itself stays open, for its worker to close.
         """
         interface.take_handle(self.p11)
+        bury(self.p11)
 
     def close(self) -> int:
         """``C_CloseSession``; the code that it returned, 0 if it was closed before.
@@ -98,6 +104,8 @@ class Session:
         handle, self.handle = self.handle, 0
         if handle:
             interface.take_handle(self.p11)
+            if self.lent:
+                bury(self.p11)
         return handle
 
     def info(self) -> SessionInfo:
