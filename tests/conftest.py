@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken, TokenDirectory
 
+pytest_plugins = ["pytester"]
+
 _OURS = "pkcs11-pool"
 
 

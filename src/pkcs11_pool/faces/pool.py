@@ -312,7 +312,7 @@ class TokenPool(Calls):
 
     @property
     def name(self) -> str:
-        """Its name in metrics, given as ``name`` or else the label of its token."""
+        """Its name in metrics, which is ``name`` or the label of its token."""
         return self._engine.name
 
     @property
