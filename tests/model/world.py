@@ -209,6 +209,11 @@ class World:
             for lease in pool._engine._room.leases  # noqa: SLF001  # streams', too
         }
 
+    def number_of(self, ref: str) -> int:
+        """The number of a session object. It has it as long as it lives."""
+        number: int = self.refs[ref]._target.entry.handle  # noqa: SLF001
+        return number
+
     def close(self) -> None:
         """Close what a failure left open."""
         self.fault.clear()
