@@ -222,6 +222,8 @@ class Bench(RuleBasedStateMachine):
             if number in world.slots:
                 sent = world.ledger.logins(world.slots[number])
                 assert sent == token.logins, f"{sent} C_Login, not {token.logins}"
+            there = world.tokens.objects(number)
+            assert there == token.stored, f"{there} objects, not {token.stored}"
 
     def _check_epoch(self, life: str, real: int, expected: int) -> None:
         """The number moves with every change of the login, and never without one."""

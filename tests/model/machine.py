@@ -124,6 +124,7 @@ class Machine(Together, Pressure):
         make: bool,  # noqa: FBT001
     ) -> None:
         """A period of the SO; open sessions keep him out."""
+        who %= 2  # a block is for tasks
         life = self.now(life)
         if make:
             # Mostly he would only be told that sessions are open.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 Pick = tuple[str, int, int, bool, bool, int]
-Seen = tuple[User | None, int, tuple[str, ...]]
+Seen = tuple[User | None, int, int, tuple[str, ...]]
 KINDS = (
     *("use", "use", "use", "label", "digest", "create", "copy", "unwrap", "make"),
     *("destroy", "destroy", "relabel", "login", "logout", "officer", "close", "visit"),
@@ -156,7 +156,9 @@ class Together(Bench):
         self._begin("at once:")
         self.counts["calls"] += len(parts) - 1
         for part, pick in zip(parts, picks, strict=False):
-            part.start(self.callers, pick[1], self.world)
+            # A period is a block, and that is for tasks.
+            officer = isinstance(part.step, steps.Officer)
+            part.start(self.callers, pick[1] % (2 if officer else 4), self.world)
         for part, gone in zip(parts, cancel, strict=False):
             if gone and part.running.cancel is not None:
                 part.running.cancel()
@@ -237,19 +239,20 @@ class Together(Bench):
             self._disagree(f"{type(error).__name__}: {error}", error)
 
     def _observe(self, life: str) -> Seen:
-        """Who is logged in, how many logins there were, and what is to be seen."""
+        """Who is logged in, after how many logins; what is there, and to be seen."""
         pool = self.world.pools[life]
         token = self.model.lives[life].token
         sent = self.world.ledger.logins(self.world.slots[token])
         if pool.state is not PoolState.READY:
-            return None, sent, ()
+            return None, sent, self.world.tokens.objects(token), ()
         step = steps.Look(life, "pool", repeat=False)
         running = self.callers.run(0, lambda: step.act(self.world))
-        return STATES[pool.login_state], sent, running.value
+        there = self.world.tokens.objects(token)
+        return STATES[pool.login_state], sent, there, running.value
 
     def _expected(self, model: Model, life: str) -> Seen:
         token = model.token_of(life)
         if not model.lives[life].open:
-            return None, token.logins, ()
+            return None, token.logins, token.stored, ()
         ids = tuple(model.visible(life, "pool", None))
-        return token.user, token.logins, ids
+        return token.user, token.logins, token.stored, ids

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes as c
 from typing import TYPE_CHECKING, Final
 
+from pkcs11.constants import Attribute
+
 from pkcs11_pool.cryptoki import interface, rv
 from pkcs11_pool.cryptoki.lent import bury
 from pkcs11_pool.state import SessionInfo, SessionState
@@ -123,7 +125,7 @@ class Session:
     def attributes(self, handle: int, kinds: Sequence[int]) -> dict[int, bytes]:
         """Packed attributes of an object; those that it does not tell are left out.
 
-        One ``C_GetAttributeValue``, and a second where a value is long.
+        One ``C_GetAttributeValue``, and a second where a value is long; on NSS more.
         """
         found, long = self._attributes(handle, [(kind, _ROOM) for kind in kinds])
         if long:
@@ -133,6 +135,12 @@ class Session:
             if sizes:
                 more, _ = self._attributes(handle, sizes)
                 found.update(more)
+        if len(kinds) > 1 and Attribute.CLASS in kinds and Attribute.CLASS not in found:
+            # Each object has a class. NSS keeps back every number when one of the
+            # attributes is not there: ask for what is missing one by one.
+            for kind in kinds:
+                if kind not in found:
+                    found.update(self.attributes(handle, [kind]))
         return found
 
     def _attributes(
