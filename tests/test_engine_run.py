@@ -413,6 +413,22 @@ async def test_what_it_kept_does_not_reach_a_stranger(
         assert labels == ["signer"]
 
 
+async def test_what_was_kept_of_an_open_session_is_refused_after_its_end(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Its use raises before the module, as after a call on the pool."""
+    async with make_pool(module=fault.path) as pool:
+        kept: list[Any] = []
+        async with pool.session() as session:
+            await session.run(kept.append)
+            assert await blocking(kept[0].generate_random, 64)
+        await settled(pool)
+        fault.clear_log()
+        with pytest.raises(pkcs11.SessionHandleInvalid):
+            kept[0].generate_random(64)
+        assert fault.calls() == []
+
+
 class _Eager(asyncio.SelectorEventLoop):
     """A loop that uses a key on the very way of the result that it came with."""
 

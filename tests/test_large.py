@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ _MIB = 1024 * 1024
 _FILE = 200 * _MIB
 _ITEMS = int(os.environ.get("PKCS11_POOL_TEST_ITEMS", "20000"))
 _HMAC = Mechanism.SHA256_HMAC
+_WARM = 2000
 _MANY = 3000
 
 
@@ -136,6 +138,11 @@ def _by_others(file: Path) -> tuple[str, str]:
 # -- Batches ----------------------------------------------------------------------
 
 
+def _memory() -> int:
+    """The most that this process ever took, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 class _Counted:
     """Numbered items, that know how many of them were taken and not yet answered.
 
@@ -159,7 +166,10 @@ class _Counted:
         async for result in results:
             assert result == expected(self.answered)
             self.answered += 1
+            if self.answered == _WARM:
+                before = _memory()
         assert self.answered == self.taken == self._count
+        assert _memory() - before < 16
 
 
 async def test_a_long_batch_of_signatures_is_in_order_and_in_a_window(
