@@ -175,7 +175,7 @@ def house_name(
     if node.get("refdomain") != "py":
         return None
     name = node["reftarget"].removeprefix("pkcs11_pool.")
-    for where in ("", "errors.", "faces.parameters."):
+    for where in ("", "errors.", "stats.", "faces.parameters."):
         full = f"pkcs11_pool.{where}{name}"
         found = env.domains.python_domain.objects.get(full)
         if found is not None:

@@ -106,7 +106,9 @@ def error_table() -> str:
     def rows() -> Iterator[tuple[str, ...]]:
         for name in sorted(errors.__all__):
             kind = getattr(errors, name)
-            bases = [base for base in kind.__bases__ if base is not Exception]
+            bases = [
+                b for b in kind.__bases__ if b not in {Exception, errors.PoolError}
+            ]
             shown = ", ".join(f"`{_known_as(base)}`" for base in bases)
             text = (inspect.getdoc(kind) or "").partition("\n\nAttributes:")
             said = markdown(text[0])
@@ -137,22 +139,16 @@ def event_table() -> str:
 def stats_table() -> str:
     """Each figure of ``pool.stats()``."""
     texts = comments(stats, above=True)
+    counted = {field.name for field in dataclasses.fields(stats.Counters)}
 
-    def kind(name: str) -> str:
-        if name == "last_error":
-            return "text"
-        counter = (
-            name.endswith("_total")
-            or name == "calls_lost"
-            or (
-                name
-                in {"operations_failed", "operations_cancelled", "operations_timed_out"}
-            )
-        )
-        return "counter" if counter else "gauge"
+    def kind(field: dataclasses.Field[object]) -> str:
+        if field.name in counted:
+            return "text" if field.name == "last_error" else "counter"
+        kinds = {"Histogram": "histogram", "int": "gauge"}
+        return kinds.get(str(field.type), "list")
 
     rows = (
-        (f"`{field.name}`", kind(field.name), markdown(texts[field.name]))
+        (f"`{field.name}`", kind(field), markdown(texts[field.name]))
         for field in dataclasses.fields(stats.PoolStats)
     )
     return table(("figure", "kind", "meaning"), rows)

@@ -6,6 +6,7 @@ All blocks of a page share their names, and a token that is thrown away:
   page imports trio, else asyncio), another one on a plain thread.
 - ``text``, right behind it: what it printed; ``...`` stands for anything.
 - ``console``: lines with ``$`` are run in a shell, the others are what comes back.
+  What one command exports, the next ones have.
 - ``<!-- save: NAME -->`` right before a block: a file that later commands use.
 - ``<!-- invisible-code-block: python`` up to ``-->``: runs, and does not show.
 - ``<!-- skip: next "reason" -->``: is not run; the tests count these.
@@ -30,16 +31,19 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from unittest import SkipTest
 
 import anyio.from_thread
+import uvicorn
 from pkcs11 import KeyType
 from sybil.document import Document, PythonDocStringDocument
 from sybil.parsers import myst, rest
 
-from pkcs11_pool import PoolState, TokenPool
+from pkcs11_pool import PoolState, TokenPool, softhsm
+from poolkit import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +79,12 @@ def sources() -> list[Path]:
     return [path for path in found if ".. code-block::" in path.read_text()]
 
 
+def spy() -> str | None:
+    """OpenSC's module that writes down what is called, where it is installed."""
+    found = sorted(Path("/usr/lib").glob("**/pkcs11-spy.so"))
+    return str(found[0]) if found else None
+
+
 def skipped(page: Path) -> int:
     """How many blocks of a page are not run."""
     return len(re.findall(r"<!-- skip: ", page.read_text()))
@@ -108,6 +118,8 @@ class Page:
         self.names: dict[str, Any] = {
             "__name__": "page",
             "asyncio": asyncio,
+            "serving": serving,
+            "spy": spy(),
             "token": token,
             "module": str(token.module),
         }
@@ -115,6 +127,7 @@ class Page:
         self._new = settings.get("pool") == "new"
         self._pool: TokenPool | None = None
         self._portal: BlockingPortal
+        self._shell = _shell(home.with_name(home.name + "-bin"), token)
         self._printed = ""
         self._end = 0
 
@@ -139,7 +152,7 @@ class Page:
             if self.keys:
                 self._portal.call(self._make_keys)
             for example in document.examples():
-                with contextlib.suppress(SkipTest):
+                with contextlib.suppress(SkipTest):  # with a reason, and counted
                     example.evaluate()
 
     # -- Kinds of block -----------------------------------------------------------
@@ -158,7 +171,7 @@ class Page:
         flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
         code = compile(source, str(self.path), "exec", flags=flags, dont_inherit=True)
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), contextlib.chdir(self.home):
             if code.co_flags & inspect.CO_COROUTINE:
                 self._portal.call(self._await, code)
             else:
@@ -177,10 +190,11 @@ class Page:
         assert not steps[0], "a console block begins with a command"
         for step in steps[1:]:
             command, _, expected = _command(step)
+            words = command.replace(MODULE, self._module)
             done = subprocess.run(
-                ["/bin/bash", "-c", command.replace(MODULE, self._module)],
+                ["/bin/bash", "-c", f'. "$STATE"\n{words}\nexport -p > "$STATE"'],
                 cwd=self.home,
-                env=os.environ | {"PATH": self._path, "COLUMNS": "80"},
+                env=os.environ | self._shell,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -194,10 +208,6 @@ class Page:
     @property
     def _module(self) -> str:
         return str(self.token.module)
-
-    @property
-    def _path(self) -> str:
-        return f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def _make_pool(self) -> TokenPool:
         token = self.token
@@ -226,6 +236,34 @@ class Page:
                 await _make_key(pool, name)
 
 
+def _shell(private: Path, token: ThrowawayToken) -> dict[str, str]:
+    """What the commands of a page have: our Python and SoftHSM2's program first."""
+    private.mkdir()
+    state, program = private / "state", private / "softhsm2-util"
+    state.touch()
+    util = softhsm.ensure().util
+    program.write_text(f'#!/bin/sh\nexec "{util}" --module "{token.module}" "$@"\n')
+    program.chmod(0o755)
+    path = f"{private}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"PATH": path, "COLUMNS": "80", "STATE": str(state)}
+
+
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """Serve an ASGI application, as a user's server does; give its address."""
+    options: dict[str, Any] = {"port": 0, "log_level": "warning", "ws": "none"}
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", **options))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started or not thread.is_alive())
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 async def _make_key(pool: TokenPool, name: str) -> None:
     """Make one of the keys that pages speak of."""
     if name == "signer":
@@ -240,8 +278,11 @@ async def _make_key(pool: TokenPool, name: str) -> None:
 
 
 def _uses(text: str, name: str) -> bool:
-    nodes = ast.walk(compile(text, "page", "exec", ast.PyCF_ONLY_AST | 0x2000))
-    return any(isinstance(node, ast.Name) and node.id == name for node in nodes)
+    """Whether code needs a name that it does not give itself."""
+    flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    tree: Any = compile(text, "page", "exec", flags)
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name]
+    return bool(found) and all(isinstance(node.ctx, ast.Load) for node in found)
 
 
 def _command(step: str) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ top floor (demo, command line) are never imported from here.
 from pkcs11_pool import pins
 from pkcs11_pool.errors import (
     ForkedProcess,
+    InvalidCiphertext,
     InvalidOption,
     InvalidType,
     InvalidURI,
@@ -60,6 +61,7 @@ __all__ = [
     "CryptStream",
     "ForkedProcess",
     "Histogram",
+    "InvalidCiphertext",
     "InvalidOption",
     "InvalidType",
     "InvalidURI",

@@ -13,6 +13,7 @@ from pkcs11 import exceptions as p11
 
 __all__ = [
     "ForkedProcess",
+    "InvalidCiphertext",
     "InvalidOption",
     "InvalidType",
     "InvalidURI",
@@ -105,6 +106,13 @@ class SessionObjectDestroyed(PoolError):
 
     Also after a logout, for a private session object, and after its ``destroy``.
     Make the object again in an open session.
+    """
+
+
+class InvalidCiphertext(PoolError, ValueError):
+    """What was given was not encrypted with this key and context, or was changed.
+
+    Do not use any part of it. ``__cause__`` is the token's answer, if it was asked.
     """
 
 

@@ -123,6 +123,7 @@ class Job:
         "since",
         "stays",
         "target",
+        "wait_seconds",
         "waited",
         "waiter",
         "work",
@@ -174,4 +175,6 @@ class Job:
         self.number = 0
         self.since = 0.0
         self.waited = False
+        #: How long it was in line: until it started, or was given up.
+        self.wait_seconds = 0.0
         self.worker: Thread | None = None

@@ -483,7 +483,7 @@ class Dispatch:
         if came and self._lines:
             # There may be more for whom nobody was woken.
             self._wake_for_next_locked()
-        waited = now - job.since
+        job.wait_seconds = waited = now - job.since
         self._wait_times.add(waited, not job.stays)
         if job.waited:
             self._counters.wait_seconds_total += waited
@@ -563,7 +563,8 @@ class Dispatch:
                 # A request to the actor waits for no session; nor does a chain, that
                 # is watched between its parts and never was in line.
                 if job.kind is not Kind.ACTOR and job.since:
-                    self._wait_times.add(now - job.since)
+                    job.wait_seconds = now - job.since
+                    self._wait_times.add(job.wait_seconds)
             error = PoolTimeout(self._why_waiting_locked(), "waiting")
         else:
             error = PoolTimeout(

@@ -65,6 +65,13 @@ class TokenEngine(Outages):
     def _module(self) -> Module:
         return self.actor.attached
 
+    @property
+    def name(self) -> str:
+        """What the pool is called in metrics."""
+        options, info = self.options, self.actor.info
+        label = options.token_label if info is None else info.label
+        return options.name or label or "pkcs11"
+
     def turn(self) -> Turn:
         """Held around each job where the module takes one call at a time."""
         return self._module.turn

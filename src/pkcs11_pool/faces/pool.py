@@ -289,9 +289,7 @@ class TokenPool(Calls):
     @property
     def name(self) -> str:
         """What it is called in metrics: ``name``, or the label of its token."""
-        options, info = self._engine.options, self._engine.actor.info
-        label = options.token_label if info is None else info.label
-        return options.name or label or "pkcs11"
+        return self._engine.name
 
     @property
     def state(self) -> PoolState:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from asn1crypto import algos, core
-from pkcs11 import MGF, KeyType, Mechanism, ObjectClass
+from pkcs11 import MGF, Attribute, KeyType, Mechanism, ObjectClass
 
 from pkcs11_pool.cryptoki.keys import KeySpec, narrowed
 from pkcs11_pool.errors import InvalidOption, InvalidType
@@ -24,6 +24,8 @@ from pkcs11_pool.faces.keyref import KeyRef
 
 if TYPE_CHECKING:
     from pkcs11_pool.pins import Pin
+
+Asn1T = TypeVar("Asn1T", bound=Any)
 
 HASHES: Final = {
     "sha1": (Mechanism.SHA_1, MGF.SHA1),
@@ -112,10 +114,8 @@ def rsa_pkcs1(hash_name: str) -> Algorithm:
     """RSASSA-PKCS1-v1_5 (RFC 8017)."""
     _known(hash_name)
     size = hashlib.new(hash_name).digest_size
-    info = algos.DigestInfo(
-        {"digest_algorithm": {"algorithm": hash_name}, "digest": bytes(size)}
-    )
-    info["digest_algorithm"]["parameters"] = core.Null()
+    kind = {"algorithm": hash_name, "parameters": core.Null()}
+    info = algos.DigestInfo({"digest_algorithm": kind, "digest": bytes(size)})
     prefix = info.dump()[:-size]
     return Algorithm(Mechanism.RSA_PKCS, hash=hash_name, prefix=prefix)
 
@@ -158,6 +158,66 @@ def hmac(hash_name: str) -> Algorithm:
     return Algorithm(_HMAC[hash_name])
 
 
+def of_identifier(
+    identifier: Any, public: Any, digest_algorithm: str | None = None
+) -> Algorithm:
+    """The algorithm that an ``AlgorithmIdentifier`` of X.509 or CMS stands for.
+
+    Args:
+        identifier: An ``asn1crypto.algos.SignedDigestAlgorithm``.
+        public: The ``asn1crypto.keys.PublicKeyInfo`` of the key.
+        digest_algorithm: The hash, where the identifier does not say it.
+
+    Raises:
+        InvalidOption: No token signs so, or the hash is not that of the identifier.
+    """
+    name = identifier["algorithm"].native
+    if name in {"ed25519", "ed448"}:
+        return eddsa()
+    try:
+        kind = identifier.signature_algo
+    except ValueError:
+        raise InvalidOption(f"no token signs with {name!r}") from None
+    if kind == "rsassa_pss":
+        params = identifier["parameters"]
+        mgf_hash = params["mask_gen_algorithm"]["parameters"]["algorithm"].native
+        hash_name = params["hash_algorithm"]["algorithm"].native
+        way = rsa_pss(hash_name, params["salt_length"].native, mgf_hash)
+    else:
+        hash_name = _hash_of(identifier) or digest_algorithm
+        if hash_name is None:
+            raise InvalidOption(f"with which hash does {name!r} sign?")
+        if kind == "ecdsa":
+            way = ecdsa(hash_name, public.bit_size)
+        elif kind == "rsassa_pkcs1v15":
+            way = rsa_pkcs1(hash_name)
+        else:
+            raise InvalidOption(f"no token signs with {name!r}")
+    if digest_algorithm not in {None, hash_name}:
+        message = f"{name!r} signs with {hash_name}, not with {digest_algorithm}"
+        raise InvalidOption(message)
+    return way
+
+
+def settled(structure: Asn1T) -> Asn1T:
+    """A copy of an asn1crypto object that many threads may read.
+
+    asn1crypto encodes and parses when it is asked for something: a thread that asks
+    meanwhile sees half of it. So all of it is done here.
+    """
+    copy: Asn1T = type(structure).load(structure.dump())
+    _ = copy.native
+    return copy
+
+
+def _hash_of(identifier: Any) -> str | None:
+    try:
+        found: str = identifier.hash_algo
+    except ValueError:
+        return None
+    return found
+
+
 def oaep(
     hash_name: str, mgf_hash: str, label: bytes | None
 ) -> tuple[Mechanism, tuple[Any, ...]]:
@@ -197,6 +257,14 @@ def secret_key(key: KeyRef) -> KeyRef:
     if isinstance(target, KeySpec):
         target = narrowed(target, (int(ObjectClass.SECRET_KEY),))
     return KeyRef(key._calls, target, home=key._home)  # noqa: SLF001
+
+
+def name_of(key: KeyRef) -> tuple[str | None, bytes | None]:
+    """Label and id that a reference names its key by."""
+    target = key._target  # noqa: SLF001  # one package
+    given = dict(target.attributes) if isinstance(target, KeySpec) else {}
+    label = given.get(int(Attribute.LABEL))
+    return None if label is None else label.decode(), given.get(int(Attribute.ID))
 
 
 SECRET_KEY_TYPES: Final = frozenset(

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from cryptography.utils import Buffer
 
     from pkcs11_pool.faces.keyref import KeyRef
+    from pkcs11_pool.faces.pool import TokenPool
     from pkcs11_pool.integrations.algorithms import Algorithm
 
 __all__ = [
@@ -406,7 +407,8 @@ def load_private_key_sync(
 
 async def _shared_secret(key: KeyRef, point: bytes, bits: int) -> bytes:
     """Derive in a session that ends with it, and read the value before."""
-    async with key._calls.session() as session:  # type: ignore[attr-defined]  # noqa: SLF001  # one package
+    pool: TokenPool = key._calls._pool()  # type: ignore[assignment]  # noqa: SLF001  # one package
+    async with pool.session() as session:
         secret = await key.on(session).derive_key(
             KeyType.GENERIC_SECRET,
             (bits + 7) // 8 * 8,
