@@ -67,6 +67,21 @@ def bench(options: argparse.Namespace) -> int:
     return status
 
 
+def chaos(options: argparse.Namespace) -> int:
+    """Mistreat a token while a pool on it is under load."""
+    module = load("demo", "pkcs11_pool.chaos", DEMO_NEEDS)
+    if module is None:
+        return 2
+    status: int = module.run(
+        seconds=options.minutes * 60,
+        seed=options.seed,
+        tasks=options.tasks,
+        loop=options.loop,
+        as_json=options.json,
+    )
+    return status
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     whole = argparse.ArgumentParser(
@@ -113,6 +128,16 @@ def parser() -> argparse.ArgumentParser:
     )
     two.set_defaults(run=bench)
     bench_options.add(two)
+    three = commands.add_parser(
+        "chaos",
+        help="kill a token's server, again and again, while a pool is under load",
+    )
+    three.set_defaults(run=chaos)
+    three.add_argument("--minutes", type=float, default=1.0, metavar="N")
+    three.add_argument("--seed", type=int, metavar="N")
+    three.add_argument("--tasks", type=positive, default=64, metavar="N")
+    three.add_argument("--loop", choices=["asyncio", "trio"], default="asyncio")
+    three.add_argument("--json", action="store_true")
     return whole
 
 

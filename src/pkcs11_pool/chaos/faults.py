@@ -100,4 +100,3 @@ class Mischief:
     def _log_out(self, session: Any) -> int:
         """Behind the pool's back, as other code in the process might."""
         return self._pool.lib.functions.C_Logout(session.handle)
-
