@@ -129,6 +129,12 @@ PROJECTS = {
         r"anyio\..*",
         "Debian has no documentation package of AnyIO",
     ),
+    "pydantic": Project(
+        "https://docs.pydantic.dev/latest",
+        None,
+        r"pydantic(_settings)?\..*|SecretStr|BaseSettings",
+        "Debian has no documentation package of pydantic",
+    ),
     "trio": Project(
         "https://trio.readthedocs.io/en/stable",
         None,

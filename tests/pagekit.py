@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Final
 from unittest import SkipTest
 
 import anyio.from_thread
+import pkcs11
 import uvicorn
 from pkcs11 import KeyType
 from sybil.document import Document, PythonDocStringDocument
@@ -60,6 +61,7 @@ MODULE: Final = "/usr/lib/softhsm/libsofthsm2.so"
 README: Final = ROOT / "README.md"
 
 _README_SETTINGS: Final = "keys=signer pool=new"
+_DOCSTRING_SETTINGS: Final = "keys=signer,p256,master"
 _SETTINGS: Final = re.compile(r"<!-- page:(.*?)-->")
 _SAVE: Final = re.compile(r"<!-- save: (\S+) -->\s*\Z")
 _MAKES_A_POOL: Final = re.compile(r"\b(TokenPool\(|from_uri\(|asyncio\.run\(main)")
@@ -111,6 +113,8 @@ class Page:
         given = found[1] if found else ""
         if path == README:
             given = _README_SETTINGS
+        elif path.suffix == ".py":
+            given = _DOCSTRING_SETTINGS
         settings = dict(word.split("=") for word in given.split())
         self.keys = [name for name in settings.get("keys", "").split(",") if name]
         self.home = ROOT if settings.get("cwd") == "checkout" else home
@@ -118,8 +122,10 @@ class Page:
         self.names: dict[str, Any] = {
             "__name__": "page",
             "asyncio": asyncio,
+            # Docstrings stand where these are imported.
+            **{name: getattr(pkcs11, name) for name in ("KeyType", "Mechanism")},
+            "TokenPool": TokenPool,
             "serving": serving,
-            "spy": spy(),
             "token": token,
             "module": str(token.module),
         }
@@ -144,6 +150,7 @@ class Page:
             dialect.SkipParser(),
         ]
         document = kind.parse(str(self.path), *parsers)
+        document.namespace["spy"] = spy()  # for conditions of skip
         with (
             anyio.from_thread.start_blocking_portal(self.backend) as self._portal,
             contextlib.ExitStack() as at_end,

@@ -1126,6 +1126,24 @@ async def test_a_cancelled_lone_caller_leaves_the_source_to_the_next(
         assert _is_signature(await key.public_key_der(), signature)
 
 
+async def test_a_login_that_was_cancelled_leaves_the_source_to_the_next_one(
+    make_pool: MakePool, token: ThrowawayToken
+) -> None:
+    """Nobody waits for the PIN any more: the next who logs in is sent for it."""
+    source = _AsyncSource(token.user_pin)
+    async with make_pool(pin=source) as pool:
+        await pool.logout()
+        source.gate, source.came = anyio.Event(), anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(pool.login)
+            await source.came.wait()
+            group.cancel_scope.cancel()
+        source.gate = None
+        with anyio.fail_after(_LAST_RESORT / 2):
+            await pool.login()
+        assert _who(pool) is LoginState.USER
+
+
 async def test_the_failure_of_an_async_source_reaches_all_who_wait(
     make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
 ) -> None:

@@ -104,7 +104,7 @@ def prompt(text: str = "PIN of the token: ") -> Callable[[], str]:
     _check_word("text", text)
 
     def read() -> str:
-        if not _has_terminal():
+        if not can_prompt():
             raise PinSourceError(_NO_TERMINAL)
         try:
             return getpass.getpass(text)
@@ -238,8 +238,8 @@ def _objection(
     return None
 
 
-def _has_terminal() -> bool:
-    """Whether getpass can ask without showing what is typed."""
+def can_prompt() -> bool:
+    """Whether there is a terminal to ask on without showing what is typed."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
     except OSError:

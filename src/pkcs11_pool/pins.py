@@ -25,6 +25,7 @@ from pkcs11_pool.errors import (
     PinSourceError,
 )
 from pkcs11_pool.pin_sources import (
+    can_prompt,
     command,
     env,
     file,
@@ -36,6 +37,7 @@ from pkcs11_pool.pin_sources import (
 __all__ = [
     "PROTECTED_AUTH",
     "Secret",
+    "can_prompt",
     "command",
     "env",
     "file",

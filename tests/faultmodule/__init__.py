@@ -93,6 +93,8 @@ class Call(NamedTuple):
     began_ns: int
     """On the clock of ``time.monotonic_ns()``."""
     ended_ns: int | None
+    slot: int | None
+    """The slot of the session, where there is one."""
 
 
 class OpenSession(NamedTuple):
@@ -126,6 +128,7 @@ class _Record(ctypes.Structure):
         ("object", ctypes.c_ulong),
         ("rv", ctypes.c_ulong),
         ("thread", ctypes.c_ulong),
+        ("slot", ctypes.c_ulong),
         ("function", ctypes.c_int),
     )
 
@@ -742,11 +745,19 @@ class FaultModule:
 
     # The log
 
-    def calls(self, function: str | None = None) -> list[Call]:
-        """The last 4096 calls, of *function* or all, in the order they entered."""
+    def calls(self, function: str | None = None, *, after: int = 0) -> list[Call]:
+        """The last 4096 calls, of *function* or all, in the order they entered.
+
+        Args:
+            function: Only calls of this one.
+            after: Only calls with a greater sequence number.
+        """
         self._index(function)
         found = (_Record * _LOG_SIZE)()
         count = int(self._lib.fault_log(found, _LOG_SIZE))
+        # Sequence numbers have no gaps.
+        newest = found[count - 1].sequence if count else 0
+        first = max(0, count - max(0, newest - after))
         calls = (
             Call(
                 sequence=r.sequence,
@@ -757,8 +768,9 @@ class FaultModule:
                 thread=r.thread,
                 began_ns=r.began_ns,
                 ended_ns=r.ended_ns or None,
+                slot=None if r.slot == _ANY_SLOT else r.slot,
             )
-            for r in found[:count]
+            for r in found[first:count]
         )
         return [call for call in calls if function in (None, call.function)]
 

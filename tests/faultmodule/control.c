@@ -196,6 +196,7 @@ bool enter(struct call *call, int function, CK_SESSION_HANDLE session, CK_ULONG 
         .sequence = call->sequence,
         .began_ns = now_ns(),
         .session = session,
+        .slot = ANY_SLOT,
         .thread = (unsigned long)pthread_self(),
         .function = function,
     };
@@ -235,6 +236,7 @@ CK_RV leave(struct call *call)
         record->ended_ns = now_ns();
         record->session = call->session;
         record->object = call->object;
+        record->slot = call->slot;
         record->rv = rv;
     }
     state.status.inside[call->function]--;

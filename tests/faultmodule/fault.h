@@ -56,7 +56,7 @@ struct rule {
 
 struct fault_record {
     uint64_t sequence, began_ns, ended_ns; /* ended_ns 0: still inside */
-    unsigned long session, object, rv, thread;
+    unsigned long session, object, rv, thread, slot; /* slot: of the session */
     int function;
 };
 

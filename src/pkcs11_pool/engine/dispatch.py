@@ -319,6 +319,10 @@ class Dispatch:
             if job.phase is Phase.WAITING:
                 job.phase = Phase.SETTLED
                 self._take_out_locked(job)
+            elif job.kind is Kind.ACTOR:
+                # What it asked for goes on without it, or nobody is there to do it.
+                self._requests.discard(job)
+                self._deadlines.unwatch(job)
         self._give_back(leftover)
         return True
 

@@ -420,6 +420,11 @@ class TokenEngine(Outages):
             self._source = source
             self._send_one_locked()
 
+    def send_another(self) -> None:
+        """Have another one await it, if the one who was sent has gone."""
+        with self._lock:
+            self._send_one_locked()
+
     def _send_one_locked(self) -> None:
         if self._source is None or self._runner is not None:
             return

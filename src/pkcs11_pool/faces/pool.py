@@ -89,6 +89,12 @@ class TokenPool(Calls):
 
     Raises:
         InvalidOption: A value is wrong. The constructor does no I/O.
+
+    Example:
+        .. code-block:: python
+
+            async with TokenPool(module, token_label="demo", pin="1234") as pool:
+                signature = await pool.key(label="signer").sign(b"data")
     """
 
     def __init__(  # the options of a pool, all by name but the first
@@ -173,9 +179,18 @@ class TokenPool(Calls):
     def key_from_uri(self, text: str | Pkcs11URI) -> KeyRef:
         """The key that a PKCS#11 URI names: ``object``, ``id``, ``type``. No I/O.
 
+        Args:
+            text: A URI, as text or read already.
+
+        Returns:
+            A reference, as :meth:`key` gives it.
+
         Raises:
             InvalidURI: The URI is malformed, names no key, or names another token than
                 this pool's.
+
+        Source:
+            RFC 7512, "PKCS #11 URI Scheme Definition".
         """
         text = parsed = uri.read(text)  # type: ignore[assignment]
         if isinstance(parsed, InvalidURI):
@@ -212,6 +227,9 @@ class TokenPool(Calls):
         Cryptoki:
             ``C_Initialize``, ``C_GetSlotList``, ``C_GetTokenInfo``,
             ``C_OpenSession``, ``C_Login``.
+
+        Source:
+            PKCS#11 v3.1, "General-purpose functions", "Session management functions".
         """
         engine = self._engine
         engine.check_process()
@@ -238,8 +256,14 @@ class TokenPool(Calls):
         runs longer is lost. Closing twice is harmless. Completes also when
         cancelled, and raises the cancellation then.
 
+        Cancellation:
+            The closing is completed first, then the cancellation raised.
+
         Cryptoki:
             ``C_CloseSession``, ``C_Logout``; ``C_Finalize`` by the module's last pool.
+
+        Source:
+            PKCS#11 v3.1, "General-purpose functions", "Session management functions".
         """
         engine = self._engine
         engine.check_process()
@@ -288,7 +312,7 @@ class TokenPool(Calls):
 
     @property
     def name(self) -> str:
-        """What it is called in metrics: ``name``, or the label of its token."""
+        """Its name in metrics, which is ``name`` or the label of its token."""
         return self._engine.name
 
     @property
@@ -331,7 +355,11 @@ class TokenPool(Calls):
         return self._checked().actor.attached.library
 
     def stats(self) -> PoolStats:
-        """A snapshot of gauges and counters."""
+        """A snapshot of gauges and counters.
+
+        Returns:
+            Taken at one moment, under the pool's lock.
+        """
         return self._engine.stats()
 
     def __repr__(self) -> str:
@@ -350,8 +378,21 @@ class TokenPool(Calls):
             rw: Read-write.
             timeout: Seconds to wait for it.
 
+        Returns:
+            For ``async with``: it gives a :class:`PooledSession`.
+
+        Raises:
+            WouldDeadlock: At entry: all are lent, one of them to this task.
+            PoolTimeout: At entry: none came free in time.
+
+        Cancellation:
+            While it waits: nothing happened. A session that came just then goes back.
+
         Cryptoki:
             ``C_OpenSession``; at the end ``C_CloseSession``.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         config.check_flag("rw", rw)
         limit = arguments.timeout(timeout, self._engine.options.timeout)
@@ -365,6 +406,29 @@ class TokenPool(Calls):
         Stops new operations, waits for running ones and for open sessions, at most
         ``timeout`` seconds, and logs the SO in. Other operations wait meanwhile,
         inside their deadlines. At the end the login found before is restored.
+
+        Args:
+            so_pin: The security officer's PIN; or ``PROTECTED_AUTH``.
+            timeout: Seconds to wait until the token is quiet.
+
+        Returns:
+            For ``async with``: it gives a :class:`SecurityOfficer`.
+
+        Raises:
+            WouldDeadlock: At entry: this task holds a session of the pool.
+            PoolTimeout: At entry: calls or sessions did not end; nothing has changed.
+            PinRefused: At entry: the token refused the PIN.
+
+        Cancellation:
+            While it waits: nothing happened. During the login: what was before is
+            restored first.
+
+        Cryptoki:
+            ``C_OpenSession`` (R/W), ``C_CloseSession`` of all others, ``C_Logout``,
+            ``C_Login``; and the same way back.
+
+        Source:
+            PKCS#11 v3.1, "Session states", "Session management functions".
         """
         so_pin = pins.hide(so_pin)
         pins.checked(so_pin)
@@ -394,6 +458,9 @@ class TokenPool(Calls):
 
         Cryptoki:
             ``C_GetTokenInfo``, ``C_Login``.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         given = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
@@ -418,12 +485,20 @@ class TokenPool(Calls):
 
         Cryptoki:
             ``C_Logout``.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         actor = self._checked().actor
         await self._request(actor.log_out, self._engine.options.timeout)
 
     async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
         """Change the user's PIN; the new one becomes the pool's.
+
+        Args:
+            old: The present PIN.
+            new: The one to come.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
 
         Raises:
             PinLengthInvalid: The token takes no PIN of this length; nothing was sent.
@@ -437,6 +512,9 @@ class TokenPool(Calls):
 
         Cryptoki:
             ``C_SetPIN``, in a fresh R/W session.
+
+        Source:
+            PKCS#11 v3.1, "Slot and token management functions".
         """
         old, new = pins.hide(old), pins.hide(new)  # type: ignore[assignment]  # hides them
         before, after = pins.secret(old), pins.secret(new)  # type: ignore[arg-type]
@@ -449,6 +527,14 @@ class TokenPool(Calls):
     def run_sync(self, func: Callable[..., T], *args: Any, **options: Any) -> T:
         """The blocking twin of :meth:`run`.
 
+        Args:
+            func: As for :meth:`run`.
+            *args: Its further arguments.
+            **options: As for :meth:`run`, by name.
+
+        Returns:
+            What ``func`` returned.
+
         Raises:
             WouldBlockLoop: This thread runs an event loop.
         """
@@ -458,6 +544,14 @@ class TokenPool(Calls):
         self, func: Callable[[Any, Any], T], items: Iterable[Any], **options: Any
     ) -> SyncResults[Any]:
         """The blocking twin of :meth:`map`, for a plain ``for`` loop.
+
+        Args:
+            func: As for :meth:`map`.
+            items: As for :meth:`map`; no async iterable.
+            **options: As for :meth:`map`, by name.
+
+        Returns:
+            To iterate over: ``for``, or ``close()`` to break off.
 
         Raises:
             WouldBlockLoop: At the first result: this thread runs an event loop.

@@ -33,6 +33,14 @@ class PooledSession(Calls):
     It has the pool's own operations, all in this one session, one at a time and in
     order. It holds no thread. When the block ends, the session is closed, and its
     session objects are gone with it (PKCS#11 v3.1, "Session objects").
+
+    Example:
+        .. code-block:: python
+
+            async with pool.session() as session:
+                secret = await session.generate_key(KeyType.AES, 256)
+                sealed = await secret.encrypt(b"data", mechanism_param=bytes(16))
+            # `secret` is gone
     """
 
     def __init__(self, engine: TokenEngine, pool: Calls, lease: Lease) -> None:
@@ -58,11 +66,20 @@ class PooledSession(Calls):
     async def info(self, *, timeout: Timeout = DEFAULT) -> SessionInfo:
         """What the token says of this session: state, kind, device error, slot.
 
+        Args:
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            What the token says; nothing of it is guessed.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
             ``C_GetSessionInfo``.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         return await self._perform(lambda session: session.info(), timeout)
 

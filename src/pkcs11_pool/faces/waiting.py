@@ -187,8 +187,8 @@ class FaceWaiter(Protocol):
     async def result(self, engine: TokenEngine, job: Job) -> Any:
         """The result of a job, or its error."""
 
-    async def outlast(self, job: Job) -> None:
-        """Wait for the end of a job, through every cancellation."""
+    async def outlast(self, *jobs: Job) -> None:
+        """Wait for the end of jobs, through every cancellation; raise that then."""
 
 
 class _LoopWaiter:
@@ -264,14 +264,21 @@ class _AsyncioWaiter(_LoopWaiter):
             raise
         return outcome(job)
 
-    async def outlast(self, job: Job) -> None:
+    async def outlast(self, *jobs: Job) -> None:
+        cancelled: asyncio.CancelledError | None = None
         with anyio.CancelScope(shield=True):
-            while job.phase is not Phase.SETTLED:
-                try:
-                    await self._wait()
-                except asyncio.CancelledError:
-                    # Raised by the caller of this when the outcome is there.
-                    continue
+            for job in jobs:
+                while job.phase is not Phase.SETTLED:
+                    try:
+                        await self._wait()
+                    except asyncio.CancelledError as error:
+                        # asyncio says it once only: it must not be lost.
+                        cancelled = error
+        if cancelled is not None:
+            try:
+                raise cancelled
+            finally:
+                del cancelled
 
 
 class _TrioWaiter(_LoopWaiter):
@@ -318,9 +325,10 @@ class _TrioWaiter(_LoopWaiter):
             raise
         return outcome(job)
 
-    async def outlast(self, job: Job) -> None:
-        while job.phase is not Phase.SETTLED:
-            await self._wait(None, job)
+    async def outlast(self, *jobs: Job) -> None:
+        for job in jobs:
+            while job.phase is not Phase.SETTLED:
+                await self._wait(None, job)
 
 
 class _ThreadWaiter:
@@ -347,9 +355,10 @@ class _ThreadWaiter:
             raise
         return outcome(job)
 
-    async def outlast(self, job: Job) -> None:
-        while job.phase is not Phase.SETTLED:
-            self._woken.acquire()
+    async def outlast(self, *jobs: Job) -> None:
+        for job in jobs:
+            while job.phase is not Phase.SETTLED:
+                self._woken.acquire()
 
 
 class _Kept:

@@ -73,6 +73,7 @@ _NOT_IN: Final = "The service is not logged in to its token."
 PROBLEMS: Final[dict[type[Exception], Problem]] = {
     # What the client asked for.
     errors.InvalidOption: Problem(_BAD, "A value of the request is not possible."),
+    errors.InvalidCiphertext: Problem(_BAD, "This was not encrypted here, or changed."),
     errors.KeyNotFound: Problem(_NOT_FOUND, "There is no such key."),
     errors.KeyAmbiguous: Problem(_CONFLICT, "More than one key has that name."),
     errors.KeyFunctionNotPermitted: Problem(_CONFLICT, "The key is not for this use."),

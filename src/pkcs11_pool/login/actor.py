@@ -314,9 +314,12 @@ class LoginActor(Recovering):
 
     def _ask(self, source: PinCallable, job: Job | None) -> None:
         """Get a PIN from a callable: here, or by a caller if it must be awaited."""
+        self._logins = [waiting for waiting in self._logins if not waiting.dropped]
         if job is not None:
             self._logins.append(job)
         if self._asking:
+            # Whoever was sent may have gone since, when nobody else was there.
+            self._gate.send_another()
             return
         if not pins.is_async(source):
             try:

@@ -44,6 +44,9 @@ class Gate(Protocol):
     def send_for_pin(self, source: PinCallable) -> None:
         """Have a caller who waits for the login await this PIN source."""
 
+    def send_another(self) -> None:
+        """Have another one await it, if the one who was sent has gone."""
+
     def drain(self, deadline: float) -> None:
         """Wait for running calls, then close every session."""
 
