@@ -24,7 +24,7 @@ from pkcs11_pool import (
 )
 from pkcs11_pool.login import steps
 from pkcs11_pool.login.steps import Step
-from poolkit import Hold, digest, eventually, hangs, make_ec_key, workers
+from poolkit import Hold, digest, eventually, hangs, make_ec_key, settled, workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,6 +165,7 @@ async def test_other_code_that_finalised_the_module_is_made_up_for(
     """The module is ours to initialise, and operations go on."""
     async with make_pool(module=fault.path) as pool:
         await make_ec_key(pool)
+        await settled(pool)
         pool.lib.functions.C_Finalize(None)
         assert await _sign(pool)
         assert pool.login_state is LoginState.USER
@@ -177,6 +178,7 @@ async def test_a_module_that_refuses_is_tried_again(
     async with make_pool(module=fault.path) as pool:
         await make_ec_key(pool)
         fault.on("C_Initialize", times=2, answer=CKR.DEVICE_ERROR)
+        await settled(pool)
         pool.lib.functions.C_Finalize(None)
         assert await _sign(pool)
         assert fault.count("C_Initialize") == 4

@@ -170,6 +170,7 @@ class Recovering(Attachment):
                     self._log_in_again()
         except Exception as error:  # noqa: BLE001  # told to those who wait too long
             way.error = error
+            self._gate.still_down(error)
             return False
         return True
 
@@ -182,7 +183,6 @@ class Recovering(Attachment):
     def _rest(self, way: _Way) -> None:
         rest = way.backoff.rest()
         way.until = time.monotonic() + rest
-        self._gate.still_down(way.error)
         events.warning(
             events.RECOVERY_FAILED,
             token=self._label,
