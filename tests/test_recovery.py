@@ -537,7 +537,9 @@ async def test_an_officers_period_ends_with_the_token(
             with pytest.raises((SessionClosed, pkcs11.PKCS11Error)):
                 await so.session.generate_random(8)
             await eventually(lambda: pool.login_state is LoginState.PUBLIC)
-            fault.come_back()
+        # The block ends although the token is still away.
+        assert pool.state is PoolState.RECOVERING
+        fault.come_back()
         await _back(pool)
         assert _who(pool) is LoginState.USER
         key = await make_ec_key(pool)

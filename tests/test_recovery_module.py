@@ -24,7 +24,7 @@ from pkcs11_pool import (
 )
 from pkcs11_pool.login import steps
 from pkcs11_pool.login.steps import Step
-from poolkit import Hold, digest, eventually, hangs, make_ec_key, settled, workers
+from poolkit import digest, eventually, hangs, make_ec_key, settled, workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,15 +112,16 @@ async def test_a_pool_that_was_well_comes_back_by_itself(
         for pool in (ill, well):
             await make_ec_key(pool)
         fault.reset_counts()
-        with Hold() as hold:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(well.run, hold)
-                await hold.entered()
-                _break(fault)
-                tasks.start_soon(digest, ill)
-                await eventually(lambda: ill.state is PoolState.RECOVERING)
-                hold.let_go()
-        assert hold.ended == 1
+        fault.on("C_Digest", hang="before")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(digest, well)
+            await hangs(fault, "C_Digest")
+            _break(fault)
+            tasks.start_soon(ill.generate_random, 8)
+            # It stands back, and is waited for.
+            await eventually(lambda: well.state is PoolState.RECOVERING)
+            assert fault.count("C_Finalize") == 0
+            fault.release()
         await _ready(ill, well)
         assert fault.count("C_Finalize") == fault.count("C_Initialize") == 1
         for pool in (ill, well):
