@@ -19,6 +19,7 @@ from pkcs11.constants import TokenFlag
 
 from pkcs11_pool import events
 from pkcs11_pool.cryptoki import interface, rv
+from pkcs11_pool.cryptoki.lent import LentList
 from pkcs11_pool.errors import (
     ForkedProcess,
     ModuleError,
@@ -108,7 +109,7 @@ class Module:
         #: The sessions of the present generation, by number.
         self.live: dict[int, Session] = {}
         #: For sessions in the hands of a caller's function.
-        self.watched = interface.WatchedList(library.functions, self._closes)
+        self.lent_list = LentList(library.functions, self._closes)
         self._in_use: dict[tuple[str, bytes, str, str], str] = {}
         #: The pools on it.
         self.members: list[Member] = []

@@ -10,7 +10,10 @@ from __future__ import annotations
 import ctypes as c
 from typing import TYPE_CHECKING, Final
 
+from pkcs11.constants import Attribute
+
 from pkcs11_pool.cryptoki import interface, rv
+from pkcs11_pool.cryptoki.lent import bury
 from pkcs11_pool.state import SessionInfo, SessionState
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class Session:
         handle: Its number.
         rw: Whether it is read-write.
         epoch: The login epoch in which it was opened.
+        lent: Whether a caller's function has had it.
     """
 
     __slots__ = (
@@ -47,6 +51,7 @@ class Session:
         "functions",
         "generation",
         "handle",
+        "lent",
         "module",
         "p11",
         "rw",
@@ -68,10 +73,12 @@ class Session:
         module.live[self.handle] = self
         self.rw = rw
         self.epoch = epoch
+        self.lent = False
 
     def lend(self) -> pkcs11.Session:
         """The ``pkcs11.Session``, for a caller's function, which may close it."""
-        self.module.watched.watch(self.p11)
+        self.module.lent_list.watch(self.p11)
+        self.lent = True
         return self.p11
 
     def disarm(self) -> None:
@@ -80,6 +87,7 @@ class Session:
         The session itself stays open, for its worker to close.
         """
         interface.take_handle(self.p11)
+        bury(self.p11)
 
     def close(self) -> int:
         """``C_CloseSession``; the code that it returned, 0 if it was closed before.
@@ -98,6 +106,8 @@ class Session:
         handle, self.handle = self.handle, 0
         if handle:
             interface.take_handle(self.p11)
+            if self.lent:
+                bury(self.p11)
         return handle
 
     def info(self) -> SessionInfo:
@@ -115,7 +125,7 @@ class Session:
     def attributes(self, handle: int, kinds: Sequence[int]) -> dict[int, bytes]:
         """Packed attributes of an object; those that it does not tell are left out.
 
-        One ``C_GetAttributeValue``, and a second where a value is long.
+        One ``C_GetAttributeValue``, and a second where a value is long; on NSS more.
         """
         found, long = self._attributes(handle, [(kind, _ROOM) for kind in kinds])
         if long:
@@ -125,6 +135,12 @@ class Session:
             if sizes:
                 more, _ = self._attributes(handle, sizes)
                 found.update(more)
+        if len(kinds) > 1 and Attribute.CLASS in kinds and Attribute.CLASS not in found:
+            # Each object has a class. NSS keeps back every number when one of the
+            # attributes is not there: ask for what is missing one by one.
+            for kind in kinds:
+                if kind not in found:
+                    found.update(self.attributes(handle, [kind]))
         return found
 
     def _attributes(
