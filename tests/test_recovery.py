@@ -21,6 +21,10 @@ from pkcs11_pool import (
     SessionObjectDestroyed,
     TokenUnavailable,
 )
+from pkcs11_pool.cryptoki.interface import pack_ulong
+from pkcs11_pool.cryptoki.keys import Entry, KeySpec
+from pkcs11_pool.cryptoki.operations import with_object
+from pkcs11_pool.state import Epoch, Generation
 from poolkit import (
     LAST_RESORT,
     digest,
@@ -533,7 +537,9 @@ async def test_an_officers_period_ends_with_the_token(
             with pytest.raises((SessionClosed, pkcs11.PKCS11Error)):
                 await so.session.generate_random(8)
             await eventually(lambda: pool.login_state is LoginState.PUBLIC)
-            fault.come_back()
+        # The block ends although the token is still away.
+        assert pool.state is PoolState.RECOVERING
+        fault.come_back()
         await _back(pool)
         assert _who(pool) is LoginState.USER
         key = await make_ec_key(pool)
@@ -557,3 +563,38 @@ async def test_keys_are_found_anew_after_an_outage(
         assert await first.verify(
             _DIGEST, await _sign(first), mechanism=Mechanism.ECDSA
         )
+
+
+class _FoundKey:
+    """Stands in for the handle cache: no token here has a key that is used up."""
+
+    def __init__(self, key_type: int) -> None:
+        packed: dict[int, bytes] = {
+            Attribute.CLASS: pack_ulong(ObjectClass.PRIVATE_KEY),
+            Attribute.KEY_TYPE: pack_ulong(key_type),
+        }
+        self._entry = Entry(1, packed, Epoch(1), Generation(1), 0, 0.0)
+
+    def entry(self, *_arguments: object) -> Entry:
+        return self._entry
+
+    def mark(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("key_type", [0x46, 0x47, 0x48], ids=["HSS", "XMSS", "XMSSMT"])
+def test_a_signature_that_uses_up_its_key_is_not_repeated(key_type: int) -> None:
+    """Lost with the token, it may have been made: OutcomeUnknown."""
+    calls = 0
+
+    def sign(_entry: Entry) -> bytes:
+        nonlocal calls
+        calls += 1
+        raise pkcs11.DeviceError
+
+    cache: Any = _FoundKey(key_type)
+    spec = KeySpec.of("signer", None, None, None)
+    session: Any = None
+    with pytest.raises(OutcomeUnknown, match="used up"):
+        with_object(session, cache, spec, None, sign)
+    assert calls == 1

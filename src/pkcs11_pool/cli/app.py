@@ -35,6 +35,7 @@ COMMANDS: Final = {
     "top": (f"{_HERE}.top:top", "Watch a running service."),
     "demo": (f"{_HERE}.running:demo", "Real signatures on a throwaway token."),
     "bench": (f"{_HERE}.running:bench", "Measure the pool on a token."),
+    "chaos": (f"{_HERE}.running:chaos", "Kill a token's server under load."),
     "completion": (f"{_HERE}.completion:completion", "Completion for a shell."),
 }
 """Each command: where it is, and what it does in a line."""

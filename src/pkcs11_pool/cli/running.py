@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from cyclopts import Group, Parameter
 
@@ -72,6 +72,33 @@ def demo(
     """
     module = load("demo", "pkcs11_pool.demo", DEMO_NEEDS)
     status: int = module.run(operations=operations, tasks=tasks, as_json=json)
+    return status
+
+
+def chaos(
+    *,
+    minutes: Annotated[float, Parameter(converter=_by(options.duration))] = 1.0,
+    seed: int | None = None,
+    tasks: Annotated[int, _Count] = 64,
+    loop: Literal["asyncio", "trio"] = "asyncio",
+    json: bool = False,
+) -> int:
+    """Kill a token's server, again and again, while a pool on it is under load.
+
+    A throwaway SoftHSM2 token stands behind `p11-kit server`. At the end nothing that
+    was acknowledged may be lost, no result wrong and nothing left over.
+
+    Args:
+        minutes: How long.
+        seed: For the faults and the load; else a new one.
+        tasks: How many use the pool at once.
+        loop: The event loop.
+        json: Print the figures as JSON, nothing else.
+    """
+    module = load("demo", "pkcs11_pool.chaos", DEMO_NEEDS)
+    status: int = module.run(
+        seconds=60 * minutes, seed=seed, tasks=tasks, loop=loop, as_json=json
+    )
     return status
 
 

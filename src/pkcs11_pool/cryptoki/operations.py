@@ -17,13 +17,14 @@ from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.util import dsa, ec
 
-from pkcs11_pool.cryptoki import interface, rv
+from pkcs11_pool.cryptoki import interface, recovery, rv
 from pkcs11_pool.cryptoki.keys import GONE, SessionObject, narrowed
 from pkcs11_pool.errors import (
     InvalidOption,
     KeyFunctionNotPermitted,
     KeyNotFound,
     LoginRequired,
+    OutcomeUnknown,
     SessionObjectDestroyed,
 )
 from pkcs11_pool.pins import Secret
@@ -124,6 +125,8 @@ def with_object(
             code = rv.code_of(error)
             if code == _NOT_PERMITTED:
                 raise _not_permitted(target, entry) from error
+            if recovery.is_stateful(entry.key_type):
+                _check_used_up(target, entry, error)
             dead = code in _DEAD
             if not dead and (_unmoved(cache, mark) or cache.verify(session, entry)):
                 raise
@@ -144,6 +147,23 @@ def _not_permitted(target: Target, entry: Entry) -> KeyFunctionNotPermitted:
         "signs, decrypts, unwraps and derives, the public key verifies, encrypts and "
         "wraps; or make a key with that capability"
     )
+
+
+def _check_used_up(target: Target, entry: Entry, error: p11.PKCS11Error) -> None:
+    """Keep a signature that was lost with its token from being made again.
+
+    Raises:
+        OutcomeUnknown: The private key may have used up one of its few.
+    """
+    if (
+        entry.object_class == ObjectClass.PRIVATE_KEY
+        and recovery.classify(error).is_outage
+    ):
+        message = (
+            f"the token was lost while {target} signed: it may have used up one of the "
+            "signatures that it can make; whoever wants another one asks again"
+        )
+        raise OutcomeUnknown(message) from error
 
 
 def _unmoved(cache: HandleCache, mark: int) -> bool:

@@ -136,6 +136,7 @@ UNCODED: Final[dict[type[p11.PKCS11Error], Fault]] = {
     p11.PKCS11Error: Fault.CALLER,
 }
 """The group of each exception that stands for no code."""
+_STATEFUL: Final = frozenset({0x46, 0x47, 0x48})
 _OF_THE_POOL: Final = {
     LoginRequired: Fault.LOGIN,
     KeyNotFound: Fault.HANDLE,
@@ -165,6 +166,14 @@ def classify(error: BaseException) -> Fault:
     if code is not None:
         return fault_of(code)
     return next(UNCODED[kind] for kind in type(error).__mro__ if kind in UNCODED)
+
+
+def is_stateful(key_type: object) -> bool:
+    """Whether each signature with a key of this type uses up a part of it.
+
+    Source: PKCS#11 v3.1 and v3.2, ``CKK_HSS``, ``CKK_XMSS``, ``CKK_XMSSMT``.
+    """
+    return key_type in _STATEFUL
 
 
 def hints_at_lost_login(error: BaseException) -> bool:

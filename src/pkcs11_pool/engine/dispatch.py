@@ -438,7 +438,7 @@ class Dispatch:
         threads = len(self._idle) + self._most_workers - len(self._workers)
         if job.lane is not None:
             return threads > 0 and job.lane.is_free_for(job)
-        before = self._lines.want_sessions(self._room.more_leases)
+        before = self._lines.want_sessions(self._room)
         return threads > 0 and before < self._room.free
 
     @property

@@ -16,6 +16,7 @@ from pkcs11_pool.jobs import Kind
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pkcs11_pool.engine.room import SessionRoom
     from pkcs11_pool.jobs import Job
 
 
@@ -71,13 +72,17 @@ class Lines:
         self._lines[job.kind].popleft()
         self._count -= 1
 
-    def want_sessions(self, leases: int) -> int:
-        """How many wait for a session that they may have: so many more leases may."""
+    def want_sessions(self, room: SessionRoom) -> int:
+        """How many wait for a session that they may have now."""
         if not self._count:
             return 0
         lines = self._lines
-        waiting = len(lines[Kind.READ]) + len(lines[Kind.WRITE])
-        return waiting + min(leases, len(lines[Kind.LEASE]))
+        wanted = len(lines[Kind.READ])
+        if lines[Kind.WRITE]:
+            wanted += min(room.more_writes, len(lines[Kind.WRITE]))
+        if lines[Kind.LEASE]:
+            wanted += min(room.more_leases, len(lines[Kind.LEASE]))
+        return wanted
 
     def __len__(self) -> int:
         """How many jobs wait."""

@@ -25,6 +25,7 @@ from pkcs11_pool.errors import (
     StreamInterrupted,
     TokenUnavailable,
 )
+from pkcs11_pool.login.recovering import blocked
 from pkcs11_pool.state import LoginState, PoolState, SessionState
 
 if TYPE_CHECKING:
@@ -182,6 +183,12 @@ class Outages(Leasing):
         """The token may be lost: nothing starts until the actor has looked."""
         if self.hold_off(error):
             self.actor.suspect(error)
+
+    def _tell_lost(self) -> None:
+        super()._tell_lost()
+        if self._stuck and self._module.is_blocked:
+            # Nothing goes in any more, until that call is back: nobody waits too long.
+            self.doubt(TokenUnavailable(blocked(self._module)))
 
     def hold_off(self, error: BaseException) -> bool:
         """Let nothing start, for the token may be lost; False if that is known."""

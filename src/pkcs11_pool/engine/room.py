@@ -43,6 +43,18 @@ class SessionRoom:
         return max(0, self.most_leases - len(self.leases) - self.leasing)
 
     @property
+    def more_writes(self) -> int:
+        """How many more operations that change the token may start.
+
+        Making a key may take seconds: such operations never take all sessions, so that
+        a flood of them leaves a quarter, and at least one, to those that are short.
+        """
+        total = self.limit.total
+        most = max(1, total - max(1, total // 4))
+        leased = sum(lease.rw and lease.counted for lease in self.leases)
+        return max(0, most - (self.open_rw - leased))
+
+    @property
     def lent_out(self) -> int:
         """How many leases are in the hands of callers: who may want to keep them."""
         return sum(not lease.lone for lease in self.leases)
@@ -58,6 +70,8 @@ class SessionRoom:
             return False
         if self.ahead and not job.rw:
             return True
+        if job.kind is Kind.WRITE and not self.more_writes:
+            return False
         # A session opened ahead makes room rather than let anybody wait for it.
         open_all = self.open_all - bool(self.ahead)
         return self.limit.allows(rw=job.rw, open_all=open_all, open_rw=self.open_rw)

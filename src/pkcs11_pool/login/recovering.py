@@ -41,6 +41,10 @@ _LOGGED_OUT: Final = frozenset(
 )
 
 
+class _Blocked(TokenUnavailable):
+    """The module takes one call at a time, and that one does not come back."""
+
+
 class _Way:
     """One recovery, from the first doubt to the end.
 
@@ -65,6 +69,14 @@ class _Way:
         self.generation = generation
         self.until = 0.0
         self.backoff = Backoff()
+
+
+def blocked(module: Module) -> str:
+    """What to say of a module that takes one call at a time, and has one inside."""
+    return (
+        f"a call hangs in {module.path}, which takes one at a time: if it does not "
+        "come back, only a new process can help"
+    )
 
 
 class Recovering(Attachment):
@@ -119,7 +131,7 @@ class Recovering(Attachment):
         way = self._way
         if way is not None:
             way.round += 1
-            way.step = steps.after(way.step, well=True, initialize=False)
+            way.step = steps.first(lost=way.lost)
             self._go_on()
 
     def _go_on(self) -> None:
@@ -129,6 +141,10 @@ class Recovering(Attachment):
         initialized = False
         while way.step not in steps.ENDS:
             step, well = way.step, self._take(way)
+            if isinstance(way.error, _Blocked) and not well:
+                # Nobody can say what is lost, before the call inside is back.
+                way.step = Step.REST
+                break
             if step is Step.LOOK and not well:
                 self._lose(way)
             initialize = not initialized and self._may_initialize(way)
@@ -154,6 +170,7 @@ class Recovering(Attachment):
                     self._log_in_again()
         except Exception as error:  # noqa: BLE001  # told to those who wait too long
             way.error = error
+            self._gate.still_down(error)
             return False
         return True
 
@@ -166,7 +183,6 @@ class Recovering(Attachment):
     def _rest(self, way: _Way) -> None:
         rest = way.backoff.rest()
         way.until = time.monotonic() + rest
-        self._gate.still_down(way.error)
         events.warning(
             events.RECOVERY_FAILED,
             token=self._label,
@@ -196,8 +212,7 @@ class Recovering(Attachment):
         """The module, where it takes one call at a time; but not behind a hung one."""
         module = self.attached
         if not module.wait_turn(_PATIENCE):
-            message = f"a call hangs in {module.path}, which takes one at a time"
-            raise TokenUnavailable(message)
+            raise _Blocked(blocked(module))
         try:
             yield module
         finally:

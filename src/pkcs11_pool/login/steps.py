@@ -45,10 +45,14 @@ _AFTER: Final = {
     (Step.INITIALIZE, False): Step.REST,
     (Step.LOG_IN, True): Step.DONE,
     (Step.LOG_IN, False): Step.REST,
-    (Step.REST, True): Step.FIND,
 }
 ENDS: Final = frozenset({Step.REST, Step.WELL, Step.DONE})
 """Where there is nothing to do at present."""
+
+
+def first(*, lost: bool) -> Step:
+    """The first step of a round, by whether it is more than a doubt."""
+    return Step.FIND if lost else Step.LOOK
 
 
 def after(step: Step, *, well: bool, initialize: bool) -> Step:

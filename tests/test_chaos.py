@@ -1,0 +1,126 @@
+"""The chaos command: what it reports, and that it would report what must not be."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pkcs11 import Attribute, KeyType
+
+from pkcs11_pool import chaos
+from pkcs11_pool.chaos import faults, load, server
+from poolkit import eventually
+
+if TYPE_CHECKING:
+    from conftest import MakePool
+    from faultmodule import FaultModule
+    from pkcs11_pool import TokenPool
+
+_SEED = 45
+
+
+@pytest.fixture
+def needs_server(soft_hsm: object) -> None:
+    """Skip where there is no server to be killed."""
+    del soft_hsm
+    try:
+        server.client_module()
+    except server.ServerUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("needs_server")
+@pytest.mark.timeout(90)
+def test_a_short_run_loses_nothing() -> None:
+    """Thirteen seconds with real kills: lost, wrong and left over are empty."""
+    command = [sys.executable, "-m", "pkcs11_pool", "chaos", "--json"]
+    command += ["--minutes", "0.22", "--seed", str(_SEED), "--tasks", "32"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=80, check=False
+    )
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert (report["lost"], report["wrong"], report["leaked"]) == ([], [], [])
+    assert done.returncode == 0
+    assert report["seed"] == _SEED
+    planned = faults.plan(random.Random(_SEED), 0.22 * 60)  # noqa: S311
+    assert sum(report["faults"].values()) == len(planned)
+    assert report["faults"]["kill"] == [f.kind for f in planned].count("kill") > 0
+    assert report["recoveries"] >= report["faults"]["kill"]
+    assert report["outages"] > 0
+    assert report["longest_return_seconds"] < 3 * 2.0
+    assert report["operations"] == sum(report["operations_by_kind"].values()) > 100
+
+
+def test_without_a_server_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 2, and a text that helps."""
+    monkeypatch.setattr(server, "_PLACES", ())
+    status = chaos.run(seconds=1, seed=1, tasks=1, loop="asyncio", as_json=True)
+    assert status == 2
+    told = capsys.readouterr()
+    assert "apt-get install p11-kit" in told.err
+    assert told.out == ""
+
+
+def test_the_same_seed_makes_the_same_faults() -> None:
+    """And another one others; they leave the end in peace."""
+    one, same, other = (
+        faults.plan(random.Random(seed), 60)  # noqa: S311
+        for seed in (1, 1, 2)
+    )
+    assert one == same != other
+    assert sum(fault.rest + fault.length for fault in one) <= 57
+    assert {fault.kind for fault in one} <= set(faults.KINDS)
+
+
+async def test_what_is_lost_or_strange_on_the_token_is_seen(pool: TokenPool) -> None:
+    """A key that was acknowledged and is gone, and one that nobody was told of."""
+    book = load.Book()
+    for label in ("kept", "strange", "unsure"):
+        await pool.generate_key(KeyType.AES, 128, label=label, store=True)
+    book.made |= {"kept", "lost"}
+    book.unsure |= {"unsure", "neither"}
+    assert await load.compare(pool, book) == (["lost"], ["strange"])
+    # Made twice: what must not be repeated was.
+    await pool.generate_key(KeyType.AES, 128, label="kept", store=True)
+    assert await load.compare(pool, book) == (["lost"], ["strange", "kept"])
+
+
+async def test_wrong_results_and_callers_without_answer_are_seen(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signature by another key, and a call that does not come back in time."""
+    monkeypatch.setattr(load, "_GRACE", -29.8)
+    async with make_pool(module=fault.path, timeout=5) as pool:
+        await load.prepare(pool)
+        await pool.generate_keypair(
+            KeyType.EC, curve="secp256r1", label="another", store=True
+        )
+        another = await pool.key(label="another").public_key_der()
+        rng = random.Random(1)  # noqa: S311
+        work = load.Load(pool, another, rng, unruly=False)
+        await work._once(work._sign)  # noqa: SLF001
+        assert "wrong signature" in work.book.wrong[0]
+        fault.on("C_Digest", hang="before")
+        await work._once(work._digest)  # noqa: SLF001
+        assert "no answer" in work.book.wrong[1]
+        assert work.book.total == 0
+        fault.release()
+        await eventually(lambda: pool.stats().operations_running == 0)
+        assert len(await pool.find({Attribute.LABEL: load.SIGNER})) == 2
+
+
+async def test_a_right_load_fills_the_book_and_blames_nobody(pool: TokenPool) -> None:
+    """One operation of each kind."""
+    work = load.Load(pool, await load.prepare(pool), random.Random(3))  # noqa: S311
+    for kind, _ in work._kinds:  # noqa: SLF001
+        await kind(b"1", {})
+    assert work.book.wrong == []
+    assert {"sign", "verify", "digest", "random", "make", "session", "stream"} <= set(
+        work.book.acknowledged
+    )
