@@ -62,8 +62,8 @@ class Thread(Protocol):
     counted: bool | None
     #: Its call was given up on.
     lost: bool
-    #: Not 0 while it counts as awake; see ``awake``.
-    awake: int
+    #: When it took its last job, or was woken.
+    since: float
     #: It was woken, and is not there yet.
     coming: bool
     #: How many sessions it opened, not yet counted.
@@ -121,6 +121,7 @@ class Job:
         "since",
         "stays",
         "target",
+        "tick",
         "waited",
         "waiter",
         "work",
@@ -168,6 +169,8 @@ class Job:
         self.error: BaseException | None = None
         self.attempts = 0
         self.number = 0
+        #: When its deadline is looked at; see ``deadlines``.
+        self.tick = 0
         self.since = 0.0
         self.waited = False
         self.worker: Thread | None = None

@@ -10,7 +10,6 @@ they wait for a network or compute for themselves, many may be inside.
 from __future__ import annotations
 
 import os
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -32,15 +31,13 @@ class Awake:
         self._least = max(2, min(4, os.cpu_count() or 1))
         #: How many may be awake; as many as want to before anything was measured.
         self.most = 1 << 30
-        #: Whether calls are short.
-        self.fast = False
-        self._long = _SHORT
-        self._count = 0
+        self._at_work: set[Thread] = set()
         # Woken, and not there yet: behind a busy processor that takes long, and
         # those who are at work take the jobs meanwhile.
         self._coming = 0
-        self._number = 0
-        self._recent: deque[tuple[float, Thread, int]] = deque()
+        self._long = _SHORT
+        # When it was last looked who is inside for long.
+        self._looked = 0.0
         self._shortest = 0.0
         self._seen = 0
 
@@ -58,17 +55,16 @@ class Awake:
 
     def started(self, worker: Thread, now: float) -> None:
         """A worker takes a job."""
-        self._forget_long(now)
-        self._number += 1
-        self._count += not worker.awake
-        worker.awake = self._number
-        self._recent.append((now, worker, self._number))
+        worker.since = now
+        self._at_work.add(worker)
 
     def ended(self, worker: Thread) -> None:
         """It found nothing to do, is done, or lost."""
-        if worker.awake:
-            worker.awake = 0
-            self._count -= 1
+        self._at_work.discard(worker)
+
+    def counts(self, worker: Thread) -> bool:
+        """Whether a worker is among those awake: not if it was inside for long."""
+        return worker in self._at_work
 
     def took(self, duration: float) -> None:
         """So long a job was inside the module."""
@@ -78,7 +74,6 @@ class Awake:
         if self._seen < _WINDOW:
             return
         self._seen = 0
-        self.fast = self._shortest < _SHORT
         self.most = max(self._least, int(self._shortest / _WAKING))
         # One long call among short ones must not keep others from starting.
         self._long = max(_SHORT, 4 * self._shortest)
@@ -87,15 +82,10 @@ class Awake:
         """Whether no more should be woken."""
         if self._coming >= self._least:
             return True
-        if self._count < self.most:
+        if len(self._at_work) < self.most:
             return False
-        self._forget_long(now)
-        return self._count >= self.most
-
-    def _forget_long(self, now: float) -> None:
-        recent = self._recent
-        while recent and now - recent[0][0] > self._long:
-            _, worker, number = recent.popleft()
-            if worker.awake == number:
-                worker.awake = 0
-                self._count -= 1
+        if now - self._looked > self._long:
+            self._looked = now
+            for worker in [w for w in self._at_work if now - w.since > self._long]:
+                self._at_work.discard(worker)
+        return len(self._at_work) >= self.most

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11_pool.engine.awake import Awake
 from pkcs11_pool.engine.deadlines import Deadlines
@@ -39,6 +39,14 @@ if TYPE_CHECKING:
     from pkcs11_pool.engine.leases import Chain, Lease
     from pkcs11_pool.jobs import Thread, Waiter
 
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_READ: Final = Kind.READ
+_LANE: Final = Kind.LANE
+_ACTOR: Final = Kind.ACTOR
+_READY: Final = PoolState.READY
+_WAITING: Final = Phase.WAITING
+_RUNNING: Final = Phase.RUNNING
+_SETTLED: Final = Phase.SETTLED
 _WHY_CLOSED = {
     PoolState.NEW: "the pool is not open: use `async with pool:`",
     PoolState.OPENING: "the pool is not open yet",
@@ -47,8 +55,6 @@ _WHY_CLOSED = {
 
 IDLE = 0.3
 """Seconds without work after which sessions opened ahead are closed."""
-_LATE = 0.0005
-"""Seconds that a result may wait for others, so that one wake-up serves all."""
 _LOOK = 0.005
 """Seconds after which it is looked at jobs for which nobody was woken."""
 NO_WAIT = "timeout=0, and it would have to wait"
@@ -77,6 +83,9 @@ class Pause(Enum):
     """Only jobs of open leases: the security officer waits for their end."""
     ALL = "all"
     """Nothing, but the jobs of a period of the security officer."""
+
+
+_NOT: Final = Pause.NOT
 
 
 class Dispatch:
@@ -108,6 +117,8 @@ class Dispatch:
         self._awake = Awake()
         # Whether the timekeeper comes to look at jobs for which nobody was woken.
         self._looked_after = False
+        # One more than sessions: closing a lease needs a thread and no session.
+        self._most_workers = options.max_sessions + 1
         # When an idle worker is sent to look for sessions that should go, and whether
         # one was sent.
         self._look_at: float | None = None
@@ -115,6 +126,9 @@ class Dispatch:
         # Callers whose results are there and who are woken together, in a moment.
         self._held: list[Waiter] = []
         self._held_since = 0.0
+        # When the last result was there, and when the last worker was done tidying.
+        self._last_result = 0.0
+        self._last_work = 0.0
         # The one that went idle last is the last.
         self._idle: list[Thread] = []
         self._workers: set[Thread] = set()
@@ -138,23 +152,49 @@ class Dispatch:
             TokenUnavailable: It was not taken; nothing happens.
             PoolTimeout: It would have to wait, and must not.
         """
-        self.check_process()
+        if _process.pid != self.pid:
+            self.check_process()
         if self.orphans or self._ending.locked():
             self.end_orphans()
-        job.since = time.monotonic()
+        job.since = now = time.monotonic()
         with self._lock:
-            if self.state is not PoolState.READY or self._stuck:
-                self._check_open_locked()
-            if job.lane is not None:
-                job.lane.check()
-            at_once = self._can_start_at_once_locked(job)
-            if not at_once:
-                self._admit_locked(job)
-            self._enqueue_locked(job)
-            if at_once:
-                self._wake_one_locked()
-            elif self._login_awaited:
-                self._send_one_locked()
+            if job.kind is _READ and self._is_roomy_locked():
+                # The usual case, in short.
+                self._number = job.number = self._number + 1
+                job.phase = _WAITING
+                self._watch_locked(job)
+                self._lines.reads.append(job)
+                self._wake_one_locked(now)
+            else:
+                self._submit_locked(job, now)
+
+    def _is_roomy_locked(self) -> bool:
+        """Whether a R/O operation finds a session and a thread, and none else waits.
+
+        What `_submit_locked` finds out for every job, in short for the usual one.
+        """
+        lines, room = self._lines, self._room
+        return bool(
+            self._pause is _NOT
+            and self.state is _READY
+            and not (self._stuck or self._login_awaited or lines.others)
+            and len(lines.reads) < room.limit.total - room.open_all + len(room.ahead)
+            and (self._idle or len(self._workers) < self._most_workers)
+        )
+
+    def _submit_locked(self, job: Job, now: float) -> None:
+        if self.state is not _READY or self._stuck:
+            self._check_open_locked()
+        if job.lane is not None:
+            job.lane.check()
+        at_once = self._can_start_at_once_locked(job)
+        if not at_once:
+            self._admit_locked(job)
+        self._enqueue_locked(job)
+        if at_once:
+            self._wake_one_locked(now)
+        elif self._login_awaited:
+            self._send_one_locked()
 
     def check_open(self) -> None:
         """Refuse a pool that is not open.
@@ -192,7 +232,7 @@ class Dispatch:
         Raises:
             ForkedProcess: This is such a child.
         """
-        if self.is_forked:
+        if _process.pid != self.pid and self.is_forked:
             message = (
                 f"this pool belongs to process {self.pid}: use the start method spawn "
                 "or forkserver, or open a pool after the fork"
@@ -269,7 +309,7 @@ class Dispatch:
         """Put a job in its line, or behind the running job of its lease."""
         self._number += 1
         job.number = self._number
-        job.phase = Phase.WAITING
+        job.phase = _WAITING
         self._watch_locked(job)
         lane = job.lane
         if lane is None:
@@ -331,11 +371,13 @@ class Dispatch:
         self, job: Job, result: Any, error: BaseException | None
     ) -> bool:
         """Set what became of a job; whether there is somebody to wake."""
-        self._deadlines.unwatch(job)
-        self._requests.discard(job)
-        if job.phase is Phase.SETTLED:
+        if job.tick:
+            self._deadlines.unwatch(job)
+        if job.kind is _ACTOR:
+            self._requests.discard(job)
+        if job.phase is _SETTLED:
             return False
-        job.phase = Phase.SETTLED
+        job.phase = _SETTLED
         job.result, job.error = result, error
         if job.errand is not None:
             self._errand_dropped_locked(job)
@@ -355,40 +397,37 @@ class Dispatch:
     # -- Who may start ------------------------------------------------------------
 
     def _waiting_locked(self) -> int:
-        lanes = sum(len(lease.waiting) for lease in self._room.leases)
-        return len(self._lines) + len(self._parked) + lanes
+        waiting = len(self._lines) + len(self._parked)
+        for lease in self._room.leases:
+            waiting += len(lease.waiting)
+        return waiting
 
     def _can_start_locked(self, job: Job) -> bool:
         if self._pause is Pause.ALL:
             return job.lane is not None and job.lane is self._so_lane
         if self._login_awaited and not job.restart and not job.stays:
             return False
-        if job.kind is Kind.LANE:
+        if job.kind is _LANE:
             return True
         return self._pause is Pause.NOT and self._room.allows(job)
 
     def _can_start_at_once_locked(self, job: Job) -> bool:
         """Whether a new job finds a session and a thread that nobody waits for."""
+        if not self._idle and len(self._workers) >= self._most_workers:
+            return False
         if not self._can_start_locked(job):
             return False
-        threads = len(self._idle) + self._most_workers - len(self._workers)
         if job.lane is not None:
-            return threads > 0 and job.lane.is_free_for(job)
-        before = self._lines.want_sessions(self._room.more_leases)
-        return threads > 0 and before < self._room.free
+            return bool(job.lane.is_free_for(job))
+        lines, room = self._lines, self._room
+        return lines.want_sessions(room.more_leases) < room.free
 
-    @property
-    def _most_workers(self) -> int:
-        # One more than sessions: closing a lease needs a thread and no session.
-        return self.options.max_sessions + 1
-
-    def _wake_one_locked(self) -> bool:
+    def _wake_one_locked(self, now: float) -> bool:
         """Wake the worker that went idle last, or start one; False if enough are.
 
         The next of those takes the job then. Should all be inside long calls, the
         timekeeper comes and wakes more.
         """
-        now = time.monotonic()
         if self._awake.is_full(now):
             self._look_later_locked(now)
             return False
@@ -408,24 +447,15 @@ class Dispatch:
             self._looked_after = True
             timekeeper.call_at(self, now + _LOOK)
 
-    def _hold_locked(self, waiter: Waiter, now: float) -> None:
-        """Put off waking a caller whose result is there."""
-        if not self._held:
-            self._held_since = now
-            self._look_later_locked(now)
-        self._held.append(waiter)
-
-    def _held_locked(self, now: float, *, idle: bool) -> list[Waiter] | tuple[()]:
-        """Those whose time has come."""
-        if not self._held or not (idle or now - self._held_since > _LATE):
-            return ()
+    def _held_locked(self) -> list[Waiter]:
+        """Those whose results were held back, to be woken now."""
         held, self._held = self._held, []
         return held
 
     def _wake_for_next_locked(self) -> bool:
         if self._lines.first(self._can_start_locked) is None:
             return False
-        return self._wake_one_locked()
+        return self._wake_one_locked(time.monotonic())
 
     def _wake_many_locked(self) -> None:
         """Many jobs may be able to start at once."""
@@ -435,36 +465,59 @@ class Dispatch:
 
     def _claim_locked(self, worker: Thread, now: float) -> Job | None:
         """The next job, now running on this worker; None: the worker is idle."""
-        came = self._awake.came(worker)
-        job = self._lines.first(self._can_start_locked)
-        if job is not None and not worker.awake and self._awake.is_full(now):
-            # It comes back from a call, and the others do without it.
-            self._wake_one_locked()
-            job = None
-        if job is None:
-            self._awake.ended(worker)
-            if worker in self._workers:
-                self._idle.append(worker)
-            if self._look_at is None and (self._room.ahead or self._room.leases):
-                self._look_at = now + IDLE
-                timekeeper.call_at(self, self._look_at)
-            return None
-        self._lines.pop(job)
-        self._awake.started(worker, now)
-        if came and self._lines:
+        awake, lines = self._awake, self._lines
+        came = worker.coming and awake.came(worker)
+        if lines.reads and awake.counts(worker) and self._is_usual_locked():
+            job = lines.reads.popleft()
+        else:
+            first = self._first_locked(worker, now)
+            if first is None:
+                self._goes_idle_locked(worker, now)
+                return None
+            job = first
+            lines.pop(job)
+        awake.started(worker, now)
+        if came and (lines.reads or lines.others):
             # There may be more for whom nobody was woken.
             self._wake_for_next_locked()
         if job.waited:
             self._counters.wait_seconds_total += now - job.since
         job.since = now
-        if job.phase is Phase.WAITING:
-            job.phase = Phase.RUNNING
+        if job.phase is _WAITING:
+            job.phase = _RUNNING
         job.worker = worker
         worker.job = job
         worker.busy = True
         self._busy += 1
         self._running += 1
         return job
+
+    def _is_usual_locked(self) -> bool:
+        """Whether the first R/O operation can start: `_first_locked`, in short."""
+        room = self._room
+        return bool(
+            self._pause is _NOT
+            and not (self._login_awaited or self._lines.others)
+            and (room.ahead or room.open_all < room.limit.total)
+        )
+
+    def _first_locked(self, worker: Thread, now: float) -> Job | None:
+        """The job that a worker should take, still in line."""
+        job = self._lines.first(self._can_start_locked)
+        if job is not None and not self._awake.counts(worker):
+            if self._awake.is_full(now):
+                # It comes back from a long call, and the others do without it.
+                self._look_later_locked(now)
+                return None
+        return job
+
+    def _goes_idle_locked(self, worker: Thread, now: float) -> None:
+        self._awake.ended(worker)
+        if worker in self._workers:
+            self._idle.append(worker)
+        if self._look_at is None and (self._room.ahead or self._room.leases):
+            self._look_at = now + IDLE
+            timekeeper.call_at(self, self._look_at)
 
     def _let_go_locked(self, job: Job) -> bool:
         """Take a job from its worker to start it again; False if nobody wants it."""
@@ -500,7 +553,7 @@ class Dispatch:
         """Give ``PoolTimeout`` to those that are due; when to come again."""
         with self._lock:
             wake = [job for job in self._deadlines.due(now) if self._expire_locked(job)]
-            held = self._held_locked(now, idle=True)
+            held = self._held_locked()
             again = self._deadlines.next()
             if self._look_at is not None and now >= self._look_at:
                 self._look_at = None

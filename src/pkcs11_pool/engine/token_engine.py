@@ -47,6 +47,14 @@ if TYPE_CHECKING:
     from pkcs11_pool.engine.leases import Lease
     from pkcs11_pool.pins import Pin, PinCallable
 
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_READ: Final = Kind.READ
+_LANE: Final = Kind.LANE
+_LEASE: Final = Kind.LEASE
+_NOT: Final = Pause.NOT
+_READY: Final = PoolState.READY
+_LATE: Final = 0.0005
+"""Seconds that a result may wait for others, so that one wake-up serves all."""
 _ATTEMPTS: Final = 3
 """How often a job may start anew after a lost login."""
 _LOGGED_OUT: Final = frozenset(
@@ -63,7 +71,6 @@ class TokenEngine(Leasing):
         # A PIN source that must be awaited, and the caller who was sent for it.
         self._source: PinCallable | None = None
         self._runner: Job | None = None
-        self._last_work = 0.0
 
     @property
     def _module(self) -> Module:
@@ -71,7 +78,9 @@ class TokenEngine(Leasing):
 
     def turn(self) -> Turn:
         """Held around each job where the module takes one call at a time."""
-        return self._module.turn
+        module = self.actor.module
+        assert module is not None  # noqa: S101  # workers come after it
+        return module.turn
 
     # -- Work: called by the workers ----------------------------------------------
 
@@ -89,57 +98,64 @@ class TokenEngine(Leasing):
         None: nothing to do; the worker is on the list of the idle then. ``ahead`` is
         the session that it opened behind its last job.
         """
-        session: Session | None = None
-        victim: Session | None = None
-        if ahead is not None and not self._keep_ahead(worker, ahead):
-            # While the worker still counts as busy: a pause waits for this, too.
-            ahead.close()
         with self._lock:
-            if worker.lost:
-                return None
-            now = time.monotonic()
-            if worker.busy:
-                self._tidied_locked(worker, now)
-            job = self._claim_locked(worker, now)
-            held = self._held_locked(now, idle=job is None)
-            if job is None:
-                pass
-            elif job.kind is Kind.LANE:
-                session = job.lane.session
-            else:
-                session, victim = self._room.reserve(job)
-                worker.counted = job.rw
+            unwanted = ahead is not None and not self._keep_ahead_locked(worker, ahead)
+            claimed = None if unwanted else self._next_locked(worker)
+            held = self._held
+            if held and claimed is not None and worker.since - self._held_since < _LATE:
+                # They go on waiting: this one goes back to work.
+                held = []
+            elif held:
+                self._held = []
         for waiter in held:
             waiter.wake()
-        return None if job is None else (job, session, victim)
+        if unwanted and ahead is not None:
+            # While the worker still counts as busy: a pause waits for this, too.
+            ahead.close()
+            return self.claim(worker, None)
+        return claimed
 
-    def _keep_ahead(self, worker: Worker, session: Session) -> bool:
+    def _keep_ahead_locked(self, worker: Worker, session: Session) -> bool:
         """Whether a session opened behind a job may wait for the next one."""
-        with self._lock:
-            wanted = (
-                self._pause is Pause.NOT
-                and self.state is PoolState.READY
-                and session.epoch == self.actor.login.epoch
-                and not worker.lost
-            )
-            if wanted:
-                self._room.ahead.append(session)
-                worker.counted = None
+        wanted = (
+            self._pause is _NOT
+            and self.state is _READY
+            and session.epoch == self.actor.login.epoch
+            and not worker.lost
+        )
+        if wanted:
+            self._room.ahead.append(session)
+            worker.counted = None
         return wanted
 
-    def _tidied_locked(self, worker: Worker, now: float) -> None:
-        """A worker has closed what it used."""
-        self._last_work = now
-        worker.busy = False
-        self._busy -= 1
-        self._awake.ended(worker)
-        if worker.opened:
-            self._opened_locked(worker)
-        if worker.counted is not None:
-            self._room.closed(rw=worker.counted)
-            worker.counted = None
-        if self._pause is not Pause.NOT:
-            self._quiet.notify_all()
+    def _next_locked(
+        self, worker: Worker
+    ) -> tuple[Job, Session | None, Session | None] | None:
+        """A worker is done with its last job, tidying included; its next one."""
+        if worker.lost:
+            return None
+        now = time.monotonic()
+        room = self._room
+        if worker.busy:
+            # It has closed what it used.
+            self._last_work = now
+            worker.busy = False
+            self._busy -= 1
+            if worker.opened:
+                self._opened_locked(worker)
+            if worker.counted is not None:
+                room.closed(rw=worker.counted)
+                worker.counted = None
+            if self._pause is not _NOT:
+                self._quiet.notify_all()
+        job = self._claim_locked(worker, now)
+        if job is None:
+            return None
+        if job.kind is _LANE:
+            return job, job.lane.session, None
+        session, victim = room.reserve(job)
+        worker.counted = job.rw
+        return job, session, victim
 
     def _opened_locked(self, worker: Worker) -> None:
         self._counters.sessions_opened_total += worker.opened
@@ -252,30 +268,63 @@ class TokenEngine(Leasing):
             duration = now - job.since
             self._counters.run_seconds_total += duration
             self._awake.took(duration)
-            if isinstance(result, Loan):
-                self._room.lent(result.lease)
-                worker.counted = None
-            elif job.kind is Kind.LEASE and error is None:
-                self._room.leasing -= 1
+            kind = job.kind
+            if kind is _LEASE:
+                self._lent_locked(worker, result, error)
             if worker.opened:
                 self._opened_locked(worker)
             settled = self._settle_locked(job, result, error)
             if job.lane is not None:
                 self._next_in_lane_locked(job.lane)
+            waiting = self._lines.reads or self._lines.others
             opens = (
-                job.kind is Kind.READ
-                and not self._lines
-                and self._pause is Pause.NOT
-                and self.state is PoolState.READY
+                kind is _READ
+                and not waiting
+                and self._pause is _NOT
+                and self.state is _READY
                 # A spare for each busy worker.
                 and len(self._room.ahead) < self._busy
             )
-            if settled and self._awake.fast and job.kind is not Kind.LEASE:
-                self._hold_locked(job.waiter, now)
+            if settled and waiting and self._hold_locked(job, now):
                 return opens
+            held = self._held
+            if held:
+                self._held = []
+        for waiter in held:
+            waiter.wake()
         if not settled or not job.waiter.wake():
             self._give_back(result)
         return opens
+
+    def _lent_locked(
+        self, worker: Worker, result: Any, error: BaseException | None
+    ) -> None:
+        """The job that opens a lease is done."""
+        if isinstance(result, Loan):
+            self._room.lent(result.lease)
+            worker.counted = None
+        elif error is None:
+            self._room.leasing -= 1
+
+    def _hold_locked(self, job: Job, now: float) -> bool:
+        """Whether a result is held back for the next one, which will be there soon.
+
+        While jobs wait in line and results come faster than one in half a millisecond:
+        then one wake-up of the loop serves several, and none is late. Where all
+        workers are inside all the same, the timekeeper comes.
+        """
+        if job.kind is _LEASE or now - self._last_result > _LATE:
+            self._last_result = now
+            return False
+        self._last_result = now
+        held = self._held
+        if not held:
+            self._held_since = now
+            self._look_later_locked(now)
+        elif now - self._held_since > _LATE:
+            return False
+        held.append(job.waiter)
+        return True
 
     def look_around(self) -> None:
         """Called by a worker that goes idle; to the point when the timekeeper asks.

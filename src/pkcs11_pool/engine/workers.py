@@ -14,7 +14,6 @@ from pkcs11 import exceptions as p11
 
 from pkcs11_pool.engine.leases import Lease, Loan
 from pkcs11_pool.errors import PoolClosed
-from pkcs11_pool.jobs import Kind
 
 if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.session import Session
@@ -30,7 +29,7 @@ class Worker:
         busy: It may be inside the module. Written under the engine's lock.
         counted: The kind of session that is counted for it. Written there, too.
         lost: Its call was given up on. Written under the engine's lock.
-        awake: Not 0 while it counts as awake. Written there, too.
+        since: When it took its last job, or was woken. Written there, too.
         coming: It was woken and is not there yet. Written there, too.
         opened: How many sessions it opened since the engine last looked.
     """
@@ -45,7 +44,7 @@ class Worker:
         self.busy = False
         self.counted: bool | None = None
         self.lost = False
-        self.awake = 0
+        self.since = 0.0
         self.coming = False
         self.opened = 0
         self._thread = threading.Thread(
@@ -109,13 +108,15 @@ class Worker:
                 return None
         session.epoch = engine.actor.login.epoch
         result, failure = self._call(job, session)
-        again = isinstance(failure, Exception) and engine.finished(
-            job, session, failure
+        again = (
+            failure is not None
+            and isinstance(failure, Exception)
+            and engine.finished(job, session, failure)
         )
         opens = not again and engine.deliver(self, job, result, failure)
         if self.lost:
             return session
-        if job.kind is Kind.LANE or isinstance(result, Loan):
+        if job.lane is not None or isinstance(result, Loan):
             return None
         # Behind the caller's back.
         session.close()
@@ -128,13 +129,13 @@ class Worker:
         if self.lost or (job.dropped and not job.stays):
             # Its caller went while the session was opened: nothing happened.
             return None, None
-        engine = self._engine
-        if job.kind is Kind.LEASE:
+        work = job.work
+        if work is None:
+            # Only leases have none.
             lease = Lease(session, job.holder)
             lease.chain, lease.lone = job.chain, job.chain is not None
-            return Loan(lease, engine.orphans), None
-        assert job.work is not None  # noqa: S101  # only leases have none
+            return Loan(lease, self._engine.orphans), None
         try:
-            return job.work(session), None
+            return work(session), None
         except BaseException as error:  # noqa: BLE001  # raised again at the caller
             return None, error
