@@ -189,28 +189,58 @@ class FunctionList:
 
 
 class WatchedList:
-    """A copy of a module's function list, with a ``C_CloseSession`` that tells first.
+    """A copy of a module's function list, for sessions in a caller's hands.
 
-    For sessions in the hands of a caller's function. A number must be known as
-    closed before the module can give it to the next session. What the caller keeps
-    goes on pointing here, so this is never destroyed either.
+    Its ``C_CloseSession`` tells first: a number must be known as closed before the
+    module can give it to the next session. Its ``C_OpenSession`` can give a session
+    that is open already, for python-pkcs11 to make its object of. What the caller
+    keeps goes on pointing here, so this is never destroyed.
     """
 
     def __init__(self, functions: FunctionList, closes: Callable[[int], None]) -> None:
+        given = self._given = threading.local()
+
+        def open_(
+            slot: int, flags: int, application: Any, notify: Any, session: Any
+        ) -> int:
+            handle = getattr(given, "handle", 0)
+            if not handle:
+                return functions.C_OpenSession(
+                    slot, flags, application, notify, session
+                )
+            session[0] = handle
+            return 0
+
         def close(handle: int) -> int:
             closes(handle)
             return functions.C_CloseSession(handle)
 
-        index, arguments = _FUNCTIONS["C_CloseSession"]
         size = (1 + _COUNT) * c.sizeof(_P)
         self._list = c.create_string_buffer(c.string_at(functions.pointer, size), size)
-        self._close = c.CFUNCTYPE(ULong, *arguments)(close)
-        slot = _P.from_buffer(self._list, (1 + index) * c.sizeof(_P))
-        slot.value = c.cast(self._close, _P).value
+        self._kept = [
+            self._replace(name, function)
+            for name, function in (("C_OpenSession", open_), ("C_CloseSession", close))
+        ]
 
-    def watch(self, session: pkcs11.Session) -> None:
-        """Let this session call through the copy: the list is its first C field."""
-        _P.from_address(id(session) + _HEADER).value = c.addressof(self._list)
+    def _replace(self, name: str, function: Callable[..., int]) -> object:
+        index, arguments = _FUNCTIONS[name]
+        native = c.CFUNCTYPE(ULong, *arguments)(function)
+        slot = _P.from_buffer(self._list, (1 + index) * c.sizeof(_P))
+        slot.value = c.cast(native, _P).value
+        return native
+
+    def watch(self, owner: pkcs11.Session | pkcs11.Token) -> None:
+        """Let it call through the copy: the list is its first C field."""
+        _P.from_address(id(owner) + _HEADER).value = c.addressof(self._list)
+
+    def session(self, token: pkcs11.Token, handle: int, *, rw: bool) -> pkcs11.Session:
+        """A ``pkcs11.Session`` of a session that is open. No call to the module."""
+        self.watch(token)
+        self._given.handle = handle
+        try:
+            return token.open(rw=rw, attribute_mapper=MAPPER)
+        finally:
+            self._given.handle = 0
 
 
 class Library(_pkcs11.lib):
