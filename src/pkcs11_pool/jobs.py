@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -42,6 +42,12 @@ class Kind(Enum):
     """A session that is leased already: only a thread."""
     ACTOR = "actor"
     """The login actor's thread: no session, no worker."""
+
+
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_LEASE: Final = Kind.LEASE
+_ACTOR: Final = Kind.ACTOR
+_NEVER: Final = math.inf
 
 
 class Waiter(Protocol):
@@ -99,34 +105,22 @@ class Job:
         away: Its caller is elsewhere just now and cannot be sent for a PIN.
     """
 
-    __slots__ = (
-        "attempts",
-        "away",
-        "chain",
-        "changes",
-        "deadline",
-        "dropped",
-        "errand",
-        "error",
-        "holder",
-        "is_operation",
-        "kind",
-        "lane",
-        "nowait",
-        "number",
-        "phase",
-        "restart",
-        "result",
-        "rw",
-        "since",
-        "stays",
-        "target",
-        "tick",
-        "waited",
-        "waiter",
-        "work",
-        "worker",
-    )
+    # What every job begins with. Attributes of the class, because a job is made for
+    # each operation, and most of these stay as they are.
+    away = False
+    phase = Phase.NEW
+    errand: PinCallable | None = None
+    #: The caller has gone; the result is dropped when it comes.
+    dropped = False
+    result: Any = None
+    error: BaseException | None = None
+    attempts = 0
+    number = 0
+    since = 0.0
+    #: When its deadline is looked at; see ``deadlines``.
+    tick = 0
+    waited = False
+    worker: Thread | None = None
 
     def __init__(  # the fields of a job, given once by the faces
         self,
@@ -152,25 +146,11 @@ class Job:
         self.restart = restart
         self.stays = stays
         self.nowait = nowait
-        self.deadline = None if deadline == math.inf else deadline
+        self.deadline = None if deadline == _NEVER else deadline
         self.lane = lane
         self.target = target
         self.holder = holder
         self.chain = chain
-        self.away = False
         self.waiter = waiter
         #: Whether it counts in the statistics: a lease or a request does not.
-        self.is_operation = not stays and kind not in (Kind.LEASE, Kind.ACTOR)
-        self.phase = Phase.NEW
-        self.errand: PinCallable | None = None
-        #: The caller has gone; the result is dropped when it comes.
-        self.dropped = False
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.attempts = 0
-        self.number = 0
-        #: When its deadline is looked at; see ``deadlines``.
-        self.tick = 0
-        self.since = 0.0
-        self.waited = False
-        self.worker: Thread | None = None
+        self.is_operation = not (stays or kind is _LEASE or kind is _ACTOR)

@@ -61,11 +61,19 @@ _WRONG_SIGNATURE: Final = frozenset(
 _WRITTEN_BY_THE_MODULE: Final = frozenset({Mechanism.AES_GCM, Mechanism.AES_CCM})
 """Mechanisms into whose parameter some HSMs write, so it is packed for each call."""
 
-# Reading a member of an Enum is a call into Python before 3.12: once is enough.
-_SIGN: Final = Attribute.SIGN
-_VERIFY: Final = Attribute.VERIFY
-_ENCRYPT: Final = Attribute.ENCRYPT
-_DECRYPT: Final = Attribute.DECRYPT
+
+class _Use:
+    """What a key must allow, and the mechanisms that its type has for it."""
+
+    def __init__(self, capability: Attribute, mechanisms: Mapping[Any, Any]) -> None:
+        self.capability = capability
+        self.mechanisms = mechanisms
+
+
+_SIGN: Final = _Use(Attribute.SIGN, defaults.DEFAULT_SIGN_MECHANISMS)
+_VERIFY: Final = _Use(Attribute.VERIFY, defaults.DEFAULT_SIGN_MECHANISMS)
+_ENCRYPT: Final = _Use(Attribute.ENCRYPT, defaults.DEFAULT_ENCRYPT_MECHANISMS)
+_DECRYPT: Final = _Use(Attribute.DECRYPT, defaults.DEFAULT_ENCRYPT_MECHANISMS)
 
 PRIVATE_OR_SECRET: Final = (int(ObjectClass.PRIVATE_KEY), int(ObjectClass.SECRET_KEY))
 PUBLIC_OR_SECRET: Final = (int(ObjectClass.PUBLIC_KEY), int(ObjectClass.SECRET_KEY))
@@ -108,12 +116,7 @@ def packed(
 
 
 def way(
-    entry: Entry,
-    target: object,
-    capability: Attribute,
-    known: Mapping[Any, Any],
-    mechanism: Any,
-    param: Any,
+    entry: Entry, target: object, use: _Use, mechanism: Any, param: Any
 ) -> tuple[object, int]:
     """The packed mechanism for a use of a key, and its address.
 
@@ -124,13 +127,13 @@ def way(
         KeyFunctionNotPermitted: Its attributes say no.
     """
     if param is None:
-        kept = entry.ways.get((capability, mechanism))
+        kept = entry.ways.get((use, mechanism))
         if kept is not None:
             return kept
-    entry.require(capability, target)
-    pair = packed(entry.key_type, known, mechanism, param)
+    entry.require(use.capability, target)
+    pair = packed(entry.key_type, use.mechanisms, mechanism, param)
     if param is None and mechanism not in _WRITTEN_BY_THE_MODULE:
-        entry.ways[capability, mechanism] = pair
+        entry.ways[use, mechanism] = pair
     return pair
 
 
@@ -210,9 +213,7 @@ def sign(
         if entry.always_authenticate:
             check_login(entry, target, login)
         f = session.functions
-        kept, address = way(
-            entry, target, _SIGN, defaults.DEFAULT_SIGN_MECHANISMS, mechanism, param
-        )
+        kept, address = way(entry, target, _SIGN, mechanism, param)
         code = f.C_SignInit(session.handle, address, entry.handle)
         if code:
             raise rv.error_of(code, "C_SignInit")
@@ -243,9 +244,7 @@ def verify(
         if raw is None:
             return False
         f = session.functions
-        kept, address = way(
-            entry, target, _VERIFY, defaults.DEFAULT_SIGN_MECHANISMS, mechanism, param
-        )
+        kept, address = way(entry, target, _VERIFY, mechanism, param)
         code = f.C_VerifyInit(session.handle, address, entry.handle)
         if code:
             raise rv.error_of(code, "C_VerifyInit")
@@ -276,14 +275,7 @@ def encrypt(
 
     def call(entry: Entry) -> bytes:
         f = session.functions
-        kept, address = way(
-            entry,
-            target,
-            _ENCRYPT,
-            defaults.DEFAULT_ENCRYPT_MECHANISMS,
-            mechanism,
-            param,
-        )
+        kept, address = way(entry, target, _ENCRYPT, mechanism, param)
         code = f.C_EncryptInit(session.handle, address, entry.handle)
         if code:
             raise rv.error_of(code, "C_EncryptInit")
@@ -311,14 +303,7 @@ def decrypt(
         if entry.always_authenticate:
             check_login(entry, target, login)
         f = session.functions
-        kept, address = way(
-            entry,
-            target,
-            _DECRYPT,
-            defaults.DEFAULT_ENCRYPT_MECHANISMS,
-            mechanism,
-            param,
-        )
+        kept, address = way(entry, target, _DECRYPT, mechanism, param)
         code = f.C_DecryptInit(session.handle, address, entry.handle)
         if code:
             raise rv.error_of(code, "C_DecryptInit")

@@ -504,12 +504,11 @@ class Dispatch:
     def _first_locked(self, worker: Thread, now: float) -> Job | None:
         """The job that a worker should take, still in line."""
         job = self._lines.first(self._can_start_locked)
-        if job is not None and not self._awake.counts(worker):
-            if self._awake.is_full(now):
-                # It comes back from a long call, and the others do without it.
-                self._look_later_locked(now)
-                return None
-        return job
+        if job is None or self._awake.counts(worker) or not self._awake.is_full(now):
+            return job
+        # It comes back from a long call, and the others do without it.
+        self._look_later_locked(now)
+        return None
 
     def _goes_idle_locked(self, worker: Thread, now: float) -> None:
         self._awake.ended(worker)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from pkcs11_pool import config, events, pins, uri
 from pkcs11_pool.config import PoolOptions
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from pkcs11_pool.stats import PoolStats
 
 T = TypeVar("T")
+
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_READ: Final = Kind.READ
+_WRITE: Final = Kind.WRITE
 
 
 class TokenPool(Calls):
@@ -490,10 +494,12 @@ class TokenPool(Calls):
         restart: bool = True,
         target: SessionObject | None = None,
     ) -> Job:
-        limit = arguments.timeout(timeout, self._engine.options.timeout)
+        limit = self._engine.options.timeout
+        if timeout is not DEFAULT:
+            limit = arguments.timeout(timeout, limit)
         return Job(
             work,
-            Kind.WRITE if rw else Kind.READ,
+            _WRITE if rw else _READ,
             waiter=waiter,
             deadline=time.monotonic() + limit if limit else None,
             changes=changes,
@@ -516,7 +522,8 @@ class TokenPool(Calls):
         target: SessionObject | None = None,
     ) -> T:
         engine = self._engine
-        arguments.timeout(timeout, None)
+        if timeout is not DEFAULT:
+            arguments.timeout(timeout, None)
         engine.check_process()
         if changes:
             await checkpoint()
