@@ -74,6 +74,8 @@ class Thread(Protocol):
     coming: bool
     #: How many sessions it opened, not yet counted.
     opened: int
+    #: Seconds on a processor for its last job, where that was measured.
+    spent: float
 
     def wake(self) -> None:
         """End its sleep."""

@@ -9,18 +9,20 @@ they wait for a network or compute for themselves, many may be inside.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pkcs11_pool.jobs import Thread
 
-_WAKING: Final = 70e-6
-"""Seconds that it takes, at best, until a worker that is woken is at work."""
+_OURS: Final = 100e-6
+"""Seconds of the interpreter that an operation costs. More workers than fit into the
+time of an operation at this rate only wait for each other."""
 _SHORT: Final = 0.0005
-"""Seconds. Results of calls that are shorter may wait for each other."""
+"""Seconds. Who is inside for longer than this, and than usual, counts no more."""
 _WINDOW: Final = 16
-"""Calls of which the shortest tells how fast the token is: the machine's load makes
+"""Operations of which the shortest tells how fast the token is: the machine's load makes
 some longer than they are, none shorter."""
 
 
@@ -28,7 +30,8 @@ class Awake:
     """The workers that are at work, and not inside one call for very long."""
 
     def __init__(self) -> None:
-        self._least = max(2, min(4, os.cpu_count() or 1))
+        self._processors = os.cpu_count() or 1
+        self._least = max(2, min(4, self._processors))
         #: How many may be awake; as many as want to before anything was measured.
         self.most = 1 << 30
         self._at_work: set[Thread] = set()
@@ -38,7 +41,10 @@ class Awake:
         self._long = _SHORT
         # When it was last looked who is inside for long.
         self._looked = 0.0
-        self._shortest = 0.0
+        # The shortest of the last operations, tidying included, and what it took of a
+        # processor.
+        self._shortest = math.inf
+        self._spent = math.inf
         self._seen = 0
 
     def woken(self, worker: Thread, now: float) -> None:
@@ -66,17 +72,26 @@ class Awake:
         """Whether a worker is among those awake: not if it was inside for long."""
         return worker in self._at_work
 
-    def took(self, duration: float) -> None:
-        """So long a job was inside the module."""
-        if not self._seen or duration < self._shortest:
+    def took(self, duration: float, spent: float = math.inf) -> None:
+        """So long a worker was busy, and so long on a processor where that is known."""
+        if duration < self._shortest:
             self._shortest = duration
+        if spent < self._spent:
+            self._spent = spent
         self._seen += 1
-        if self._seen < _WINDOW:
-            return
-        self._seen = 0
-        self.most = max(self._least, int(self._shortest / _WAKING))
+        if self._seen >= _WINDOW:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        most = int(self._shortest / _OURS)
+        if self._spent > self._shortest / 2 and self._spent is not math.inf:
+            # They compute for themselves: one more has its next call ready.
+            most = min(most, self._processors + 1)
+        self.most = max(self._least, most)
         # One long call among short ones must not keep others from starting.
         self._long = max(_SHORT, 4 * self._shortest)
+        self._shortest = self._spent = math.inf
+        self._seen = 0
 
     def is_full(self, now: float) -> bool:
         """Whether no more should be woken."""

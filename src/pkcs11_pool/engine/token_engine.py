@@ -55,6 +55,8 @@ _NOT: Final = Pause.NOT
 _READY: Final = PoolState.READY
 _LATE: Final = 0.0005
 """Seconds that a result may wait for others, so that one wake-up serves all."""
+_ENOUGH: Final = 4
+"""Jobs in line that keep the workers busy while the loop makes new ones."""
 _ATTEMPTS: Final = 3
 """How often a job may start anew after a lost login."""
 _LOGGED_OUT: Final = frozenset(
@@ -139,6 +141,7 @@ class TokenEngine(Leasing):
         if worker.busy:
             # It has closed what it used.
             self._last_work = now
+            self._awake.took(now - worker.since, worker.spent)
             worker.busy = False
             self._busy -= 1
             if worker.opened:
@@ -256,18 +259,14 @@ class TokenEngine(Leasing):
         Before the session is closed: the caller waits for neither.
         """
         if error is not None:
-            error = _login_required(error, self.actor.login.state)
-            if isinstance(error, p11.PKCS11Error):
-                rv.explain(error)
+            error = self._explained(error)
         with self._lock:
             if worker.lost:
                 return False
             worker.job = None
             self._running -= 1
             now = time.monotonic()
-            duration = now - job.since
-            self._counters.run_seconds_total += duration
-            self._awake.took(duration)
+            self._counters.run_seconds_total += now - job.since
             kind = job.kind
             if kind is _LEASE:
                 self._lent_locked(worker, result, error)
@@ -276,7 +275,7 @@ class TokenEngine(Leasing):
             settled = self._settle_locked(job, result, error)
             if job.lane is not None:
                 self._next_in_lane_locked(job.lane)
-            waiting = self._lines.reads or self._lines.others
+            waiting = len(self._lines.reads) + self._lines.others
             opens = (
                 kind is _READ
                 and not waiting
@@ -285,7 +284,7 @@ class TokenEngine(Leasing):
                 # A spare for each busy worker.
                 and len(self._room.ahead) < self._busy
             )
-            if settled and waiting and self._hold_locked(job, now):
+            if settled and waiting > _ENOUGH and self._hold_locked(job, now):
                 return opens
             held = self._held
             if held:
@@ -295,6 +294,13 @@ class TokenEngine(Leasing):
         if not settled or not job.waiter.wake():
             self._give_back(result)
         return opens
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """An error with a text that says what to do."""
+        error = _login_required(error, self.actor.login.state)
+        if isinstance(error, p11.PKCS11Error):
+            rv.explain(error)
+        return error
 
     def _lent_locked(
         self, worker: Worker, result: Any, error: BaseException | None
@@ -309,9 +315,10 @@ class TokenEngine(Leasing):
     def _hold_locked(self, job: Job, now: float) -> bool:
         """Whether a result is held back for the next one, which will be there soon.
 
-        While jobs wait in line and results come faster than one in half a millisecond:
-        then one wake-up of the loop serves several, and none is late. Where all
-        workers are inside all the same, the timekeeper comes.
+        While workers have enough to do without its caller, and results come faster
+        than one in half a millisecond: then one wake-up of the loop serves several,
+        and none is late. Where all workers are inside all the same, the timekeeper
+        comes.
         """
         if job.kind is _LEASE or now - self._last_result > _LATE:
             self._last_result = now

@@ -6,9 +6,11 @@ on is *lost*: when the call returns after all, it closes its session and ends.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import exceptions as p11
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.token_engine import TokenEngine
     from pkcs11_pool.jobs import Job
+
+_MEASURED: Final = 4
+"""Of so many jobs it is measured how long one is on a processor."""
 
 
 class Worker:
@@ -32,6 +37,7 @@ class Worker:
         since: When it took its last job, or was woken. Written there, too.
         coming: It was woken and is not there yet. Written there, too.
         opened: How many sessions it opened since the engine last looked.
+        spent: Seconds on a processor for its last job, where that was measured.
     """
 
     def __init__(self, engine: TokenEngine) -> None:
@@ -47,6 +53,7 @@ class Worker:
         self.since = 0.0
         self.coming = False
         self.opened = 0
+        self.spent = math.inf
         self._thread = threading.Thread(
             target=self._run, name="pkcs11-pool worker", daemon=True
         )
@@ -78,7 +85,13 @@ class Worker:
                 claimed = engine.claim(self, ahead)
                 ahead = None
                 if claimed is not None:
-                    ahead = self._do(*claimed)
+                    if claimed[0].number % _MEASURED:
+                        ahead = self._do(*claimed)
+                        self.spent = math.inf
+                    else:
+                        began = time.thread_time()
+                        ahead = self._do(*claimed)
+                        self.spent = time.thread_time() - began
                     if self.lost:
                         engine.returned(ahead)
                         return
