@@ -3,7 +3,8 @@
 
     python3 dev.py demo [options]   real signatures through the pool, on a real token
     python3 dev.py test [options]   the tests (options go to pytest; none: on all cores)
-    python3 dev.py check            lint, formatting, types, import floors, spelling
+    python3 dev.py check            lint, formatting, types, floors, spelling, docs
+    python3 dev.py docs [--open]    the pages, into docs/_build/html; --open shows them
     python3 dev.py pins [options]   write the pin files anew (options go to uv)
 
 It needs Python 3.11 or later and pip, nothing else: no root, no compiler, no venv
@@ -27,6 +28,7 @@ import re
 import shutil
 import subprocess
 import sys
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -40,6 +42,9 @@ MINIMUM = (3, 11)
 # hashes of what it reads from a requirements file, not those of a mere constraint.
 ALL_PINS = "constraints.txt"
 DEMO_PINS = "constraints-demo.txt"
+
+PAGES = "docs/_build/html"
+BUILD_PAGES = ("sphinx-build", "-n", "-W", "--keep-going", "-q", "docs", PAGES)
 
 NO_PIP = """\
 pip is missing for {python}.
@@ -253,7 +258,7 @@ def check(arguments: Sequence[str]) -> int:
     tools = environment(ALL_PINS).parent
     typed = [
         name
-        for name in ("src", "tests", "examples", "dev.py")
+        for name in ("src", "tests", "examples", "docs/tables.py", "dev.py")
         if (ROOT / name).exists()
     ]
     # codespell reads what git keeps, not what builds leave behind.
@@ -266,6 +271,7 @@ def check(arguments: Sequence[str]) -> int:
         ("mypy", *typed),
         ("lint-imports", "--no-logo"),
         ("codespell", *spelled),
+        BUILD_PAGES,
     )
     failed = []
     for name, *rest in commands:
@@ -275,6 +281,22 @@ def check(arguments: Sequence[str]) -> int:
             failed.append(" ".join([name, *rest[:1]]))
     say(f"failed: {', '.join(failed)}" if failed else "all checks passed")
     return 1 if failed else 0
+
+
+def docs(arguments: Sequence[str]) -> int:
+    """Build the pages, and say where to look. A reference to nothing is an error."""
+    if arguments not in ([], ["--open"]):
+        raise SetupError("'docs' takes --open, or nothing.")
+    name, *rest = BUILD_PAGES
+    tools = environment(ALL_PINS).parent
+    built = subprocess.run([tools / name, *rest], cwd=ROOT, check=False)
+    if built.returncode:
+        return built.returncode
+    first = ROOT / PAGES / "index.html"
+    say(f"open {first.relative_to(ROOT)}")
+    if arguments:
+        webbrowser.open(first.as_uri())
+    return 0
 
 
 def pins(arguments: Sequence[str]) -> int:
@@ -300,7 +322,7 @@ def pins(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"demo": demo, "test": test, "check": check, "pins": pins}
+COMMANDS = {"demo": demo, "test": test, "check": check, "docs": docs, "pins": pins}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken, TokenDirectory
 
+pytest_plugins = ["pytester"]
+
 _OURS = "pkcs11-pool"
 
 
@@ -30,6 +32,30 @@ class MakePool(Protocol):
 
     def __call__(self, **options: Any) -> TokenPool:
         """Options replace those that open the token with the user's PIN."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the model machine runs: see ``tests/model``."""
+    group = parser.getgroup("model machine")
+    group.addoption(
+        "--model-steps",
+        type=int,
+        default=6_000,
+        help="steps of the model machine in all, over both backends (default: 6000)",
+    )
+    group.addoption(
+        "--model-seed", type=int, default=0, help="where its random choices begin"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell how many steps the model machine really made."""
+    for word in ("passed", "failed"):
+        for report in terminalreporter.stats.get(word, []):
+            for name, value in getattr(report, "user_properties", []):
+                if name == "model machine":
+                    test = report.nodeid.rpartition("::")[2]
+                    terminalreporter.write_line(f"model machine, {test}: {value}")
 
 
 @pytest.fixture(

@@ -226,7 +226,7 @@ async def test_no_pin_is_sent_to_another_token(
     make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
 ) -> None:
     """What stands in the slot is compared before each login."""
-    async with make_pool(module=fault.path) as pool:
+    async with make_pool(module=fault.path, recovery_timeout=0.3) as pool:
         _, key = await _make_key(pool)
         fault.reset_counts()
         fault.token_info(serial="another")

@@ -18,7 +18,7 @@ from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
 from pkcs11.util.ec import encode_ec_public_key, encode_named_curve_parameters
 
 from faultmodule import CKR
-from pkcs11_pool import LoginState
+from pkcs11_pool import LoginState, SessionClosed
 from poolkit import (
     LAST_RESORT,
     Hold,
@@ -555,7 +555,7 @@ async def test_it_may_close_a_session_that_is_lent(
                 assert stranger.handle == session.handle
                 fault.clear_log()
                 for call in (session.info, partial(digest, session)):
-                    with pytest.raises(pkcs11.SessionHandleInvalid):
+                    with pytest.raises(SessionClosed):
                         await call()
                 assert [c for c in fault.calls() if c.session is not None] == []
                 assert await digest(stranger)

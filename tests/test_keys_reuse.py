@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _DIGEST = b"d" * 32
 _SIGNATURES = 700
+_CHANGES = 16
 _SCHEME = ec.ECDSA(utils.Prehashed(hashes.SHA256()))
 
 
@@ -33,23 +34,30 @@ class _Signer:
         self._public = public
         self.made = 0
 
-    async def work(self, enough: anyio.Event) -> None:
-        """Sign and verify, until there is enough of it."""
-        while self.made < _SIGNATURES:
+    async def work(self, others: list[_Changer]) -> None:
+        """Sign and verify, until there is enough of it, and of changes meanwhile."""
+        while self.made < _SIGNATURES or any(o.made < _CHANGES for o in others):
             raw = await self._key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
             r, s = (int.from_bytes(half, "big") for half in (raw[:32], raw[32:]))
             self._public.verify(utils.encode_dss_signature(r, s), _DIGEST, _SCHEME)
             self.made += 1
-        enough.set()
 
 
-async def _change(pool: TokenPool, label: str, enough: anyio.Event) -> None:
-    while not enough.is_set():
-        public, private = await pool.generate_keypair(
-            KeyType.EC, curve="secp256r1", label=label, store=True
-        )
-        await private.destroy()
-        await public.destroy()
+class _Changer:
+    """Makes and destroys keys. How fast it is depends on the disk."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    async def work(self, pool: TokenPool, label: str) -> None:
+        """Until there is enough of it."""
+        while self.made < _CHANGES:
+            public, private = await pool.generate_keypair(
+                KeyType.EC, curve="secp256r1", label=label, store=True
+            )
+            await private.destroy()
+            await public.destroy()
+            self.made += 1
 
 
 async def test_no_signature_is_made_with_another_key_than_the_one_it_names(
@@ -68,13 +76,12 @@ async def test_no_signature_is_made_with_another_key_than_the_one_it_names(
             signers.append(_Signer(key, await key.public_key_der()))
         for ref in spare:
             await ref.destroy()
-        enough = anyio.Event()
+        changers = [_Changer(), _Changer()]
         async with anyio.create_task_group() as tasks:
             for signer in signers:
-                tasks.start_soon(signer.work, enough)
-            for number in range(2):
-                tasks.start_soon(_change, pool, f"other {number}", enough)
-        assert [signer.made for signer in signers] == [_SIGNATURES] * 2
+                tasks.start_soon(signer.work, changers)
+            for number, changer in enumerate(changers):
+                tasks.start_soon(changer.work, pool, f"other {number}")
         destroyed = Counter(
             call.object for call in fault.calls("C_DestroyObject") if call.rv == 0
         )
@@ -102,9 +109,8 @@ async def test_an_old_number_signs_for_nobody_when_it_is_another_keys(
 
         await pool.run(replace, rw=True)
         signer = _Signer(key, der)
-        enough = anyio.Event()
         signer.made = _SIGNATURES - 10
-        await signer.work(enough)
+        await signer.work([])
 
 
 def _make(session: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import threading
 from typing import TYPE_CHECKING, Literal
@@ -158,6 +159,24 @@ def _arrives(pool: TokenPool, fault: FaultModule) -> None:
     """Let a lease arrive, on the loop's own thread: its caller cannot be resumed."""
     fault.release("C_OpenSession")
     wait_for(lambda: pool.stats().sessions_leased == 1)
+
+
+async def test_a_block_whose_call_never_returns_ends_with_that_calls_deadline(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The session is lost with the call; of that the block's end has nothing to say."""
+    async with make_pool(module=fault.path) as pool:
+        async with pool.session() as session:
+            fault.on("C_Digest", hang="before")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(functools.partial(digest, session, timeout=0.4))
+                await hangs(fault, "C_Digest")
+                tasks.cancel_scope.cancel()
+        assert session.closed
+        assert pool.stats().calls_lost == 1
+        assert pool.stats().sessions_leased == 0
+        fault.release()
+        await eventually(lambda: pool.stats().calls_stuck == 0)
 
 
 async def test_a_lease_for_a_caller_just_cancelled_is_given_back(

@@ -715,7 +715,7 @@ async def test_another_token_is_sent_no_pin(
     make_pool: MakePool, fault: FaultModule, field: str
 ) -> None:
     """A token that differs from the one that was opened never sees the PIN."""
-    async with make_pool(module=fault.path) as pool:
+    async with make_pool(module=fault.path, recovery_timeout=0.1) as pool:
         key = await _make_signer(pool)
         await pool.logout()
         fault.reset_counts()
@@ -727,6 +727,7 @@ async def test_another_token_is_sent_no_pin(
         assert fault.count("C_Login") == 0
         assert _who(pool) is LoginState.PUBLIC
         fault.token_info()
+        await _until(lambda: pool.state is PoolState.READY)
         await pool.login()
         await _sign(key)
 
@@ -735,7 +736,7 @@ async def test_another_token_is_sent_no_pin_to_restore_a_login(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
     """An operation that finds the login lost does not log in to a stranger."""
-    async with make_pool(module=fault.path) as pool:
+    async with make_pool(module=fault.path, recovery_timeout=0.1) as pool:
         key = await _make_signer(pool)
         fault.lose_login()
         fault.token_info(serial="another")
@@ -987,6 +988,7 @@ async def test_a_pin_from_a_file(
     """pins.file takes the first line at each login, and names the file if it fails."""
     path = tmp_path / "pin"
     path.write_text(f"{token.user_pin}\nnot this\n")
+    path.chmod(0o600)
     async with make_pool(pin=pins.file(path)) as pool:
         await pool.logout()
         path.unlink()
@@ -1122,6 +1124,24 @@ async def test_a_cancelled_lone_caller_leaves_the_source_to_the_next(
         with anyio.fail_after(_LAST_RESORT):
             signature = await _sign(key, timeout=3)
         assert _is_signature(await key.public_key_der(), signature)
+
+
+async def test_a_login_that_was_cancelled_leaves_the_source_to_the_next_one(
+    make_pool: MakePool, token: ThrowawayToken
+) -> None:
+    """Nobody waits for the PIN any more: the next who logs in is sent for it."""
+    source = _AsyncSource(token.user_pin)
+    async with make_pool(pin=source) as pool:
+        await pool.logout()
+        source.gate, source.came = anyio.Event(), anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(pool.login)
+            await source.came.wait()
+            group.cancel_scope.cancel()
+        source.gate = None
+        with anyio.fail_after(_LAST_RESORT / 2):
+            await pool.login()
+        assert _who(pool) is LoginState.USER
 
 
 async def test_the_failure_of_an_async_source_reaches_all_who_wait(
@@ -1608,6 +1628,7 @@ async def test_no_traceback_shows_a_file_that_cannot_be_decoded(
     """The decoder's frames and errors hold the bytes, so they are not passed on."""
     path = tmp_path / "pin"
     path.write_bytes(_SECRET.encode() + b"\xff")
+    path.chmod(0o600)
     with pytest.raises(PinSourceError, match="pin") as caught:
         await make_pool(pin=pins.file(path)).open()
     assert _SECRET not in _shown(caught.value)

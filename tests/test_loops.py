@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hashlib
+import os
 import queue
 import signal
 import threading
@@ -69,6 +71,16 @@ def _joined(*threads: threading.Thread) -> None:
 def kind(request: pytest.FixtureRequest) -> str:
     """Each kind of loop."""
     found: str = request.param
+    return found
+
+
+def _event_descriptors() -> set[int]:
+    """The numbers under which event descriptors are open."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the listing's own is gone by now
+            if "eventfd" in str(entry.readlink()):
+                found.add(int(entry.name))
     return found
 
 
@@ -545,3 +557,44 @@ def test_trio_as_a_guest_of_asyncio_shares_the_pool_with_it(pool: TokenPool) -> 
     assert max(open_files) <= open_files[20]
     # They did take turns.
     assert {name for name, _ in found[:20]} == {"host", "guest"}
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_a_module_that_closes_our_descriptor_holds_up_nobody(
+    kind: str, make_pool: MakePool
+) -> None:
+    """The loop is woken in its own way from then on, and the number is left alone."""
+
+    async def main() -> None:
+        before = _event_descriptors()
+        async with make_pool() as pool:
+            (ours,) = _event_descriptors() - before
+            await pool.run(lambda _: os.close(ours))
+            # Whoever is given the number must not find our wake-ups in his file.
+            reader, writer = os.pipe()
+            os.dup2(writer, ours)
+            os.set_blocking(reader, False)
+            for _ in range(3):
+                with anyio.fail_after(LAST_RESORT):
+                    assert await digest(pool) == hashlib.sha256(b"data").digest()
+            with pytest.raises(BlockingIOError):
+                os.read(reader, 1)
+        for descriptor in (reader, writer, ours):
+            os.close(descriptor)
+
+    _run(kind, main)
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_our_descriptor_has_a_number_that_no_module_had(
+    kind: str, make_pool: MakePool
+) -> None:
+    """A module that closes one of its own twice does not close ours."""
+
+    async def main() -> None:
+        before = _event_descriptors()
+        async with make_pool():
+            (ours,) = _event_descriptors() - before
+            assert ours >= 100
+
+    _run(kind, main)

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from pkcs11_pool.__main__ import DEMO_NEEDS, main
+from pkcs11_pool import __main__
+from pkcs11_pool.__main__ import main
+from pkcs11_pool.cli.running import DEMO_NEEDS
 
 
 class FakeDemo(ModuleType):
@@ -53,9 +55,8 @@ def test_the_status_of_the_demo_is_that_of_the_program(
     """A wrong result must reach the shell."""
     fake_demo.status = 1
     monkeypatch.setattr(sys, "argv", ["pkcs11_pool", "demo"])
-    monkeypatch.delitem(sys.modules, "pkcs11_pool.__main__")
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("pkcs11_pool", run_name="__main__")
+        runpy.run_path(str(__main__.__file__), run_name="__main__")
     assert ended.value.code == 1
 
 
@@ -65,23 +66,38 @@ def test_a_bad_number_is_named(
     option: str, number: str, fake_demo: FakeDemo, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing has run by then."""
-    with pytest.raises(SystemExit) as ended:
-        main(["demo", f"{option}={number}"])
-    assert ended.value.code == 2
+    assert main(["demo", f"{option}={number}"]) == 2
     said = capsys.readouterr().err
-    assert f"argument {option}: {number!r} is not a whole number from 1 up" in said
+    assert f"{option}: {number!r} is not a whole number from 1 up" in said
+    assert said.count("\n") == 1
     assert fake_demo.given == {}
 
 
-@pytest.mark.parametrize("words", [[], ["dance"], ["demo", "--fast"]])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dance"], "'dance' is no command. Commands: tokens, objects, "),
+        (["dmeo"], "'dmeo' is no command. Did you mean demo?"),
+        (["demo", "--fast"], "Unknown option: --fast"),
+        (["demo", "more"], "Unused Tokens: ['more']"),
+    ],
+)
 def test_words_that_are_not_known_are_refused(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the usage, and the status that argparse has for it."""
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("usage: python -m pkcs11_pool")
+    """In one line, and nothing on standard output."""
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(said)
+    assert (told.err.count("\n"), told.out) == (1, "")
+
+
+def test_without_words_it_shows_its_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And that it was not asked for anything."""
+    assert main([]) == 2
+    assert "demo" in capsys.readouterr().out
 
 
 WITHOUT = """\
@@ -91,6 +107,7 @@ class Finder:
         if name == sys.argv[1]:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Finder)
+from pkcs11_pool import __main__
 from pkcs11_pool.__main__ import main
 sys.exit(main(["demo", "--operations", "1"]))
 """
@@ -113,6 +130,15 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(name: str) -
     done = demonstrate_without(name)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"The demo needs {name}: pip install 'pkcs11-pool[demo]'\n"
+
+
+def test_a_missing_command_line_is_named() -> None:
+    """The package alone has none."""
+    done = demonstrate_without("cyclopts")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "The command line needs cyclopts: pip install 'pkcs11-pool[cli]'\n"
+    )
 
 
 def test_another_missing_package_is_not_blamed_on_the_extra() -> None:

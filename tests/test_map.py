@@ -441,6 +441,47 @@ async def test_a_native_cancellation_waits_for_changes_too(
             assert hold.ended == len(hold.calls) == 2
 
 
+@ASYNCIO_ONLY
+@pytest.mark.parametrize("how", ["aclose", "error"])
+async def test_a_native_cancellation_while_it_breaks_off_is_raised(
+    make_pool: MakePool, how: str
+) -> None:
+    """It waits for what is inside, by itself or after an error, then is cancelled."""
+    async with make_pool(max_sessions=2) as pool:
+        with Hold() as hold:
+
+            def work(session: object, item: int) -> None:
+                if item == 0:
+                    return
+                if how == "error" and item == 1:
+                    raise ValueError
+                hold(session, item)
+
+            results = pool.map(work, range(3), rw=True)
+            breaks_off = anyio.Event()
+
+            async def use() -> None:
+                await anext(results)
+                await hold.entered()
+                breaks_off.set()
+                if how == "error":
+                    await anext(results)
+                else:
+                    await results.aclose()
+
+            task = asyncio.create_task(use())
+            await breaks_off.wait()
+            for _ in range(2):
+                await anyio.wait_all_tasks_blocked()
+                task.cancel()
+            await anyio.wait_all_tasks_blocked()
+            assert not task.done()
+            hold.let_go()
+            await asyncio.wait([task])
+            assert task.cancelled()
+            assert hold.ended == len(hold.calls)
+
+
 async def test_cancelled_while_an_item_is_awaited(pool: TokenPool) -> None:
     """The caller goes at once, and nothing is left."""
     started = anyio.Event()

@@ -10,10 +10,14 @@ import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from pkcs11_pool.errors import InvalidOption, InvalidType
+from pkcs11.constants import ObjectClass
+
+from pkcs11_pool import pins
+from pkcs11_pool.errors import InvalidOption, InvalidType, InvalidURI
 
 if TYPE_CHECKING:
     from pkcs11_pool.pins import PinSource
+    from pkcs11_pool.uri import Pkcs11URI
 
 LABEL_BYTES = 32
 """Size of ``CK_TOKEN_INFO.label``."""
@@ -87,6 +91,79 @@ class PoolOptions:
             if getattr(self, name) is not None
         }
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
+
+
+def uri_options(
+    uri: Pkcs11URI, *, with_pin: bool, allow_command: bool
+) -> dict[str, Any]:
+    """What a URI says of the module, the token and its PIN, as options of a pool.
+
+    An attribute of the path that cannot be looked at matches nothing, and one of the
+    query is passed over: RFC 7512, "PKCS #11 URI Matching Guidelines". Those of an
+    object are a key's, not the pool's.
+
+    Raises:
+        InvalidURI: The pool cannot choose a token by one of the attributes.
+    """
+    blind = [name for name in _NOT_LOOKED_AT if getattr(uri, name) is not None]
+    for name in (*blind, *dict(uri.vendor_path)):
+        message = (
+            f"the pool does not choose a token by {name.replace('_', '-')}: take it "
+            "out of the PKCS#11 URI"
+        )
+        raise InvalidURI(message)
+    given: dict[str, Any] = {
+        "module": uri.module_path,
+        "token_label": uri.token,
+        "token_serial": None if uri.serial is None else uri.serial.encode(),
+        "token_model": uri.model,
+        "token_manufacturer": uri.manufacturer,
+        "slot_id": uri.slot_id,
+    }
+    if with_pin:
+        given["pin"] = uri.pin_value
+        if uri.pin_source is not None:
+            given["pin"] = pins.from_pin_source(
+                uri.pin_source, allow_command=allow_command
+            )
+    return given
+
+
+_NOT_LOOKED_AT = (
+    "library_manufacturer",
+    "library_version",
+    "library_description",
+    "slot_description",
+    "slot_manufacturer",
+)
+
+NO_MODULE_PATH = (
+    "the PKCS#11 URI has no module-path: add it, or give module=. A module-name is not "
+    "looked for: where modules stand differs by system"
+)
+
+
+def uri_key(uri: Pkcs11URI) -> dict[str, Any]:
+    """What a URI says of a key, as :meth:`~pkcs11_pool.TokenPool.key` takes it.
+
+    Raises:
+        InvalidURI: It names no object, or one that is no key.
+    """
+    object_class = None if uri.type is None else _CLASSES.get(uri.type)
+    if uri.type is not None and object_class is None:
+        message = f"type={uri.type} in the PKCS#11 URI is no key: use pool.find()"
+        raise InvalidURI(message)
+    if uri.object is None and uri.id is None and object_class is None:
+        message = "the PKCS#11 URI names no key: add object=, id= or type="
+        raise InvalidURI(message)
+    return {"label": uri.object, "id": uri.id, "object_class": object_class}
+
+
+_CLASSES = {
+    "public": ObjectClass.PUBLIC_KEY,
+    "private": ObjectClass.PRIVATE_KEY,
+    "secret-key": ObjectClass.SECRET_KEY,
+}
 
 
 def module_path(value: str | os.PathLike[str]) -> str:

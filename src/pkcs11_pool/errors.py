@@ -13,11 +13,13 @@ from pkcs11 import exceptions as p11
 
 __all__ = [
     "ForkedProcess",
+    "InvalidCiphertext",
     "InvalidOption",
     "InvalidType",
     "InvalidURI",
     "KeyAmbiguous",
     "KeyFunctionNotPermitted",
+    "KeyNotExportable",
     "KeyNotFound",
     "LoginRequired",
     "ModuleError",
@@ -73,6 +75,13 @@ class KeyFunctionNotPermitted(InvalidOption):
     """
 
 
+class KeyNotExportable(InvalidOption):
+    """The value of a private key was asked for. It never leaves the token.
+
+    Use the key where it is: let the pool sign, decrypt or derive with it.
+    """
+
+
 class SessionObjectNeedsSession(InvalidOption):
     """The call would make a session object in a session that ends with the call.
 
@@ -97,6 +106,13 @@ class SessionObjectDestroyed(PoolError):
 
     Also after a logout, for a private session object, and after its ``destroy``.
     Make the object again in an open session.
+    """
+
+
+class InvalidCiphertext(PoolError, ValueError):
+    """What was given was not encrypted with this key and context, or was changed.
+
+    Do not use any part of it. ``__cause__`` is the token's answer, if it was asked.
     """
 
 
@@ -210,7 +226,11 @@ class TokenInUse(PoolError):
 
 
 class TokenUnavailable(PoolError):
-    """The token or its server is down. ``__cause__`` says how."""
+    """The token or its server is down. ``__cause__`` says how.
+
+    The pool goes on trying, and serves again by itself; shed load meanwhile. Where a
+    call hangs in the module only a new process can help, and the message says so.
+    """
 
 
 class ModuleInUse(PoolError):
@@ -228,5 +248,6 @@ class ModuleError(PoolError):
 class OutcomeUnknown(PoolError):
     """A call that must not be repeated was lost with the token.
 
-    It may have happened. Look at the token before making it again.
+    It may have happened. Look at the token, for what it makes or changes, before
+    making it again.
     """

@@ -96,6 +96,7 @@ class Job:
         rw: Whether its session must be R/W.
         changes: Whether it may change the token: the outcome is waited for.
         restart: Whether it may start again after a lost login.
+        repeats: Whether it may start again after a lost token, that may have done it.
         stays: Whether it is done in any case, also when nobody waits any more.
         nowait: Whether it is refused rather than let wait (``timeout=0``).
         deadline: On the monotonic clock, or None.
@@ -122,6 +123,8 @@ class Job:
     #: When its deadline is looked at; see ``deadlines``.
     tick = 0
     waited = False
+    #: How long it was in line: until it started, or was given up.
+    wait_seconds = 0.0
     worker: Thread | None = None
 
     def __init__(  # the fields of a job, given once by the faces
@@ -133,6 +136,7 @@ class Job:
         deadline: float | None,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         rw: bool = False,
         stays: bool = False,
         nowait: bool = False,
@@ -146,6 +150,7 @@ class Job:
         self.rw = rw
         self.changes = changes
         self.restart = restart
+        self.repeats = repeat or (restart and not changes)
         self.stays = stays
         self.nowait = nowait
         self.deadline = None if deadline == _NEVER else deadline

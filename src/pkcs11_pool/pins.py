@@ -1,4 +1,4 @@
-"""PINs that do not show, and the sources that a PIN can come from.
+"""PINs that do not show, and the sources that a PIN can come from, by name.
 
 A PIN lives in a :class:`Secret` from the moment that it is given. It is taken
 out only as the argument of a raw call that cannot raise, so that no traceback
@@ -8,20 +8,46 @@ holds it in a frame. Python cannot wipe a ``str``: a literal stays in memory.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import inspect
-import os
+import re
 import secrets
+import shlex
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import Final, NoReturn
 
 from pkcs11 import PROTECTED_AUTH
 
-from pkcs11_pool.errors import InvalidOption, InvalidType, PinSourceError
+from pkcs11_pool.errors import (
+    InvalidOption,
+    InvalidType,
+    InvalidURI,
+    PinSourceError,
+)
+from pkcs11_pool.pin_sources import (
+    can_prompt,
+    command,
+    env,
+    file,
+    keyring,
+    prompt,
+    systemd_credential,
+)
 
-if TYPE_CHECKING:
-    from pathlib import Path
+__all__ = [
+    "PROTECTED_AUTH",
+    "Secret",
+    "can_prompt",
+    "command",
+    "env",
+    "file",
+    "keyring",
+    "literal",
+    "prompt",
+    "systemd_credential",
+]
 
-__all__ = ["PROTECTED_AUTH", "Secret", "env", "file"]
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 # Keyed per process: a memory dump of the book of rejected PINs alone does not
 # allow to try PINs against it.
@@ -54,6 +80,16 @@ class Secret:
     def encoded(self) -> bytes:
         """The PIN as the token takes it. Only for the argument of a raw call."""
         return self.__value.encode()
+
+    def __eq__(self, other: object) -> bool:
+        """Equal PINs are equal; how long it takes tells nothing."""
+        if not isinstance(other, Secret):
+            return NotImplemented
+        return hmac.compare_digest(self.encoded(), other.encoded())
+
+    def __hash__(self) -> int:
+        """By the keyed hash."""
+        return hash(self.fingerprint())
 
     def fingerprint(self) -> bytes:
         """A keyed hash, equal for equal PINs in this process only."""
@@ -101,6 +137,11 @@ def hide(value: object) -> Pin | NoPin:
         return NoPin(
             InvalidOption("a PIN is not empty; for a token without one: pin=None")
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # The codec's own error would hold the PIN.
+        return NoPin(InvalidOption("a PIN is text that can be written as UTF-8"))
     return Secret(value)
 
 
@@ -153,19 +194,63 @@ def secret(hidden: Pin | NoPin) -> Secret:
     return pin
 
 
-def from_uri(value: bytes | None, where: str | None) -> PinSource:
-    """The PIN source of a PKCS#11 URI: ``pin-value``, or a file in ``pin-source``.
+def literal(value: str) -> Secret:
+    """A PIN that is known now. It stays in memory for as long as the pool does.
 
     Raises:
-        InvalidOption: The source is a program, which is never run.
+        InvalidType, InvalidOption: It is no text, or empty.
     """
-    if value is not None:
-        return Secret(value.decode())
-    if where is None:
-        return None
+    # In its own place: from here on no frame of ours has the PIN as text.
+    value = hide(value)  # type: ignore[assignment]
+    return secret(value)  # type: ignore[arg-type]
+
+
+def from_pin_source(where: str, *, allow_command: bool = False) -> PinCallable:
+    """The PIN source that ``pin-source`` of a PKCS#11 URI names.
+
+    A path or a ``file:`` URI is a file; ``env:NAME`` is a variable, which the RFC does
+    not know but many wish for; after ``|`` stands a program. Source: RFC 7512,
+    "PKCS #11 URI Scheme Query Attribute Semantics".
+
+    Raises:
+        InvalidURI: It names nothing of these, or a program that is not allowed.
+    """
     if where.startswith("|"):
-        raise InvalidOption("pin-source names a program, and the pool runs none: pin=")
-    return file(where.removeprefix("file://").removeprefix("file:"))
+        if not allow_command:
+            raise InvalidURI(
+                "pin-source names a program, and none is run unless it is allowed: "
+                "from_uri(…, allow_pin_command=True), or give pin="
+            )
+        return command(_words(where[1:]))
+    scheme, colon, rest = where.partition(":")
+    if scheme.lower() == "env" and colon and rest:
+        return env(rest)
+    if scheme.lower() == "file" and colon:
+        # file:/p, file:///p and file://localhost/p are one file: RFC 8089.
+        if rest.startswith("//"):
+            host, slash, path = rest[2:].partition("/")
+            if host not in ("", "localhost"):
+                raise InvalidURI(f"pin-source names a file on another machine, {host}")
+            rest = slash + path
+        where = rest
+    elif _SCHEME.match(where):
+        raise InvalidURI(
+            f"pin-source can be a file (a path or file:…), env:NAME or |program, not "
+            f"{scheme}:"
+        )
+    if not where:
+        raise InvalidURI("pin-source names no file")
+    return file(where)
+
+
+def _words(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InvalidURI(f"pin-source: cannot tell the words apart: {error}") from None
+    if not words:
+        raise InvalidURI("pin-source: no program stands after '|'")
+    return words
 
 
 def is_async(value: PinSource) -> bool:
@@ -199,44 +284,7 @@ def answer(given: object) -> Pin | PinSourceError:
         return hidden
     if inspect.iscoroutine(given):
         given.close()
-    kind = "an empty str" if isinstance(given, str) else type(given).__name__
+    kind = type(given).__name__
+    if isinstance(given, str):
+        kind = "text that is not UTF-8" if given else "an empty str"
     return PinSourceError(f"the PIN source must give a non-empty str, not {kind}")
-
-
-def env(name: str) -> PinCallable:
-    """The PIN from an environment variable, read at each login."""
-
-    def read() -> str:
-        try:
-            return os.environ[name]
-        except KeyError:
-            message = f"the environment variable {name} is not set"
-            raise PinSourceError(message) from None
-
-    return read
-
-
-def file(path: str | Path) -> PinCallable:
-    """The PIN from the first line of a file, read at each login."""
-
-    def read() -> str:
-        try:
-            with open(path, "rb") as lines:  # noqa: PTH123  # str or Path
-                line = _decoded(lines.readline())
-        except OSError as error:
-            raise PinSourceError(
-                f"cannot read a PIN from {os.fspath(path)}: {error}"
-            ) from error
-        if line is None:
-            raise PinSourceError(f"the PIN in {os.fspath(path)} is not UTF-8")
-        return line
-
-    return read
-
-
-def _decoded(line: bytes) -> str | None:
-    """A line as text, or None. A decoder's own error would show the line."""
-    try:
-        return line.decode().rstrip("\r\n")
-    except UnicodeDecodeError:
-        return None

@@ -26,6 +26,7 @@ __all__ = [
     "ThrowawayToken",
     "TokenDirectory",
     "ensure",
+    "find",
     "throwaway_token",
     "token_directory",
 ]
@@ -227,6 +228,25 @@ def throwaway_token(
     """Give a token of its own to the block: see `token_directory` and `add_token`."""
     with token_directory(parent, softhsm=softhsm) as directory:
         yield directory.add_token(label, user_pin=user_pin, so_pin=so_pin)
+
+
+def find() -> SoftHSM:
+    """Return the SoftHSM2 of this machine, without fetching any.
+
+    Raises:
+        SoftHSMUnavailable: There is none. The text says what to do.
+    """
+    named, util = _named_module(), _find_util(ROOT)
+    if named is not None and util is not None:
+        return SoftHSM(named, util)
+    found = _find_below(ROOT)
+    if found is None:
+        with contextlib.suppress(OSError, RuntimeError):
+            # What an earlier call of `ensure` has fetched.
+            found = _find_below(_cache() / _system())
+    if found is None:
+        raise SoftHSMUnavailable(_advice())
+    return SoftHSM(named or found.module, found.util)
 
 
 def ensure(tell: Tell = lambda _: None) -> SoftHSM:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks import page, peers, scenarios, targets
 from pkcs11_pool import softhsm
@@ -19,7 +19,7 @@ from pkcs11_pool.bench.soak import Orders
 from pkcs11_pool.bench.turns import OPERATIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pkcs11_pool.bench.measure import Scenario
     from pkcs11_pool.bench.record import Record
@@ -38,13 +38,13 @@ def parser() -> argparse.ArgumentParser:
     what = whole.add_argument_group("what is measured")
     what.add_argument(
         "--only",
-        type=options.names(tuple(OPERATIONS)),
+        type=_word(options.names(tuple(OPERATIONS))),
         metavar="NAME,...",
         help="operations (default: all locally, p256 behind a network)",
     )
     what.add_argument(
         "--callers",
-        type=options.numbers,
+        type=_word(options.numbers),
         default=options.CALLERS,
         metavar="N,...",
         help="(default: 1,8,64)",
@@ -58,21 +58,21 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--scenarios",
-        type=options.names(scenarios.NAMES),
+        type=_word(options.names(scenarios.NAMES)),
         metavar="NAME,...",
         help="of local, network, keys (default: all; with --only the first two)",
     )
     what.add_argument(
         "--soak",
-        type=options.count,
+        type=_word(options.count),
         metavar="N",
         help="soak as well, N operations on each of asyncio and trio",
     )
     what.add_argument(
         "--import-time", action="store_true", help="measure importing as well"
     )
-    options.add_depth(whole)
-    options.add_output(whole)
+    _add_depth(whole)
+    _add_output(whole)
     whole.add_argument(
         "--docs",
         action="store_true",
@@ -89,6 +89,43 @@ def parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="status 1 if a target was missed"
     )
     return whole
+
+
+def _word(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader of a word, as argparse wants it to complain."""
+
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except options.BadOptionError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def _add_depth(parser: argparse.ArgumentParser) -> None:
+    depth = parser.add_argument_group("how long")
+    depth.add_argument("--quick", action="store_true", help="fewer and shorter turns")
+    depth.add_argument(
+        "--rounds",
+        type=_word(options.count),
+        metavar="N",
+        help="turns of each figure",
+    )
+    depth.add_argument(
+        "--seconds",
+        type=_word(options.duration),
+        metavar="S",
+        help="that count, of each turn",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    output = parser.add_argument_group("where it goes, besides the terminal")
+    output.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    output.add_argument(
+        "--plots", type=Path, metavar="DIRECTORY", help="pictures, as SVG"
+    )
 
 
 def _peers(text: str) -> list[str]:

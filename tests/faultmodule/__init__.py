@@ -93,6 +93,8 @@ class Call(NamedTuple):
     began_ns: int
     """On the clock of ``time.monotonic_ns()``."""
     ended_ns: int | None
+    slot: int | None
+    """The slot of the session, where there is one."""
 
 
 class OpenSession(NamedTuple):
@@ -126,6 +128,7 @@ class _Record(ctypes.Structure):
         ("object", ctypes.c_ulong),
         ("rv", ctypes.c_ulong),
         ("thread", ctypes.c_ulong),
+        ("slot", ctypes.c_ulong),
         ("function", ctypes.c_int),
     )
 
@@ -162,11 +165,13 @@ class _Settings(ctypes.Structure):
         ("latency_us", ctypes.c_ulong),
         ("limit", ctypes.c_ulong),
         ("limit_rw", ctypes.c_ulong),
+        ("down", ctypes.c_ulong),
         ("cant_lock", ctypes.c_int),
         ("hide_reserved", ctypes.c_int),
         ("no_slots", ctypes.c_int),
         ("pin_pad", ctypes.c_int),
         ("infos", ctypes.c_int),
+        ("down_stays", ctypes.c_int),
         ("pin_len", ctypes.c_ulong),
         ("pin", ctypes.c_ubyte * _PIN_SIZE),
         ("info", _TokenInfo * _TOKEN_INFOS),
@@ -639,6 +644,18 @@ class FaultModule:
     def no_slots(self, value: bool) -> None:
         self._change(no_slots=value)
 
+    def go_down(self, rv: int = CKR.DEVICE_ERROR, *, stays: bool = False) -> None:
+        """Answer *rv* to every call but ``C_Initialize`` and ``C_Finalize``.
+
+        Until ``come_back``; with *stays* until it is initialised anew after that, as a
+        client whose server went away.
+        """
+        self._change(down=rv, down_stays=stays)
+
+    def come_back(self) -> None:
+        """The token, or its server, is there again."""
+        self._change(down=0)
+
     @property
     def pin_pad(self) -> bytes | None:
         """The PIN typed on a pad: ``C_Login`` with a NULL PIN is sent this one."""
@@ -728,11 +745,19 @@ class FaultModule:
 
     # The log
 
-    def calls(self, function: str | None = None) -> list[Call]:
-        """The last 4096 calls, of *function* or all, in the order they entered."""
+    def calls(self, function: str | None = None, *, after: int = 0) -> list[Call]:
+        """The last 4096 calls, of *function* or all, in the order they entered.
+
+        Args:
+            function: Only calls of this one.
+            after: Only calls with a greater sequence number.
+        """
         self._index(function)
         found = (_Record * _LOG_SIZE)()
         count = int(self._lib.fault_log(found, _LOG_SIZE))
+        # Sequence numbers have no gaps.
+        newest = found[count - 1].sequence if count else 0
+        first = max(0, count - max(0, newest - after))
         calls = (
             Call(
                 sequence=r.sequence,
@@ -743,8 +768,9 @@ class FaultModule:
                 thread=r.thread,
                 began_ns=r.began_ns,
                 ended_ns=r.ended_ns or None,
+                slot=None if r.slot == _ANY_SLOT else r.slot,
             )
-            for r in found[:count]
+            for r in found[first:count]
         )
         return [call for call in calls if function in (None, call.function)]
 

@@ -159,6 +159,23 @@ static unsigned long consult_rules(struct call *call, CK_ULONG argument, int *an
     return delay_us;
 }
 
+/* A token that is away answers everything alike, and a client of its server may go on with that
+ * when the server is back. */
+static void consult_outage(struct call *call, int *answer)
+{
+    int function = call->function;
+    if (function == FN_C_GetFunctionList || function == FN_C_Initialize ||
+        function == FN_C_Finalize)
+        return;
+    if (state.settings.down != 0 && state.settings.down_stays)
+        state.broken = state.settings.down;
+    unsigned long rv = state.settings.down != 0 ? state.settings.down : state.broken;
+    if (rv != 0) {
+        *answer = ANSWER_INSTEAD;
+        call->replacement = rv;
+    }
+}
+
 bool enter(struct call *call, int function, CK_SESSION_HANDLE session, CK_ULONG argument)
 {
     *call = (struct call){
@@ -179,6 +196,7 @@ bool enter(struct call *call, int function, CK_SESSION_HANDLE session, CK_ULONG 
         .sequence = call->sequence,
         .began_ns = now_ns(),
         .session = session,
+        .slot = ANY_SLOT,
         .thread = (unsigned long)pthread_self(),
         .function = function,
     };
@@ -189,6 +207,7 @@ bool enter(struct call *call, int function, CK_SESSION_HANDLE session, CK_ULONG 
     if (state.status.inside_all > state.status.max_inside)
         state.status.max_inside = state.status.inside_all;
     unsigned long delay_us = consult_rules(call, argument, &answer, &hang_before);
+    consult_outage(call, &answer);
     tell_waiters();
     unlock();
 
@@ -217,6 +236,7 @@ CK_RV leave(struct call *call)
         record->ended_ns = now_ns();
         record->session = call->session;
         record->object = call->object;
+        record->slot = call->slot;
         record->rv = rv;
     }
     state.status.inside[call->function]--;

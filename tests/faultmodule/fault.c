@@ -132,8 +132,12 @@ static CK_RV my_C_Initialize(void *args)
             passed.reserved = NULL;
         bool null = args == NULL && !cant_lock;
         call.rv = refused ? CKR_CANT_LOCK : REAL(C_Initialize, (null ? NULL : &passed));
-        if (call.rv == CKR_OK)
+        if (call.rv == CKR_OK) {
             all_lost(true);
+            lock();
+            state.broken = 0;
+            unlock();
+        }
     }
     return leave(&call);
 }

@@ -56,7 +56,7 @@ struct rule {
 
 struct fault_record {
     uint64_t sequence, began_ns, ended_ns; /* ended_ns 0: still inside */
-    unsigned long session, object, rv, thread;
+    unsigned long session, object, rv, thread, slot; /* slot: of the session */
     int function;
 };
 
@@ -85,7 +85,8 @@ struct fault_token_info {
 /* Written as a whole by the tests, only read here. */
 struct fault_settings {
     unsigned long latency_us, limit, limit_rw;
-    int cant_lock, hide_reserved, no_slots, pin_pad, infos;
+    unsigned long down; /* what every call is answered, 0: nothing */
+    int cant_lock, hide_reserved, no_slots, pin_pad, infos, down_stays;
     unsigned long pin_len;
     CK_BYTE pin[PIN_SIZE];
     struct fault_token_info info[TOKEN_INFOS];
@@ -107,6 +108,7 @@ struct state {
 
     const CK_FUNCTION_LIST *real;
     bool initialised;
+    unsigned long broken; /* was down, and stays so until it is initialised anew */
     struct fault_status status;
     struct fault_settings settings;
     unsigned long waiters; /* in fault_wait */

@@ -160,6 +160,7 @@ CK_SESSION_HANDLE session_out(struct call *call, CK_SLOT_ID slot, CK_FLAGS flags
         row = table_add(&state.sessions, real, slot);
         state.sessions.rows[row].rw = rw;
         call->session = state.own_sessions ? row + 1 : real;
+        call->slot = slot;
     }
     unlock();
     return call->session;

@@ -5,12 +5,10 @@ It may know names only: what the extra brings may be missing here.
 
 from __future__ import annotations
 
-import argparse
-import getpass
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pkcs11_pool import pins
 from pkcs11_pool.bench.turns import BACKENDS, OPERATIONS
@@ -105,9 +103,7 @@ def names(known: Sequence[str]) -> Callable[[str], list[str]]:
         given = _distinct(text.split(","))
         for name in given:
             if name not in known:
-                raise argparse.ArgumentTypeError(
-                    f"{name!r} is none of {', '.join(known)}"
-                )
+                raise BadOptionError(f"{name!r} is none of {', '.join(known)}")
         return given
 
     return read
@@ -118,7 +114,7 @@ def numbers(text: str) -> list[int]:
     found = []
     for word in _distinct(text.split(",")):
         if not (word.isascii() and word.isdecimal() and 0 < int(word) <= MOST_CALLERS):
-            raise argparse.ArgumentTypeError(
+            raise BadOptionError(
                 f"{word!r} is not a number of callers, 1 to {MOST_CALLERS}"
             )
         found.append(int(word))
@@ -128,7 +124,7 @@ def numbers(text: str) -> list[int]:
 def count(text: str) -> int:
     """Read a whole number from 1 up."""
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+        raise BadOptionError(f"{text!r} is not a whole number from 1 up")
     return int(text)
 
 
@@ -139,7 +135,7 @@ def duration(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value <= 3600:  # noqa: PLR2004  # an hour; also refuses nan and inf
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise BadOptionError(f"{text!r} is not a number of seconds above 0")
     return value
 
 
@@ -148,80 +144,28 @@ def _distinct(words: list[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the words of the benchmark."""
-    what = parser.add_argument_group("what is measured")
-    what.add_argument(
-        "--operations",
-        type=names(tuple(OPERATIONS)),
-        metavar="NAME,...",
-        help=f"of {', '.join(OPERATIONS)} (default: all)",
-    )
-    what.add_argument(
-        "--callers",
-        type=numbers,
-        metavar="N,...",
-        help="how many call at once (default: 1,8,64; the soak: 16)",
-    )
-    what.add_argument(
-        "--backends",
-        type=names(tuple(BACKENDS)),
-        metavar="NAME,...",
-        help=f"event loops, of {', '.join(BACKENDS)} (default: those installed)",
-    )
-    what.add_argument(
-        "--max-sessions",
-        type=count,
-        metavar="N",
-        help="of the pool (default: twice the callers)",
-    )
-    what.add_argument(
-        "--soak",
-        type=count,
-        nargs="?",
-        const=SOAK,
-        metavar="N",
-        help=f"instead: N operations on each loop (default: {SOAK:,}), watching what "
-        "memory, threads, files and sessions do; status 1 if anything grew",
-    )
-    what.add_argument(
-        "--import-time",
-        action="store_true",
-        help="instead: what importing the package costs; status 1 if too much",
-    )
-    add_depth(parser)
-    add_output(parser)
-    token = parser.add_argument_group(
-        "the token", "A throwaway SoftHSM2 token, if none is named. PINs are no words."
-    )
-    token.add_argument("--module", type=Path, metavar="FILE", help="Cryptoki module")
-    token.add_argument("--token-label", metavar="LABEL")
-    pin = token.add_mutually_exclusive_group()
-    pin.add_argument("--pin-env", metavar="NAME", help="variable that holds the PIN")
-    pin.add_argument("--pin-file", type=Path, metavar="FILE", help="PIN in a file")
-    pin.add_argument("--pin-prompt", action="store_true", help="ask for the PIN")
+class Given(Protocol):
+    """The words of the command, read one by one; None: not given."""
+
+    operations: Sequence[str] | None
+    callers: Sequence[int] | None
+    backends: Sequence[str] | None
+    max_sessions: int | None
+    soak: int | None
+    import_time: bool
+    quick: bool
+    rounds: int | None
+    seconds: float | None
+    json: Path | None
+    plots: Path | None
+    module: Path | None
+    token_label: str | None
+    pin_env: str | None
+    pin_file: Path | None
+    pin_prompt: bool
 
 
-def add_depth(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the words that say how long is measured."""
-    depth = parser.add_argument_group("how long")
-    depth.add_argument("--quick", action="store_true", help="fewer and shorter turns")
-    depth.add_argument("--rounds", type=count, metavar="N", help="turns of each figure")
-    depth.add_argument(
-        "--seconds", type=duration, metavar="S", help="that count, of each turn"
-    )
-
-
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the words that say where the figures go."""
-    output = parser.add_argument_group("where it goes, besides the terminal")
-    output.add_argument("--json", type=Path, metavar="FILE", help="all figures")
-    output.add_argument(
-        "--plots", type=Path, metavar="DIRECTORY", help="pictures, as SVG"
-    )
-
-
-def depth_of(given: argparse.Namespace) -> Depth:
+def depth_of(given: Any) -> Depth:
     """How long is measured."""
     base = QUICK if given.quick else NORMAL
     return Depth(
@@ -231,7 +175,7 @@ def depth_of(given: argparse.Namespace) -> Depth:
     )
 
 
-def check_output(given: argparse.Namespace) -> None:
+def check_output(given: Any) -> None:
     """Refuse at once what could not be written at the end.
 
     Raises:
@@ -271,7 +215,7 @@ def backends(given: Sequence[str] | None) -> list[str]:
     return [name for name in given or BACKENDS if name not in absent]
 
 
-def read(given: argparse.Namespace) -> Options:
+def read(given: Given) -> Options:
     """Check what was parsed as a whole.
 
     Raises:
@@ -297,14 +241,19 @@ def read(given: argparse.Namespace) -> Options:
     )
 
 
-def _token(given: argparse.Namespace) -> GivenToken | None:
+def _token(given: Given) -> GivenToken | None:
     pin: Callable[[], str] | None = None
+    sources = (given.pin_env, given.pin_file, given.pin_prompt or None)
+    if sum(source is not None for source in sources) > 1:
+        raise BadOptionError(
+            "--pin-env, --pin-file, --pin-prompt: the PIN has one source"
+        )
     if given.pin_env is not None:
-        pin = _answer(pins.env(given.pin_env))
+        pin = pins.env(given.pin_env)
     elif given.pin_file is not None:
-        pin = _answer(pins.file(given.pin_file))
+        pin = pins.file(given.pin_file)
     elif given.pin_prompt:
-        pin = _ask
+        pin = pins.prompt("PIN of the token: ")
     if given.module is None:
         if given.token_label is not None or pin is not None:
             raise BadOptionError("--token-label and a PIN go with --module")
@@ -318,16 +267,3 @@ def _token(given: argparse.Namespace) -> GivenToken | None:
     if not given.module.is_file():
         raise BadOptionError(f"--module: {given.module} is no file")
     return GivenToken(given.module, given.token_label, pin)
-
-
-def _answer(source: pins.PinCallable) -> Callable[[], str]:
-    def ask() -> str:
-        pin = source()
-        assert isinstance(pin, str)  # noqa: S101  # these two are not async
-        return pin
-
-    return ask
-
-
-def _ask() -> str:
-    return getpass.getpass("PIN of the token: ")

@@ -12,7 +12,7 @@ import os
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pkcs11 import exceptions as p11
 from pkcs11.constants import TokenFlag
@@ -26,6 +26,7 @@ from pkcs11_pool.errors import (
     TokenAmbiguous,
     TokenInUse,
     TokenNotFound,
+    TokenUnavailable,
 )
 from pkcs11_pool.state import Generation, TokenInfo
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import pkcs11
 
     from pkcs11_pool.config import PoolOptions
+    from pkcs11_pool.cryptoki.renewal import Renewal
     from pkcs11_pool.cryptoki.session import Session
 
 _HANGS_WITH_THREADS: Final = ("p11-kit-client",)
@@ -79,6 +81,17 @@ class Turn:
 _NO_TURN: Final = Turn(serialized=False)
 
 
+class Member(Protocol):
+    """One pool on a module, as the others see it."""
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing is being recovered there."""
+
+    def stand_back(self, renewal: Renewal) -> None:
+        """The module is to be initialised anew: keep out of it meanwhile."""
+
+
 class Module:
     """One Cryptoki module of this process. Get it by :func:`acquire`."""
 
@@ -97,6 +110,10 @@ class Module:
         #: For sessions in the hands of a caller's function.
         self.watched = interface.WatchedList(library.functions, self._closes)
         self._in_use: dict[tuple[str, bytes, str, str], str] = {}
+        #: The pools on it.
+        self.members: list[Member] = []
+        #: Held by the one that has it initialised anew.
+        self.renewing = threading.Lock()
 
     def _closes(self, handle: int) -> None:
         """A caller closes the session that it was given: it is not ours to close."""
@@ -236,6 +253,28 @@ def acquire(path: str, reserved: bytes | None, *, serialize: bool | None) -> Mod
         return module
 
 
+def renew(module: Module) -> None:
+    """``C_Finalize`` and ``C_Initialize``; whoever calls keeps all pools out.
+
+    Raises:
+        TokenUnavailable: Somebody else is inside, or a call that was given up on.
+        ModuleError, PKCS11Error: The module refused.
+    """
+    with _lock:
+        if module.lost_calls or module.users > len(module.members):
+            message = f"a call that the pools do not know is inside {module.path}"
+            raise TokenUnavailable(message)
+        if module.initialized:
+            try:
+                module.library.finalize()
+            except p11.PKCS11Error as error:
+                if rv.code_of(error) != _NOT_INITIALIZED:
+                    raise
+            module.initialized = False
+        _initialize(module.library, module.path)
+        _initialized(module)
+
+
 def release(module: Module) -> None:
     """Give the module back; the last one to do so finalises it.
 
@@ -311,7 +350,6 @@ def _initialized(module: Module) -> None:
         session.forget()
     module.live.clear()
     module.initialized = True
-    module.turn = _NO_TURN
     events.info(
         events.MODULE_INITIALIZED, module=module.path, generation=module.generation
     )

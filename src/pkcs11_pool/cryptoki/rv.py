@@ -163,6 +163,12 @@ def explain(error: p11.PKCS11Error) -> None:
         error.args = (f"{error}: {advice}",)
 
 
+def text_of(error: BaseException) -> str:
+    """What an error says; its code's name where it has no text."""
+    code = None if str(error) else code_of(error)
+    return (str(error) or type(error).__name__) if code is None else name_of(code)
+
+
 def code_of(error: BaseException) -> int | None:
     """The code behind an exception of python-pkcs11, or None."""
     known = getattr(error, "rv", None)

@@ -22,8 +22,8 @@ time of an operation at this rate only wait for each other."""
 _SHORT: Final = 0.0005
 """Seconds. Who is inside for longer than this, and than usual, counts no more."""
 _WINDOW: Final = 16
-"""Operations of which the shortest tells how fast the token is: the machine's load makes
-some longer than they are, none shorter."""
+"""Operations of which the shortest tells how fast the token is: the machine's load
+makes some longer than they are, none shorter."""
 
 
 class Awake:
@@ -74,17 +74,15 @@ class Awake:
 
     def took(self, duration: float, spent: float = math.inf) -> None:
         """So long a worker was busy, and so long on a processor where that is known."""
-        if duration < self._shortest:
-            self._shortest = duration
-        if spent < self._spent:
-            self._spent = spent
+        self._shortest = min(self._shortest, duration)
+        self._spent = min(self._spent, spent)
         self._seen += 1
         if self._seen >= _WINDOW:
             self._conclude()
 
     def _conclude(self) -> None:
         most = int(self._shortest / _OURS)
-        if self._spent > self._shortest / 2 and self._spent is not math.inf:
+        if self._shortest / 2 < self._spent < math.inf:
             # They compute for themselves: one more has its next call ready.
             most = min(most, self._processors + 1)
         self.most = max(self._least, most)

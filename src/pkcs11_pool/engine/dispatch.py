@@ -14,6 +14,7 @@ from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
+from pkcs11_pool.cryptoki import rv
 from pkcs11_pool.engine.awake import Awake
 from pkcs11_pool.engine.deadlines import Deadlines
 from pkcs11_pool.engine.limits import SessionLimit
@@ -23,6 +24,7 @@ from pkcs11_pool.engine.timekeeper import timekeeper
 from pkcs11_pool.errors import (
     ForkedProcess,
     PoolClosed,
+    PoolError,
     PoolTimeout,
     TokenUnavailable,
     TooManyWaiting,
@@ -30,10 +32,10 @@ from pkcs11_pool.errors import (
 )
 from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.state import PoolState, may_follow
-from pkcs11_pool.stats import Counters
+from pkcs11_pool.stats import Counters, RecentError, Times
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Callable, Hashable, Iterable
 
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.engine.leases import Chain, Lease
@@ -57,6 +59,8 @@ IDLE = 0.3
 """Seconds without work after which sessions opened ahead are closed."""
 _LOOK = 0.005
 """Seconds after which it is looked at jobs for which nobody was woken."""
+RECENT = 20
+"""How many errors are remembered for the statistics."""
 NO_WAIT = "timeout=0, and it would have to wait"
 
 
@@ -80,7 +84,10 @@ class Pause(Enum):
     NOT = "not"
     """Everything."""
     NEW = "new"
-    """Only jobs of open leases: the security officer waits for their end."""
+    """Only jobs of open leases: the security officer waits for their end.
+
+    When no others are open, he stops chains that have a session to themselves.
+    """
     ALL = "all"
     """Nothing, but the jobs of a period of the security officer."""
 
@@ -105,6 +112,9 @@ class Dispatch:
         self._room = SessionRoom(SessionLimit(options.max_sessions))
         self._deadlines = Deadlines()
         self._counters = Counters()
+        self._wait_times = Times()
+        self._run_times = Times()
+        self._recent_errors: deque[RecentError] = deque(maxlen=RECENT)
         self._number = 0
         # Operations that wait for the login; in no line meanwhile.
         self._parked: list[Job] = []
@@ -135,6 +145,8 @@ class Dispatch:
         # Workers with a job, tidying included; and jobs whose result is not posted.
         self._busy = 0
         self._running = 0
+        # Threads that close sessions opened ahead, and count as nothing else.
+        self._tidying = 0
         #: Leases, or chains in one, that nobody holds any more: put here by the
         #: garbage collector.
         self.orphans: deque[tuple[Lease, Chain | None]] = deque()
@@ -347,6 +359,10 @@ class Dispatch:
             if job.phase is Phase.WAITING:
                 job.phase = Phase.SETTLED
                 self._take_out_locked(job)
+            elif job.kind is Kind.ACTOR:
+                # What it asked for goes on without it, or nobody is there to do it.
+                self._requests.discard(job)
+                self._deadlines.unwatch(job)
         self._give_back(leftover)
         return True
 
@@ -388,7 +404,14 @@ class Dispatch:
         if error is not None:
             counters.operations_failed += job.is_operation
             counters.last_error = f"{type(error).__name__}: {error}"
+            self._remember_locked(error)
         return True
+
+    def _remember_locked(self, error: BaseException) -> None:
+        code = rv.code_of(error)
+        name = None if code is None else rv.name_of(code)
+        seen = RecentError(time.time(), type(error).__name__, name)
+        self._recent_errors.append(seen)
 
     def _wake_all(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
@@ -408,8 +431,18 @@ class Dispatch:
         if self._login_awaited and not job.restart and not job.stays:
             return False
         if job.kind is _LANE:
-            return True
+            return self._pause is _NOT or not self._is_stopped_locked(job)
         return self._pause is Pause.NOT and self._room.allows(job)
+
+    def _is_stopped_locked(self, job: Job) -> bool:
+        """Whether a part of a chain must not start: it would keep the officer out.
+
+        Not while he waits for a session in somebody's hands, who may need the chain to
+        come to his end.
+        """
+        if not job.lane.lone or job.stays:
+            return False
+        return not (self._room.lent_out or self._room.leasing)
 
     def _can_start_at_once_locked(self, job: Job) -> bool:
         """Whether a new job finds a session and a thread that nobody waits for."""
@@ -480,8 +513,10 @@ class Dispatch:
         if came and (lines.reads or lines.others):
             # There may be more for whom nobody was woken.
             self._wake_for_next_locked()
+        job.wait_seconds = waited = now - job.since
+        self._wait_times.add(waited, not job.stays)
         if job.waited:
-            self._counters.wait_seconds_total += now - job.since
+            self._counters.wait_seconds_total += waited
         job.since = now
         if job.phase is _WAITING:
             job.phase = _RUNNING
@@ -551,7 +586,8 @@ class Dispatch:
     def sweep(self, now: float) -> float:
         """Give ``PoolTimeout`` to those that are due; when to come again."""
         with self._lock:
-            wake = [job for job in self._deadlines.due(now) if self._expire_locked(job)]
+            due = self._deadlines.due(now)
+            wake = [job for job in due if self._expire_locked(job, now)]
             held = self._held_locked()
             again = self._deadlines.next()
             if self._look_at is not None and now >= self._look_at:
@@ -575,11 +611,16 @@ class Dispatch:
         self._tell_lost()
         return again
 
-    def _expire_locked(self, job: Job) -> bool:
+    def _expire_locked(self, job: Job, now: float) -> bool:
         """A deadline has passed; whether somebody must be woken."""
         if job.phase is Phase.WAITING:
             if not job.stays:
                 self._take_out_locked(job)
+                # A request to the actor waits for no session; nor does a chain, that
+                # is watched between its parts and never was in line.
+                if job.kind is not Kind.ACTOR and job.since:
+                    job.wait_seconds = now - job.since
+                    self._wait_times.add(job.wait_seconds)
             error = PoolTimeout(self._why_waiting_locked(), "waiting")
         else:
             error = PoolTimeout(
@@ -589,6 +630,7 @@ class Dispatch:
             )
             if job.kind is not Kind.ACTOR:
                 self._write_off_locked(job, error)
+                self._run_times.add(now - job.since, job.is_operation)
         if not self._settle_locked(job, None, error):
             return False
         self._counters.operations_timed_out += job.is_operation
@@ -616,20 +658,25 @@ class Dispatch:
     def refuse_waiting(self) -> None:
         """The pool closes: nobody waits any longer."""
         with self._lock:
-            waiting = [*self._lines, *self._parked]
-            # A request that waits for quiet must not keep the pool from closing.
-            waiting += [
-                job
-                for job in self._requests
-                if job.phase is Phase.WAITING and not job.stays
-            ]
-            waiting += [job for lease in self._room.leases for job in lease.waiting]
-            wake = []
-            for job in waiting:
-                self._take_out_locked(job)
-                if self._settle_locked(job, None, PoolClosed("the pool is closing")):
-                    wake.append(job)
+            wake = self._refuse_all_locked(lambda: PoolClosed("the pool is closing"))
         self._wake_all(wake)
+
+    def _refuse_all_locked(self, error: Callable[[], PoolError]) -> list[Job]:
+        """Refuse all that wait for anything; who must be woken."""
+        waiting = [*self._lines, *self._parked]
+        # A request that waits for quiet must not keep the pool from closing.
+        waiting += [
+            job
+            for job in self._requests
+            if job.phase is Phase.WAITING and not job.stays
+        ]
+        waiting += [job for lease in self._room.leases for job in lease.waiting]
+        wake = []
+        for job in waiting:
+            self._take_out_locked(job)
+            if self._settle_locked(job, None, error()):
+                wake.append(job)
+        return wake
 
     def holds_lease(self, holder: Hashable) -> bool:
         """Whether this task or thread has a session of the pool."""

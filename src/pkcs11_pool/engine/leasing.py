@@ -101,9 +101,13 @@ class Leasing(Dispatch):
         refused = []
         while lease.waiting:
             job = lease.waiting.popleft()
-            if self._settle_locked(job, None, lease.error()):
+            if self._settle_lane_locked(job):
                 refused.append(job)
         return refused
+
+    def _settle_lane_locked(self, job: Job) -> bool:
+        """A job whose lease is over is refused; its end, if it was one, has come."""
+        return self._settle_locked(job, None, None if job.stays else job.lane.error())
 
     def _refuse_users_locked(self, lease: Lease) -> list[Job]:
         """Refuse jobs in line that use a session object of a lease that is over."""
@@ -189,7 +193,14 @@ class Leasing(Dispatch):
             if lease.chain is not None:
                 lease.chain.cause = cause
             lease.lose(cause)
+            self._wake_all(self._refuse_lane_locked(lease))
             self._room.returned(lease)
+        # Nothing of theirs stays in line: it would stand in the way of the officer's.
+        for job in [*self._lines, *self._parked]:
+            if job.lane in lone:
+                self._take_out_locked(job)
+                if self._settle_lane_locked(job):
+                    job.waiter.wake()
         return [lease.session for lease in lone]
 
     # -- Calls that do not return -------------------------------------------------

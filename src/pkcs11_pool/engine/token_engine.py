@@ -7,7 +7,8 @@ The way of an operation: ``submit`` puts it in a line; a worker takes it, with a
 session opened ahead or one that it opens now; the result is posted first, then
 the used session is closed and the next one opened, behind the caller's back.
 
-The top layer: on :class:`~pkcs11_pool.engine.leasing.Leasing`, which is on
+The top layer: on :class:`~pkcs11_pool.engine.outage.Outages`, which is on
+:class:`~pkcs11_pool.engine.leasing.Leasing`, which is on
 :class:`~pkcs11_pool.engine.dispatch.Dispatch`. It runs workers and serves the actor.
 """
 
@@ -23,8 +24,9 @@ from pkcs11_pool import events
 from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.engine.dispatch import IDLE, NO_WAIT, Pause
 from pkcs11_pool.engine.leases import Loan
-from pkcs11_pool.engine.leasing import NOBODY, Leasing
+from pkcs11_pool.engine.leasing import NOBODY
 from pkcs11_pool.engine.limits import SessionLimit
+from pkcs11_pool.engine.outage import Outages
 from pkcs11_pool.engine.timekeeper import timekeeper
 from pkcs11_pool.engine.workers import Worker
 from pkcs11_pool.errors import (
@@ -35,7 +37,7 @@ from pkcs11_pool.errors import (
 )
 from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.login.actor import LoginActor
-from pkcs11_pool.state import LoginState, PoolState, SessionState
+from pkcs11_pool.state import LoginState, PoolState
 from pkcs11_pool.stats import Counters, PoolStats
 
 if TYPE_CHECKING:
@@ -57,14 +59,9 @@ _LATE: Final = 0.0005
 """Seconds that a result may wait for others, so that one wake-up serves all."""
 _ENOUGH: Final = 4
 """Jobs in line that keep the workers busy while the loop makes new ones."""
-_ATTEMPTS: Final = 3
-"""How often a job may start anew after a lost login."""
-_LOGGED_OUT: Final = frozenset(
-    {SessionState.RO_PUBLIC_SESSION, SessionState.RW_PUBLIC_SESSION}
-)
 
 
-class TokenEngine(Leasing):
+class TokenEngine(Outages):
     """Queue, workers, limits and sessions of one token."""
 
     def __init__(self, options: PoolOptions) -> None:
@@ -77,6 +74,13 @@ class TokenEngine(Leasing):
     @property
     def _module(self) -> Module:
         return self.actor.attached
+
+    @property
+    def name(self) -> str:
+        """What the pool is called in metrics."""
+        options, info = self.options, self.actor.info
+        label = options.token_label if info is None else info.label
+        return options.name or label or "pkcs11"
 
     def turn(self) -> Turn:
         """Held around each job where the module takes one call at a time."""
@@ -177,6 +181,10 @@ class TokenEngine(Leasing):
         ``CKR_SESSION_COUNT`` is no error of the caller.
         """
         room, again = self._room, False
+        fault = recovery.classify(error)
+        if fault.tells_of_outage:
+            # First of all: the job must not start again at once.
+            self.doubt(error)
         close: list[Session] = []
         with self._lock:
             if worker.lost:
@@ -184,7 +192,7 @@ class TokenEngine(Leasing):
             room.closed(rw=job.rw)
             worker.counted = None
             room.leasing -= job.kind is Kind.LEASE
-            if recovery.classify(error) is recovery.Fault.SESSION_COUNT:
+            if fault is recovery.Fault.SESSION_COUNT:
                 close = room.take_ahead()
                 room.limit.refused(
                     rw=job.rw,
@@ -197,6 +205,8 @@ class TokenEngine(Leasing):
                 again = not job.nowait and self._let_go_locked(job)
                 if again:
                     self._lines.insert(job)
+            elif fault.tells_of_outage:
+                again = self._not_opened_locked(job)
         self._close_all(close)
         events.warning(
             events.SESSION_REFUSED,
@@ -205,51 +215,9 @@ class TokenEngine(Leasing):
             rw_sessions=room.limit.rw,
         )
         if not again:
-            full = recovery.classify(error) is recovery.Fault.SESSION_COUNT
+            full = fault is recovery.Fault.SESSION_COUNT
             failure = PoolTimeout(NO_WAIT, "waiting") if full and job.nowait else error
             self.deliver(worker, job, None, failure)
-
-    def finished(self, job: Job, session: Session, error: Exception) -> bool:
-        """Look at an error once; whether the job starts anew instead of raising it.
-
-        A login that was lost shows as an error of the operation. It is restored in
-        any case; the operation is made again only if it may be.
-        """
-        login = self.actor.login
-        if not recovery.hints_at_lost_login(error) or login.state is LoginState.SO:
-            return False
-        if login.state is LoginState.USER and not self._is_logged_out(session):
-            # It may have started under the login before this one.
-            return session.epoch != login.epoch and self._again(job, wait=False)
-        if login.state is LoginState.PUBLIC and login.wanted is LoginState.PUBLIC:
-            return False
-        again = self._again(job, wait=True)
-        self.actor.need_login(login.epoch)
-        return again
-
-    def _is_logged_out(self, session: Session) -> bool:
-        try:
-            return session.info().state in _LOGGED_OUT
-        except (p11.PKCS11Error, ValueError):
-            return False
-
-    def _again(self, job: Job, *, wait: bool) -> bool:
-        """Start a job again, at once or when the login is there; whether it may be."""
-        with self._lock:
-            # Whatever becomes of this one: others would find the login lost, too.
-            self._login_awaited |= wait
-            self._quiet.notify_all()
-            job.attempts += 1
-            if not job.restart or job.attempts >= _ATTEMPTS:
-                return False
-            if not self._let_go_locked(job):
-                return False
-            if wait:
-                self._parked.append(job)
-                self._send_one_locked()
-            else:
-                self._lines.insert(job)
-            return True
 
     def deliver(
         self, worker: Worker, job: Job, result: Any, error: BaseException | None
@@ -266,7 +234,9 @@ class TokenEngine(Leasing):
             worker.job = None
             self._running -= 1
             now = time.monotonic()
-            self._counters.run_seconds_total += now - job.since
+            duration = now - job.since
+            self._counters.run_seconds_total += duration
+            self._run_times.add(duration, job.is_operation)
             kind = job.kind
             if kind is _LEASE:
                 self._lent_locked(worker, result, error)
@@ -411,7 +381,7 @@ class TokenEngine(Leasing):
                 return False
             if self._pause is Pause.NOT and leases:
                 self._pause = Pause.NEW
-            before = self._pause
+            before = self._pause if self._outage is None else self._outage.before
             if not leases:
                 self._pause = Pause.ALL
             if job.phase is not Phase.SETTLED:
@@ -419,8 +389,7 @@ class TokenEngine(Leasing):
             self._wake_all(self._refuse_nowait_locked())
             self._quiet.wait_for(news)
             if job.phase is Phase.SETTLED:
-                self._pause = Pause.NOT if leases else before
-                self._wake_many_locked()
+                self._go_on_locked(Pause.NOT if leases else before)
                 return False
             if not quiet():
                 return None
@@ -462,17 +431,16 @@ class TokenEngine(Leasing):
     def resume(self) -> None:
         """Let jobs start again."""
         with self._lock:
-            self._pause = Pause.NOT
             self._so_lane = None
-            self._wake_many_locked()
+            self._go_on_locked(Pause.NOT)
 
-    def close_ahead(self) -> None:
-        """Close the sessions that were opened ahead. Whoever calls has not the turn."""
-        with self._lock:
-            close = self._room.take_ahead()
-        if close:
-            with self._module.turn:
-                self._close_all(close)
+    def _go_on_locked(self, pause: Pause) -> None:
+        """A pause is over; but while the token is down, nothing starts."""
+        if self._outage is not None:
+            self._outage.before = pause
+            return
+        self._pause = pause
+        self._wake_many_locked()
 
     def login_settled(self, error: BaseException | None) -> None:
         """The login that operations wait for succeeded, or failed."""
@@ -508,6 +476,11 @@ class TokenEngine(Leasing):
         """Have a caller who waits for the login await this PIN source."""
         with self._lock:
             self._source = source
+            self._send_one_locked()
+
+    def send_another(self) -> None:
+        """Have another one await it, if the one who was sent has gone."""
+        with self._lock:
             self._send_one_locked()
 
     def _send_one_locked(self) -> None:
@@ -601,6 +574,7 @@ class TokenEngine(Leasing):
         for worker in workers:
             worker.stop()
         timekeeper.forget(self)
+        timekeeper.forget(self._clock)
         # Behind a lost call of a module that takes turns, they wait for theirs.
         module = self.actor.module
         blocked = module is not None and module.is_blocked
@@ -622,6 +596,9 @@ class TokenEngine(Leasing):
                 operations_running=self._running,
                 operations_waiting=self._waiting_locked(),
                 calls_stuck=self._stuck,
+                wait_times=self._wait_times.snapshot(),
+                run_times=self._run_times.snapshot(),
+                recent_errors=tuple(self._recent_errors),
                 **{name: getattr(counters, name) for name in Counters.__slots__},
             )
 

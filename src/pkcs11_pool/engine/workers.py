@@ -121,15 +121,14 @@ class Worker:
                 return None
         session.epoch = engine.actor.login.epoch
         result, failure = self._call(job, session)
-        again = (
-            failure is not None
-            and isinstance(failure, Exception)
-            and engine.finished(job, session, failure)
-        )
+        again = False
+        if isinstance(failure, Exception):
+            failure = engine.finished(job, session, failure)
+            again = failure is None
         opens = not again and engine.deliver(self, job, result, failure)
         if self.lost:
             return session
-        if job.lane is not None or isinstance(result, Loan):
+        if isinstance(result, Loan) or (job.lane is not None and not job.lane.cause):
             return None
         # Behind the caller's back.
         session.close()

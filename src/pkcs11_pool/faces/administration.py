@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import anyio.to_thread
-
 from pkcs11_pool import config, pins
 from pkcs11_pool.faces import arguments
+from pkcs11_pool.faces.aside import aside
 from pkcs11_pool.login import tokens
 
 if TYPE_CHECKING:
@@ -21,6 +20,13 @@ async def list_tokens(
 ) -> list[TokenInfo]:
     """All tokens that a module has, with their mechanisms.
 
+    Args:
+        module: Path of the Cryptoki module.
+        init_reserved: Module parameters for ``C_Initialize``.
+
+    Returns:
+        One for each token that is present, in the module's order of slots.
+
     Raises:
         ModuleError, ModuleInUse: The file cannot be used.
 
@@ -29,9 +35,12 @@ async def list_tokens(
 
     Cryptoki:
         ``C_GetSlotList``, ``C_GetTokenInfo``, ``C_GetMechanismList``.
+
+    Source:
+        PKCS#11 v3.1, "Slot and token management functions".
     """
     path, reserved = config.module_path(module), config.reserved_bytes(init_reserved)
-    return await anyio.to_thread.run_sync(tokens.list_all, path, reserved)
+    return await aside(tokens.list_all, path, reserved)
 
 
 async def init_token(  # all by name
@@ -55,6 +64,9 @@ async def init_token(  # all by name
         wipe: Allow it on a used token, whose objects are all destroyed.
         init_reserved: Module parameters for ``C_Initialize``.
 
+    Returns:
+        What the token says of itself afterwards.
+
     Raises:
         InvalidOption: The token is initialised already, and ``wipe`` is false.
         TokenInUse: A pool of this process is open on it.
@@ -66,6 +78,9 @@ async def init_token(  # all by name
     Cryptoki:
         ``C_InitToken``; with ``user_pin`` also ``C_OpenSession``, ``C_Login``,
         ``C_InitPIN``, ``C_Logout``, ``C_CloseSession``.
+
+    Source:
+        PKCS#11 v3.1, "Slot and token management functions".
     """
     so_pin = pins.hide(so_pin)
     user_pin = None if user_pin is None else pins.hide(user_pin)
@@ -81,4 +96,4 @@ async def init_token(  # all by name
         user_pin=None if user_pin is None else pins.secret(user_pin),
         wipe=wipe,
     )
-    return await anyio.to_thread.run_sync(tokens.initialize, path, reserved, order)
+    return await aside(tokens.initialize, path, reserved, order)

@@ -54,7 +54,8 @@ class Calls(Making):
             func: A plain function.
             *args: Its further arguments.
             rw: Use a R/W session; counted as changing the token.
-            repeat: Call it again after a lost login or token.
+            repeat: Call it again after a lost login or token, also where it may have
+                done its work by then.
             timeout: Seconds; keyword arguments of ``func`` go by ``functools.partial``.
 
         Returns:
@@ -70,11 +71,16 @@ class Calls(Making):
 
         Cryptoki:
             ``C_OpenSession``, what ``func`` calls, ``C_CloseSession``.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         config.check_flag("rw", rw)
         config.check_flag("repeat", repeat)
         work = self._calling(arguments.function(func), args)
-        return await self._perform(work, timeout, rw=rw, changes=rw, restart=repeat)
+        return await self._perform(
+            work, timeout, rw=rw, changes=rw, restart=repeat, repeat=repeat
+        )
 
     def _calling(
         self, func: Callable[..., T], args: tuple[Any, ...]
@@ -153,8 +159,18 @@ class Calls(Making):
             repeat: Call it again after a lost login or token.
             timeout: Seconds for each operation.
 
+        Returns:
+            To iterate over: ``async for``, or ``aclose()`` to break off.
+
+        Cancellation:
+            As for :class:`Results`: what is under way is finished and dropped; with
+            ``rw=True`` it is waited for.
+
         Cryptoki:
             For each item as :meth:`run`.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         config.check_flag("rw", rw)
         config.check_flag("repeat", repeat)
@@ -164,7 +180,15 @@ class Calls(Making):
         def make(item: Any) -> Callable[[Session], Any]:
             return self._calling(called, (item,))
 
-        work = Work(self, make, timeout=timeout, rw=rw, changes=rw, restart=repeat)
+        work = Work(
+            self,
+            make,
+            timeout=timeout,
+            rw=rw,
+            changes=rw,
+            restart=repeat,
+            repeat=repeat,
+        )
         return Results(work, items, limit=limit, return_errors=return_errors)
 
     def key(
@@ -179,6 +203,15 @@ class Calls(Making):
         Without ``object_class`` the operation chooses: private or secret to sign,
         decrypt, unwrap and derive; public or secret to verify, encrypt and wrap.
 
+        Args:
+            label: Its ``CKA_LABEL``.
+            id: Its ``CKA_ID``; the label, the id, or both.
+            object_class: What it must be; None: what the operation needs.
+            key_type: Its type, if that must match as well.
+
+        Returns:
+            A reference; it may be made before the pool opens.
+
         Raises:
             InvalidOption: Nothing names the key, or a value has the wrong type.
         """
@@ -190,12 +223,22 @@ class Calls(Making):
     ) -> list[KeyRef | ObjectRef]:
         """All objects that match a template; all that are visible without one.
 
+        Args:
+            template: Attributes that must match; None: any.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            References in the token's order: ``KeyRef`` to keys, else ``ObjectRef``.
+
         Cancellation:
             The caller goes at once; a search changes nothing.
 
         Cryptoki:
             ``C_FindObjectsInit``, ``C_FindObjects``, ``C_FindObjectsFinal``, and one
             ``C_GetAttributeValue`` for each object.
+
+        Source:
+            PKCS#11 v3.1, "Object management functions".
         """
         packed = arguments.packed({} if template is None else template)
         cache = self._engine.cache
@@ -220,12 +263,24 @@ class Calls(Making):
         A secret key, or an iterable with keys among its bytes, is digested by the
         token: the value of a key is not read.
 
+        Args:
+            data: As for :meth:`KeyRef.sign`; or a key, or keys among the bytes.
+            mechanism: How.
+            mechanism_param: As python-pkcs11 takes it.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            The digest.
+
         Cancellation:
             The caller goes at once; a digest changes nothing.
 
         Cryptoki:
             ``C_DigestInit``, ``C_Digest``; for data in parts ``C_DigestUpdate``,
             ``C_DigestKey`` and ``C_DigestFinal``.
+
+        Source:
+            PKCS#11 v3.1, "Message digesting functions".
         """
         kind = arguments.needed_mechanism(mechanism)
 
@@ -254,11 +309,21 @@ class Calls(Making):
     async def generate_random(self, nbits: int, *, timeout: Timeout = DEFAULT) -> bytes:
         """Random bytes from the token; ``nbits`` is their number in bits.
 
+        Args:
+            nbits: How many bits; a multiple of 8.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            ``nbits / 8`` bytes.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
             ``C_GenerateRandom``.
+
+        Source:
+            PKCS#11 v3.1, "Random number generation functions".
         """
         size = arguments.bits(nbits)
         return await self._perform(

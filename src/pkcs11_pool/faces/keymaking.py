@@ -34,11 +34,27 @@ class KeyMaker(ObjectRef):
     ) -> bytes:
         """Wrap another key with this one, for export.
 
+        Args:
+            key: The key to wrap, with ``CKA_EXTRACTABLE``.
+            mechanism: How; None: the usual one for the type.
+            mechanism_param: As python-pkcs11 takes it.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            The wrapped key.
+
+        Raises:
+            KeyNotFound, KeyAmbiguous: By the name of either key.
+            KeyFunctionNotPermitted: ``CKA_WRAP`` is false.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
             ``C_WrapKey``, twice: for the size, and for the key.
+
+        Source:
+            PKCS#11 v3.1, "Key management functions".
         """
         if not isinstance(key, KeyMaker):
             message = f"key must be a KeyRef, not {type(key).__name__}"
@@ -69,6 +85,22 @@ class KeyMaker(ObjectRef):
     ) -> KeyRef:
         """Unwrap a key: into the token with ``store=True``, else into a session.
 
+        Args:
+            object_class: What comes out: a secret or a private key.
+            key_type: Its type.
+            key_data: The wrapped key.
+            id: Its ``CKA_ID``.
+            label: Its ``CKA_LABEL``.
+            mechanism: How; None: the usual one for the type.
+            mechanism_param: As python-pkcs11 takes it.
+            store: True: a token object, which stays. False: a session object.
+            capabilities: What the key may do; None: what python-pkcs11 gives its type.
+            template: Further attributes; they win over those that follow from the rest.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            A reference to the new key.
+
         Raises:
             SessionObjectNeedsSession: ``store`` is false and the key is not bound to
                 an open session (``key.on(session)``).
@@ -78,6 +110,9 @@ class KeyMaker(ObjectRef):
 
         Cryptoki:
             ``C_UnwrapKey``.
+
+        Source:
+            PKCS#11 v3.1, "Key management functions".
         """
         if not isinstance(object_class, ObjectClass):
             message = "object_class must be a pkcs11.ObjectClass"
@@ -117,6 +152,21 @@ class KeyMaker(ObjectRef):
     ) -> KeyRef:
         """Derive a key; ``key_length`` in bits.
 
+        Args:
+            key_type: Of the new key: its type.
+            key_length: Its length in bits.
+            id: Its ``CKA_ID``.
+            label: Its ``CKA_LABEL``.
+            store: True: a token object, which stays. False: a session object.
+            capabilities: What the key may do; None: what python-pkcs11 gives its type.
+            mechanism: How; None: the usual one for the type.
+            mechanism_param: As python-pkcs11 takes it.
+            template: Further attributes; they win over those that follow from the rest.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            A reference to the new key.
+
         Raises:
             SessionObjectNeedsSession: As for :meth:`unwrap_key`.
 
@@ -125,6 +175,9 @@ class KeyMaker(ObjectRef):
 
         Cryptoki:
             ``C_DeriveKey``.
+
+        Source:
+            PKCS#11 v3.1, "Key management functions".
         """
         given = None if template is None else arguments.template(template)
         kind = arguments.key_type(key_type)
@@ -161,6 +214,21 @@ class KeyMaker(ObjectRef):
     ) -> tuple[bytes, KeyRef]:
         """Encapsulate a fresh secret (ML-KEM): its ciphertext, and the secret key.
 
+        Args:
+            key_type: Of the secret.
+            key_length: Its length in bits; None: where the type has only one.
+            id: Its ``CKA_ID``.
+            label: Its ``CKA_LABEL``.
+            store: True: a token object, which stays. False: a session object.
+            capabilities: What the key may do; None: what python-pkcs11 gives its type.
+            mechanism: How; None: the usual one for the type.
+            mechanism_param: As python-pkcs11 takes it.
+            template: Further attributes; they win over those that follow from the rest.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            The ciphertext, and a reference to the secret key.
+
         Raises:
             SessionObjectNeedsSession: As for :meth:`unwrap_key`.
 
@@ -169,6 +237,9 @@ class KeyMaker(ObjectRef):
 
         Cryptoki:
             ``C_EncapsulateKey`` (PKCS#11 v3.2).
+
+        Source:
+            PKCS#11 v3.2, "Key management functions". No module here has it: not run.
         """
         given = None if template is None else arguments.template(template)
         kind = arguments.key_type(key_type)
@@ -206,6 +277,22 @@ class KeyMaker(ObjectRef):
     ) -> KeyRef:
         """Recover an encapsulated secret (ML-KEM).
 
+        Args:
+            ciphertext: What :meth:`encapsulate_key` gave.
+            key_type: Of the secret.
+            key_length: Its length in bits; None: where the type has only one.
+            id: Its ``CKA_ID``.
+            label: Its ``CKA_LABEL``.
+            store: True: a token object, which stays. False: a session object.
+            capabilities: What the key may do; None: what python-pkcs11 gives its type.
+            mechanism: How; None: the usual one for the type.
+            mechanism_param: As python-pkcs11 takes it.
+            template: Further attributes; they win over those that follow from the rest.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            A reference to the secret key.
+
         Raises:
             SessionObjectNeedsSession: As for :meth:`unwrap_key`.
 
@@ -214,6 +301,9 @@ class KeyMaker(ObjectRef):
 
         Cryptoki:
             ``C_DecapsulateKey`` (PKCS#11 v3.2).
+
+        Source:
+            PKCS#11 v3.2, "Key management functions". No module here has it: not run.
         """
         given = None if template is None else arguments.template(template)
         kind = arguments.key_type(key_type)
@@ -238,11 +328,23 @@ class KeyMaker(ObjectRef):
     async def public_key_der(self, *, timeout: Timeout = DEFAULT) -> bytes:
         """The public key as SubjectPublicKeyInfo (RFC 5280), also of a private key.
 
+        Args:
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            DER.
+
+        Raises:
+            KeyNotFound: There is no such key, or its public half is not on the token.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
             ``C_GetAttributeValue``; for a private key a search by its id or label.
+
+        Source:
+            RFC 5280, "Subject Public Key Info".
         """
         der: bytes = await self._perform(objects.public_key_der, timeout=timeout)
         return der

@@ -33,10 +33,24 @@ class KeyRef(KeyMaker):
     """A reference to a key, with the operations that python-pkcs11 has on keys.
 
     Parameters are python-pkcs11's. ``mechanism`` defaults to that of the key type.
+
+    Example:
+        .. code-block:: python
+
+            key = pool.key(label="signer")  # no I/O; it may be kept for ever
+            signature = await key.sign(b"data")
+            assert await key.verify(b"data", signature)
     """
 
     def on(self, session: Calls) -> KeyRef:
-        """The same key, used in one open session: its session objects stay there."""
+        """The same key, used in one open session: its session objects stay there.
+
+        Args:
+            session: A ``PooledSession`` of the same pool.
+
+        Raises:
+            InvalidType: It is no session, or of another pool.
+        """
         bound: KeyRef = super().on(session)
         return bound
 
@@ -67,6 +81,9 @@ class KeyRef(KeyMaker):
             signature_format: ``"raw"`` is r‖s for ECDSA and DSA, ``"der"`` is DER.
             timeout: Seconds; for reading the data, too.
 
+        Returns:
+            The signature, or the MAC.
+
         Raises:
             KeyNotFound, KeyAmbiguous: By the name of the key.
             KeyFunctionNotPermitted: ``CKA_SIGN`` is false.
@@ -81,6 +98,9 @@ class KeyRef(KeyMaker):
         Cryptoki:
             ``C_SignInit``, ``C_Sign``; for data in parts ``C_SignUpdate`` and
             ``C_SignFinal``. With ``pin`` also ``C_GetTokenInfo`` and ``C_Login``.
+
+        Source:
+            PKCS#11 v3.1, "Signing and MACing functions".
         """
         pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         options: dict[str, Any] = {
@@ -123,8 +143,17 @@ class KeyRef(KeyMaker):
             return_errors: Give the error of an item in its place, not raise it.
             timeout: Seconds for each item.
 
+        Returns:
+            To iterate over: ``async for``, or ``aclose()`` to break off.
+
+        Cancellation:
+            As for :class:`Results`: what is under way is finished and dropped.
+
         Cryptoki:
             For each item as :meth:`sign`.
+
+        Source:
+            PKCS#11 v3.1, "Signing and MACing functions".
         """
         pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         config.check_flag("return_errors", return_errors)
@@ -163,12 +192,27 @@ class KeyRef(KeyMaker):
     ) -> bool:
         """Whether ``signature`` is one of this key over ``data``.
 
+        Args:
+            data: As for :meth:`sign`.
+            signature: The signature, in the given format.
+            mechanism: As for :meth:`sign`.
+            mechanism_param: As for :meth:`sign`.
+            signature_format: As for :meth:`sign`.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Raises:
+            KeyNotFound, KeyAmbiguous: By the name of the key.
+            KeyFunctionNotPermitted: ``CKA_VERIFY`` is false.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
             ``C_VerifyInit``, ``C_Verify``; for data in parts ``C_VerifyUpdate`` and
             ``C_VerifyFinal``.
+
+        Source:
+            PKCS#11 v3.1, "Functions for verifying signatures and MACs".
         """
         options: dict[str, Any] = {
             "signature": arguments.octets(signature, "signature"),
@@ -194,12 +238,28 @@ class KeyRef(KeyMaker):
         Data as for :meth:`sign`. The result is in memory as a whole:
         :meth:`encrypt_stream` gives it in parts.
 
+        Args:
+            data: As for :meth:`sign`.
+            mechanism: How.
+            mechanism_param: As python-pkcs11 takes it: the IV where there is one.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            The ciphertext.
+
+        Raises:
+            KeyNotFound, KeyAmbiguous: By the name of the key.
+            KeyFunctionNotPermitted: ``CKA_ENCRYPT`` is false.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
             ``C_EncryptInit``, ``C_Encrypt``; for data in parts ``C_EncryptUpdate``
             and ``C_EncryptFinal``.
+
+        Source:
+            PKCS#11 v3.1, "Encryption functions".
         """
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
@@ -223,12 +283,30 @@ class KeyRef(KeyMaker):
 
         Data as for :meth:`sign`.
 
+        Args:
+            data: As for :meth:`sign`.
+            mechanism: How.
+            mechanism_param: As python-pkcs11 takes it: the IV where there is one.
+            pin: For keys with ``CKA_ALWAYS_AUTHENTICATE``.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            The plaintext.
+
+        Raises:
+            KeyNotFound, KeyAmbiguous: By the name of the key.
+            KeyFunctionNotPermitted: ``CKA_DECRYPT`` is false.
+            LoginRequired, PinRefused: As for :meth:`sign`.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
             ``C_DecryptInit``, ``C_Decrypt``; for data in parts ``C_DecryptUpdate``
             and ``C_DecryptFinal``. With ``pin`` as :meth:`sign`.
+
+        Source:
+            PKCS#11 v3.1, "Decryption functions".
         """
         pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         options: dict[str, Any] = {
@@ -257,9 +335,18 @@ class KeyRef(KeyMaker):
             mechanism_param: As python-pkcs11 takes it: the IV where there is one.
             timeout: Seconds for the whole of it, from the first output asked for.
 
+        Returns:
+            To iterate over: ``async for``, or ``aclose()`` to break off.
+
+        Cancellation:
+            The caller goes at once, and the stream is over.
+
         Cryptoki:
             ``C_EncryptInit``, ``C_EncryptUpdate``, ``C_EncryptFinal`` in one session;
             ``C_Encrypt`` for what fits into 64 KiB.
+
+        Source:
+            PKCS#11 v3.1, "Encryption functions".
         """
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
@@ -289,9 +376,18 @@ class KeyRef(KeyMaker):
             pin: For keys with ``CKA_ALWAYS_AUTHENTICATE``.
             timeout: Seconds for the whole of it, from the first output asked for.
 
+        Returns:
+            To iterate over: ``async for``, or ``aclose()`` to break off.
+
+        Cancellation:
+            The caller goes at once, and the stream is over.
+
         Cryptoki:
             ``C_DecryptInit``, ``C_DecryptUpdate``, ``C_DecryptFinal`` in one session;
             ``C_Decrypt`` for what fits into 64 KiB.
+
+        Source:
+            PKCS#11 v3.1, "Decryption functions".
         """
         pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         options: dict[str, Any] = {

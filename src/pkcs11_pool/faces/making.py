@@ -58,6 +58,7 @@ class Making(ABC):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         home: Calls | None = None,
         target: SessionObject | None = None,
     ) -> T:
@@ -73,6 +74,7 @@ class Making(ABC):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         target: SessionObject | None = None,
     ) -> Job:
         """A job that runs ``work`` on a worker thread, with a session."""
@@ -109,6 +111,21 @@ class Making(ABC):
     ) -> KeyRef:
         """Make a secret key; ``key_length`` in bits.
 
+        Args:
+            key_type: Its type.
+            key_length: Its length in bits; None: where the type has only one.
+            id: Its ``CKA_ID``.
+            label: Its ``CKA_LABEL``.
+            store: True: a token object, which stays. False: a session object.
+            capabilities: What the key may do; None: what python-pkcs11 gives its type.
+            mechanism: How; None: the usual one for the type.
+            mechanism_param: As python-pkcs11 takes it.
+            template: Further attributes; they win over those that follow from the rest.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            A reference to the new key.
+
         Raises:
             SessionObjectNeedsSession: ``store`` is false and this is a pool.
 
@@ -117,6 +134,9 @@ class Making(ABC):
 
         Cryptoki:
             ``C_GenerateKey``.
+
+        Source:
+            PKCS#11 v3.1, "Key management functions".
         """
         kind = arguments.key_type(key_type)
         length = arguments.key_length(key_length)
@@ -151,6 +171,23 @@ class Making(ABC):
     ) -> tuple[KeyRef, KeyRef]:
         """Make a key pair: (public, private). ``curve`` names an EC curve.
 
+        Args:
+            key_type: Their type.
+            key_length: Their length in bits; None: where the type or curve says it.
+            curve: Name of an EC curve, such as ``"secp256r1"``.
+            id: ``CKA_ID`` of both.
+            label: ``CKA_LABEL`` of both.
+            store: True: a token object, which stays. False: a session object.
+            capabilities: What they may do; None: what python-pkcs11 gives their type.
+            mechanism: How; None: the usual one for the type.
+            mechanism_param: As python-pkcs11 takes it.
+            public_template: Further attributes of the public key.
+            private_template: Further attributes of the private key.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            References to the two keys.
+
         Raises:
             SessionObjectNeedsSession: ``store`` is false and this is a pool.
 
@@ -159,6 +196,9 @@ class Making(ABC):
 
         Cryptoki:
             ``C_GenerateKeyPair``.
+
+        Source:
+            PKCS#11 v3.1, "Key management functions".
         """
         public = arguments.curve(curve, public_template)
         given = [
@@ -195,6 +235,18 @@ class Making(ABC):
 
         Slow: the token looks for primes. ``timeout=None`` gives it the time it takes.
 
+        Args:
+            key_type: Of the keys that are made from them.
+            param_length: Bits of the prime.
+            store: True: a token object, which stays. False: a session object.
+            mechanism: How; None: the usual one for the type.
+            mechanism_param: As python-pkcs11 takes it.
+            template: Further attributes; they win over those that follow from the rest.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            A reference to the parameters.
+
         Raises:
             SessionObjectNeedsSession: ``store`` is false and this is a pool.
 
@@ -203,6 +255,9 @@ class Making(ABC):
 
         Cryptoki:
             ``C_GenerateKey``.
+
+        Source:
+            PKCS#11 v3.1, "Key management functions".
         """
         config.check_flag("store", store)
         kind = arguments.key_type(key_type)
@@ -262,6 +317,9 @@ class Making(ABC):
             store: Make a token object; a session object otherwise.
             timeout: Seconds.
 
+        Returns:
+            A reference to the parameters.
+
         Raises:
             SessionObjectNeedsSession: It would be a session object and this is a pool.
 
@@ -270,6 +328,9 @@ class Making(ABC):
 
         Cryptoki:
             ``C_CreateObject``; nothing with ``local``.
+
+        Source:
+            PKCS#11 v3.1, "Object management functions".
         """
         config.check_flag("local", local)
         config.check_flag("store", store)
@@ -295,6 +356,13 @@ class Making(ABC):
     ) -> KeyRef | ObjectRef:
         """Make an object from its attributes.
 
+        Args:
+            template: Its attributes, ``CKA_CLASS`` among them.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            A reference to the new object.
+
         Raises:
             InvalidOption: The template is empty, or has no ``CKA_CLASS``.
             SessionObjectNeedsSession: ``CKA_TOKEN`` is not true and this is a pool.
@@ -304,6 +372,9 @@ class Making(ABC):
 
         Cryptoki:
             ``C_CreateObject``.
+
+        Source:
+            PKCS#11 v3.1, "Object management functions".
         """
         given = arguments.template(template)
         if Attribute.CLASS not in given:

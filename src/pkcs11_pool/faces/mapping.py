@@ -15,7 +15,7 @@ import anyio.lowlevel
 
 from pkcs11_pool.errors import InvalidType, PoolTimeout, TooManyWaiting, WouldDeadlock
 from pkcs11_pool.faces import arguments
-from pkcs11_pool.faces.waiting import blocking, blocks, current_waiter
+from pkcs11_pool.faces.waiting import blocking, blocks, checkpoint, current_waiter
 from pkcs11_pool.jobs import Job, Phase
 
 if TYPE_CHECKING:
@@ -69,6 +69,15 @@ class Results(Generic[T]):
     At most ``limit`` operations are under way or wait to be taken, whatever the number
     of items; items are taken only as results are. To break off is harmless: what is
     under way then is finished and dropped. ``aclose()`` takes back what still waits.
+
+    Example:
+        .. code-block:: python
+
+            digests = (bytes([n]) * 32 for n in range(100))
+            async for signature in pool.key(label="p256").sign_many(
+                digests, mechanism=Mechanism.ECDSA
+            ):
+                assert len(signature) == 64
     """
 
     def __init__(
@@ -105,6 +114,9 @@ class Results(Generic[T]):
 
         Cancellation:
             Takes back what waits. What changes the token and is inside is waited for.
+
+        Cryptoki:
+            What the operations send.
         """
         if self._in_use:
             raise RuntimeError(_READ)
@@ -123,7 +135,14 @@ class Results(Generic[T]):
         return result
 
     async def aclose(self) -> None:
-        """Break off: take back what waits, and wait for what changes the token."""
+        """Break off: take back what waits, and wait for what changes the token.
+
+        Cancellation:
+            Nothing more is waited for; what is under way is finished and dropped.
+
+        Cryptoki:
+            Nothing of its own.
+        """
         if self._in_use:
             raise RuntimeError(_READ)
         await self._abandon()
@@ -249,9 +268,9 @@ class Results(Generic[T]):
         if self._engine.is_forked:
             return
         inside = [job for job in left if not self._engine.cancel(job)]
-        for job in inside:
-            if self._waiter is not None:
-                await self._waiter.outlast(job)
+        if inside and self._waiter is not None:
+            await self._waiter.outlast(*inside)
+            await checkpoint()
 
 
 class SyncResults(Generic[T]):

@@ -35,7 +35,14 @@ class ObjectRef:
         self._home = home
 
     def on(self, session: Calls) -> Any:
-        """The same object, used in one open session from now on."""
+        """The same object, used in one open session from now on.
+
+        Args:
+            session: A ``PooledSession`` of the same pool.
+
+        Raises:
+            InvalidType: It is no session, or of another pool.
+        """
         if getattr(session, "_engine", None) is not self._calls._engine:  # noqa: SLF001  # one package
             message = "on() takes a PooledSession of the same pool"
             raise InvalidType(message)
@@ -50,11 +57,17 @@ class ObjectRef:
             names: Which; None for those that name the object and its uses.
             timeout: Seconds.
 
+        Returns:
+            By attribute, each as python-pkcs11 gives it.
+
         Cancellation:
             The caller goes at once; reading changes nothing.
 
         Cryptoki:
             ``C_GetAttributeValue``.
+
+        Source:
+            PKCS#11 v3.1, "Object management functions".
         """
         wanted = arguments.names(names)
         found: dict[Attribute, Any] = await self._perform(
@@ -82,6 +95,9 @@ class ObjectRef:
 
         Cryptoki:
             A search or ``C_GetAttributeValue`` to be sure, ``C_SetAttributeValue``.
+
+        Source:
+            PKCS#11 v3.1, "Object management functions".
         """
         packed = arguments.packed(values, "values")
         if not packed:
@@ -106,6 +122,13 @@ class ObjectRef:
         A copy of a token object is a token object, and one of a session object is a
         session object of the session that makes it, unless ``CKA_TOKEN`` says so.
 
+        Args:
+            template: The attributes that differ; None: an exact copy.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            A reference to the copy.
+
         Raises:
             SessionObjectNeedsSession: The copy would be a session object, and this is
                 not bound to an open session (``key.on(session)``).
@@ -115,6 +138,9 @@ class ObjectRef:
 
         Cryptoki:
             ``C_CopyObject``.
+
+        Source:
+            PKCS#11 v3.1, "Object management functions".
         """
         given = {} if template is None else template
         packed = arguments.packed(given)
@@ -132,11 +158,20 @@ class ObjectRef:
     async def destroy(self, *, timeout: Timeout = DEFAULT) -> None:
         """Destroy the object.
 
+        Args:
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Raises:
+            KeyNotFound, KeyAmbiguous: By the name of the object.
+
         Cancellation:
             The outcome is waited for, then the cancellation raised.
 
         Cryptoki:
             A search or ``C_GetAttributeValue`` to be sure, ``C_DestroyObject``.
+
+        Source:
+            PKCS#11 v3.1, "Object management functions".
         """
         token = not isinstance(self._target, SessionObject)
         await self._perform(objects.destroy, timeout=timeout, rw=token, changes=True)

@@ -36,6 +36,20 @@ class ParametersRef(ObjectRef):
     ) -> tuple[KeyRef, KeyRef]:
         """Make a key pair from these parameters: (public, private).
 
+        Args:
+            id: ``CKA_ID`` of both.
+            label: ``CKA_LABEL`` of both.
+            store: True: a token object, which stays. False: a session object.
+            capabilities: What they may do; None: what python-pkcs11 gives their type.
+            mechanism: How; None: the usual one for the type.
+            mechanism_param: As python-pkcs11 takes it.
+            public_template: Further attributes of the public key.
+            private_template: Further attributes of the private key.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            References to the two keys.
+
         Raises:
             SessionObjectNeedsSession: ``store`` is false and this is not bound to an
                 open session (``parameters.on(session)``).
@@ -45,6 +59,9 @@ class ParametersRef(ObjectRef):
 
         Cryptoki:
             ``C_GetAttributeValue``, ``C_GenerateKeyPair``.
+
+        Source:
+            PKCS#11 v3.1, "Key management functions".
         """
         pair = _Pair(
             arguments.making(id, label, store, capabilities),
@@ -77,7 +94,11 @@ class LocalParameters:
         self.values = values
 
     def on(self, session: Calls) -> LocalParameters:
-        """The same, with keys made in one open session from now on."""
+        """The same, with keys made in one open session from now on.
+
+        Args:
+            session: A ``PooledSession`` of the same pool.
+        """
         return LocalParameters(session, self.key_type, self.values)
 
     async def generate_keypair(
@@ -95,11 +116,32 @@ class LocalParameters:
     ) -> tuple[KeyRef, KeyRef]:
         """See :meth:`ParametersRef.generate_keypair`.
 
+        Args:
+            id: ``CKA_ID`` of both.
+            label: ``CKA_LABEL`` of both.
+            store: True: a token object, which stays. False: a session object.
+            capabilities: What they may do; None: what python-pkcs11 gives their type.
+            mechanism: How; None: the usual one for the type.
+            mechanism_param: As python-pkcs11 takes it.
+            public_template: Further attributes of the public key.
+            private_template: Further attributes of the private key.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            References to the two keys.
+
+        Raises:
+            SessionObjectNeedsSession: ``store`` is false and this is not bound to an
+                open session.
+
         Cancellation:
             The outcome is waited for, then the cancellation raised.
 
         Cryptoki:
             ``C_GenerateKeyPair``.
+
+        Source:
+            PKCS#11 v3.1, "Key management functions".
         """
         pair = _Pair(
             arguments.making(id, label, store, capabilities),

@@ -35,15 +35,25 @@ if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.leases import Hold, Lease, Loan
     from pkcs11_pool.engine.multipart import MultiPart
+    from pkcs11_pool.faces.keyref import KeyRef
     from pkcs11_pool.faces.waiting import FaceWaiter
     from pkcs11_pool.state import TokenInfo
     from pkcs11_pool.stats import PoolStats
+    from pkcs11_pool.uri import Pkcs11URI
 
 T = TypeVar("T")
 
 # Reading a member of an Enum is a call into Python before 3.12: once is enough.
 _READ: Final = Kind.READ
 _WRITE: Final = Kind.WRITE
+# Options of the pool, and where an open token tells the same of itself.
+_TOLD: Final = {
+    "token_label": "label",
+    "token_serial": "serial",
+    "token_model": "model",
+    "token_manufacturer": "manufacturer",
+    "slot_id": "slot_id",
+}
 
 
 class TokenPool(Calls):
@@ -70,8 +80,9 @@ class TokenPool(Calls):
         max_waiting: How many callers may wait; None: no limit.
         open_timeout: Seconds to wait, at opening, for a module that is down.
         close_timeout: Seconds that closing waits for running calls.
-        recovery_timeout: Seconds that callers wait for a lost token to come back. Not
-            used yet: nothing waits for it so far.
+        recovery_timeout: Seconds that callers wait, inside their deadlines, for a lost
+            token to come back. Then ``TokenUnavailable``, at once for those who come
+            later, while the pool goes on trying.
         handle_max_age: Seconds after which a remembered object number is verified
             before its next use; 0: always; None: never for its age alone.
         init_reserved: Module parameters for ``C_Initialize``, as NSS wants them.
@@ -81,6 +92,12 @@ class TokenPool(Calls):
 
     Raises:
         InvalidOption: A value is wrong. The constructor does no I/O.
+
+    Example:
+        .. code-block:: python
+
+            async with TokenPool(module, token_label="demo", pin="1234") as pool:
+                signature = await pool.key(label="signer").sign(b"data")
     """
 
     def __init__(  # the options of a pool, all by name but the first
@@ -128,39 +145,72 @@ class TokenPool(Calls):
         self._engine = TokenEngine(options)
 
     @classmethod
-    def from_uri(cls, text: str, **options: Any) -> TokenPool:
+    def from_uri(
+        cls,
+        text: str | Pkcs11URI,
+        *,
+        allow_pin_command: bool = False,
+        **options: Any,
+    ) -> TokenPool:
         """A pool from a PKCS#11 URI (RFC 7512): token, slot, module, PIN.
 
-        Options given by name win over the URI's.
+        What it says of an object is left to :meth:`key_from_uri`.
+
+        Args:
+            text: The URI.
+            allow_pin_command: Run the program that ``pin-source`` names after ``|``,
+                at each login.
+            **options: As the constructor takes them; they win over the URI's.
 
         Raises:
-            InvalidURI: The URI is malformed, or names no module.
+            InvalidURI: The URI is malformed, names no module, or says something of the
+                token that the pool cannot look at.
         """
         # In its own place: from here on no frame of ours has the URI as text.
-        text = parsed = uri.parse(text)  # type: ignore[assignment]
+        text = parsed = uri.read(text)  # type: ignore[assignment]
         if isinstance(parsed, InvalidURI):
             raise parsed
-        given: dict[str, Any] = {
-            "token_label": parsed.text("token"),
-            "token_model": parsed.text("model"),
-            "token_manufacturer": parsed.text("manufacturer"),
-            "module": parsed.text("module-path"),
-        }
-        if serial := parsed.path.get("serial"):
-            given["token_serial"] = serial
-        if slot := parsed.text("slot-id"):
-            if not slot.isdecimal():
-                message = f"slot-id in the PKCS#11 URI is no number: {slot!r}"
-                raise InvalidURI(message)
-            given["slot_id"] = int(slot)
-        given["pin"] = pins.from_uri(
-            parsed.query.get("pin-value"), parsed.text("pin-source")
+        config.check_flag("allow_pin_command", allow_pin_command)
+        given = config.uri_options(
+            parsed, with_pin="pin" not in options, allow_command=allow_pin_command
         )
         given |= options
         if given["module"] is None:
-            message = "the PKCS#11 URI has no module-path: add it, or give module="
-            raise InvalidURI(message)
+            raise InvalidURI(config.NO_MODULE_PATH)
         return cls(**given)
+
+    def key_from_uri(self, text: str | Pkcs11URI) -> KeyRef:
+        """The key that a PKCS#11 URI names: ``object``, ``id``, ``type``. No I/O.
+
+        Args:
+            text: A URI, as text or read already.
+
+        Returns:
+            A reference, as :meth:`key` gives it.
+
+        Raises:
+            InvalidURI: The URI is malformed, names no key, or names another token than
+                this pool's.
+
+        Source:
+            RFC 7512, "PKCS #11 URI Scheme Definition".
+        """
+        text = parsed = uri.read(text)  # type: ignore[assignment]
+        if isinstance(parsed, InvalidURI):
+            raise parsed
+        named = config.uri_options(parsed, with_pin=False, allow_command=False)
+        info, asked = self._engine.actor.info, self._engine.options
+        for name, wanted in named.items():
+            ours = getattr(asked, name)
+            if info is not None and name in _TOLD:
+                ours = getattr(info, _TOLD[name])
+            if None not in (wanted, ours) and wanted != ours:
+                message = (
+                    f"the PKCS#11 URI names another token than this pool's: "
+                    f"{name} is {ours!r} here, not {wanted!r}"
+                )
+                raise InvalidURI(message)
+        return self.key(**config.uri_key(parsed))
 
     # -- Life ---------------------------------------------------------------------
 
@@ -180,6 +230,9 @@ class TokenPool(Calls):
         Cryptoki:
             ``C_Initialize``, ``C_GetSlotList``, ``C_GetTokenInfo``,
             ``C_OpenSession``, ``C_Login``.
+
+        Source:
+            PKCS#11 v3.1, "General-purpose functions", "Session management functions".
         """
         engine = self._engine
         engine.check_process()
@@ -206,8 +259,14 @@ class TokenPool(Calls):
         runs longer is lost. Closing twice is harmless. Completes also when
         cancelled, and raises the cancellation then.
 
+        Cancellation:
+            The closing is completed first, then the cancellation raised.
+
         Cryptoki:
             ``C_CloseSession``, ``C_Logout``; ``C_Finalize`` by the module's last pool.
+
+        Source:
+            PKCS#11 v3.1, "General-purpose functions", "Session management functions".
         """
         engine = self._engine
         engine.check_process()
@@ -255,6 +314,11 @@ class TokenPool(Calls):
     # -- What it is ---------------------------------------------------------------
 
     @property
+    def name(self) -> str:
+        """Its name in metrics, which is ``name`` or the label of its token."""
+        return self._engine.name
+
+    @property
     def state(self) -> PoolState:
         """Where the pool is in its life."""
         return self._engine.state
@@ -294,7 +358,11 @@ class TokenPool(Calls):
         return self._checked().actor.attached.library
 
     def stats(self) -> PoolStats:
-        """A snapshot of gauges and counters."""
+        """A snapshot of gauges and counters.
+
+        Returns:
+            Taken at one moment, under the pool's lock.
+        """
         return self._engine.stats()
 
     def __repr__(self) -> str:
@@ -313,8 +381,21 @@ class TokenPool(Calls):
             rw: Read-write.
             timeout: Seconds to wait for it.
 
+        Returns:
+            For ``async with``: it gives a :class:`PooledSession`.
+
+        Raises:
+            WouldDeadlock: At entry: all are lent, one of them to this task.
+            PoolTimeout: At entry: none came free in time.
+
+        Cancellation:
+            While it waits: nothing happened. A session that came just then goes back.
+
         Cryptoki:
             ``C_OpenSession``; at the end ``C_CloseSession``.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         config.check_flag("rw", rw)
         limit = arguments.timeout(timeout, self._engine.options.timeout)
@@ -328,6 +409,29 @@ class TokenPool(Calls):
         Stops new operations, waits for running ones and for open sessions, at most
         ``timeout`` seconds, and logs the SO in. Other operations wait meanwhile,
         inside their deadlines. At the end the login found before is restored.
+
+        Args:
+            so_pin: The security officer's PIN; or ``PROTECTED_AUTH``.
+            timeout: Seconds to wait until the token is quiet.
+
+        Returns:
+            For ``async with``: it gives a :class:`SecurityOfficer`.
+
+        Raises:
+            WouldDeadlock: At entry: this task holds a session of the pool.
+            PoolTimeout: At entry: calls or sessions did not end; nothing has changed.
+            PinRefused: At entry: the token refused the PIN.
+
+        Cancellation:
+            While it waits: nothing happened. During the login: what was before is
+            restored first.
+
+        Cryptoki:
+            ``C_OpenSession`` (R/W), ``C_CloseSession`` of all others, ``C_Logout``,
+            ``C_Login``; and the same way back.
+
+        Source:
+            PKCS#11 v3.1, "Session states", "Session management functions".
         """
         so_pin = pins.hide(so_pin)
         pins.checked(so_pin)
@@ -357,6 +461,9 @@ class TokenPool(Calls):
 
         Cryptoki:
             ``C_GetTokenInfo``, ``C_Login``.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         given = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
@@ -381,12 +488,20 @@ class TokenPool(Calls):
 
         Cryptoki:
             ``C_Logout``.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         actor = self._checked().actor
         await self._request(actor.log_out, self._engine.options.timeout)
 
     async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
         """Change the user's PIN; the new one becomes the pool's.
+
+        Args:
+            old: The present PIN.
+            new: The one to come.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
 
         Raises:
             PinLengthInvalid: The token takes no PIN of this length; nothing was sent.
@@ -400,6 +515,9 @@ class TokenPool(Calls):
 
         Cryptoki:
             ``C_SetPIN``, in a fresh R/W session.
+
+        Source:
+            PKCS#11 v3.1, "Slot and token management functions".
         """
         old, new = pins.hide(old), pins.hide(new)  # type: ignore[assignment]  # hides them
         before, after = pins.secret(old), pins.secret(new)  # type: ignore[arg-type]
@@ -412,6 +530,14 @@ class TokenPool(Calls):
     def run_sync(self, func: Callable[..., T], *args: Any, **options: Any) -> T:
         """The blocking twin of :meth:`run`.
 
+        Args:
+            func: As for :meth:`run`.
+            *args: Its further arguments.
+            **options: As for :meth:`run`, by name.
+
+        Returns:
+            What ``func`` returned.
+
         Raises:
             WouldBlockLoop: This thread runs an event loop.
         """
@@ -421,6 +547,14 @@ class TokenPool(Calls):
         self, func: Callable[[Any, Any], T], items: Iterable[Any], **options: Any
     ) -> SyncResults[Any]:
         """The blocking twin of :meth:`map`, for a plain ``for`` loop.
+
+        Args:
+            func: As for :meth:`map`.
+            items: As for :meth:`map`; no async iterable.
+            **options: As for :meth:`map`, by name.
+
+        Returns:
+            To iterate over: ``for``, or ``close()`` to break off.
 
         Raises:
             WouldBlockLoop: At the first result: this thread runs an event loop.
@@ -492,6 +626,7 @@ class TokenPool(Calls):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         target: SessionObject | None = None,
     ) -> Job:
         limit = self._engine.options.timeout
@@ -504,6 +639,7 @@ class TokenPool(Calls):
             deadline=time.monotonic() + limit if limit else None,
             changes=changes,
             restart=restart,
+            repeat=repeat,
             rw=rw,
             nowait=limit == 0,
             target=target,
@@ -518,6 +654,7 @@ class TokenPool(Calls):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         home: Calls | None = None,
         target: SessionObject | None = None,
     ) -> T:
@@ -535,6 +672,7 @@ class TokenPool(Calls):
             rw=rw,
             changes=changes,
             restart=restart,
+            repeat=repeat,
             target=target,
         )
         try:
@@ -543,7 +681,12 @@ class TokenPool(Calls):
             if home is None or getattr(home, "closed", True):
                 raise
             return await home._perform(  # noqa: SLF001  # one package
-                work, timeout, changes=changes, restart=restart, target=target
+                work,
+                timeout,
+                changes=changes,
+                restart=restart,
+                repeat=repeat,
+                target=target,
             )
         result: T = await waiter.result(engine, job)
         return result

@@ -33,6 +33,14 @@ class PooledSession(Calls):
     It has the pool's own operations, all in this one session, one at a time and in
     order. It holds no thread. When the block ends, the session is closed, and its
     session objects are gone with it (PKCS#11 v3.1, "Session objects").
+
+    Example:
+        .. code-block:: python
+
+            async with pool.session() as session:
+                secret = await session.generate_key(KeyType.AES, 256)
+                sealed = await secret.encrypt(b"data", mechanism_param=bytes(16))
+            # `secret` is gone
     """
 
     def __init__(self, engine: TokenEngine, pool: Calls, lease: Lease) -> None:
@@ -58,11 +66,20 @@ class PooledSession(Calls):
     async def info(self, *, timeout: Timeout = DEFAULT) -> SessionInfo:
         """What the token says of this session: state, kind, device error, slot.
 
+        Args:
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Returns:
+            What the token says; nothing of it is guessed.
+
         Cancellation:
             The caller goes at once.
 
         Cryptoki:
             ``C_GetSessionInfo``.
+
+        Source:
+            PKCS#11 v3.1, "Session management functions".
         """
         return await self._perform(lambda session: session.info(), timeout)
 
@@ -93,6 +110,7 @@ class PooledSession(Calls):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         target: SessionObject | None = None,
     ) -> Job:
         del rw  # the session is what it is
@@ -104,6 +122,7 @@ class PooledSession(Calls):
             deadline=time.monotonic() + limit if limit else None,
             changes=changes,
             restart=restart,
+            repeat=repeat,
             nowait=limit == 0,
             lane=self._lease,
             target=target,
@@ -118,6 +137,7 @@ class PooledSession(Calls):
         rw: bool = False,
         changes: bool = False,
         restart: bool = True,
+        repeat: bool = False,
         home: Calls | None = None,
         target: SessionObject | None = None,
     ) -> T:
@@ -133,6 +153,7 @@ class PooledSession(Calls):
             waiter=waiter,
             changes=changes,
             restart=restart,
+            repeat=repeat,
             target=target,
         )
         self._engine.submit(job)

@@ -33,6 +33,12 @@ class SecurityOfficer:
 
     Attributes:
         session: A R/W ``PooledSession`` in the state ``CKS_RW_SO_FUNCTIONS``.
+
+    Example:
+        .. code-block:: python
+
+            async with pool.security_officer("12345678") as so:
+                await so.init_pin("1234")
     """
 
     def __init__(self, engine: TokenEngine, session: PooledSession) -> None:
@@ -42,6 +48,10 @@ class SecurityOfficer:
     async def init_pin(self, pin: str, *, timeout: Timeout = DEFAULT) -> None:
         """Set the user's PIN, also when it is locked. It becomes the pool's.
 
+        Args:
+            pin: The user's new PIN.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
         Raises:
             PinLengthInvalid: The token takes no PIN of this length; nothing was sent.
 
@@ -50,6 +60,9 @@ class SecurityOfficer:
 
         Cryptoki:
             ``C_InitPIN``.
+
+        Source:
+            PKCS#11 v3.1, "Slot and token management functions".
         """
         pin = pins.hide(pin)  # type: ignore[assignment]  # hides it
         new = pins.secret(pin)  # type: ignore[arg-type]
@@ -71,6 +84,11 @@ class SecurityOfficer:
     async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
         """Change the security officer's own PIN.
 
+        Args:
+            old: The present PIN.
+            new: The one to come.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
         Raises:
             PinLengthInvalid: The token takes no PIN of this length; nothing was sent.
             PinRefused: ``old`` is not the PIN.
@@ -80,6 +98,9 @@ class SecurityOfficer:
 
         Cryptoki:
             ``C_SetPIN``.
+
+        Source:
+            PKCS#11 v3.1, "Slot and token management functions".
         """
         old, new = pins.hide(old), pins.hide(new)  # type: ignore[assignment]  # hides them
         work = pin_change(self._engine, SO, pins.secret(old), pins.secret(new))  # type: ignore[arg-type]

@@ -41,7 +41,15 @@ if TYPE_CHECKING:
 
 _ATTEMPTS: Final = 3
 """How often an operation is begun, where the data is still there."""
-_CUT: Final = frozenset({recovery.Fault.LOGIN, recovery.Fault.HANDLE})
+_CUT: Final = frozenset(
+    {
+        recovery.Fault.LOGIN,
+        recovery.Fault.HANDLE,
+        recovery.Fault.SESSION,
+        recovery.Fault.TOKEN,
+        recovery.Fault.MODULE,
+    }
+)
 _ENDED: Final = "the stream is over"
 
 
@@ -138,6 +146,17 @@ class CryptStream:
     The session is held from the first piece of data to the last; no thread is. To
     break off is harmless: forgotten or closed, it lets the session go. Its operation
     has one time limit, which counts from the first output asked for.
+
+    Example:
+        .. code-block:: python
+
+            plain = (bytes(100_000) for part in range(10))
+            sealed = bytearray()
+            stream = pool.key(label="master").encrypt_stream(
+                plain, mechanism_param=bytes(16)
+            )
+            async for output in stream:
+                sealed += output
     """
 
     def __init__(self, task: Task, data: Data) -> None:
@@ -163,6 +182,9 @@ class CryptStream:
 
         Cancellation:
             The caller goes at once, and the stream is over.
+
+        Cryptoki:
+            The update that gives it; at the end the final call.
         """
         if self._in_use:
             message = "another task is reading this stream"
@@ -182,7 +204,14 @@ class CryptStream:
         return output
 
     async def aclose(self) -> None:
-        """Break off: let the session go, and wait until it is closed."""
+        """Break off: let the session go, and wait until it is closed.
+
+        Cancellation:
+            Nothing more is waited for; the session is closed behind.
+
+        Cryptoki:
+            ``C_CloseSession``, where the stream had a session for itself.
+        """
         if self._in_use:
             message = "another task is reading this stream"
             raise RuntimeError(message)
@@ -408,7 +437,7 @@ class Feed:
         if isinstance(error, p11.OperationNotInitialized):
             return True
         fault = recovery.classify(error)
-        return fault in _CUT or (fault is recovery.Fault.SESSION and lease.lone)
+        return fault in _CUT and (fault is not recovery.Fault.SESSION or lease.lone)
 
 
 class _BrokenOff(BaseException):

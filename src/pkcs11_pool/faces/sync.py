@@ -22,6 +22,11 @@ class SyncKey:
     """The blocking twins of a :class:`KeyRef`, for code that is not async.
 
     On a thread that runs an event loop they raise ``WouldBlockLoop``.
+
+    Example:
+        .. code-block:: python
+
+            signature = pool.key(label="signer").sync.sign(b"data")
     """
 
     def __init__(self, key: KeyRef) -> None:

@@ -12,8 +12,10 @@ and raised at the end.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import inspect
 import os
+import resource
 import sys
 import threading
 import time
@@ -46,6 +48,8 @@ T = TypeVar("T")
 _SETTLED: Final = Phase.SETTLED
 LATE = 0.05
 """Seconds that a blocking caller allows the engine to give out a deadline."""
+_HIGH = 512
+"""The least number of a descriptor that modules must not close by mistake."""
 
 
 class _Port:
@@ -100,15 +104,27 @@ class _EventPort(_AsyncioPort):
     The loop alone keeps the port, by its reader, and lets it go when it is closed.
     Whoever posts keeps it meanwhile: nobody writes to a number that belongs to
     another file by then.
+
+    Some modules close a descriptor twice, and so one of somebody else's that was
+    given its number in between: opencryptoki 3.8.1 does at its second
+    ``C_Initialize``. Theirs are low numbers, so this one is a high one; and should it
+    be closed all the same, the loop is woken in its own way from then on.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
-        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._descriptor = _high(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+        self._closed_by_others = False
         loop.add_reader(self._descriptor, self._drain)
 
     def _schedule(self) -> None:
-        os.eventfd_write(self._descriptor, 1)
+        try:
+            if not self._closed_by_others:
+                os.eventfd_write(self._descriptor, 1)
+        except OSError:
+            self._closed_by_others = True
+        if self._closed_by_others:
+            super()._schedule()
         if self.loop.is_closed():
             # Closed meanwhile: nobody reads it any more.
             message = "the event loop is closed"
@@ -116,13 +132,26 @@ class _EventPort(_AsyncioPort):
 
     def _drain(self) -> None:
         # Before the base class lets others write again, or a wake-up would be lost.
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._descriptor)
+        if not self._closed_by_others:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._descriptor)
         super()._drain()
 
     def __del__(self) -> None:
-        with suppress(AttributeError, OSError):
-            os.close(self._descriptor)
+        # The number may be another file's by now, where others have closed it.
+        if not getattr(self, "_closed_by_others", True):
+            with suppress(AttributeError, OSError):
+                os.close(self._descriptor)
+
+
+def _high(descriptor: int) -> int:
+    """The same open file under a number that no module has had before."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    least = _HIGH if most == resource.RLIM_INFINITY else min(_HIGH, most // 2)
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, least)
+    finally:
+        os.close(descriptor)
 
 
 def _asyncio_port(loop: asyncio.AbstractEventLoop) -> _AsyncioPort:
@@ -153,8 +182,8 @@ class FaceWaiter(Protocol):
     async def result(self, engine: TokenEngine, job: Job) -> Any:
         """The result of a job, or its error."""
 
-    async def outlast(self, job: Job) -> None:
-        """Wait for the end of a job, through every cancellation."""
+    async def outlast(self, *jobs: Job) -> None:
+        """Wait for the end of jobs, through every cancellation; raise that then."""
 
 
 class _LoopWaiter:
@@ -234,14 +263,21 @@ class _AsyncioWaiter(_LoopWaiter):
             raise
         return job.result if job.error is None else outcome(job)
 
-    async def outlast(self, job: Job) -> None:
+    async def outlast(self, *jobs: Job) -> None:
+        cancelled: asyncio.CancelledError | None = None
         with anyio.CancelScope(shield=True):
-            while job.phase is not _SETTLED:
-                try:
-                    await self._wait()
-                except asyncio.CancelledError:
-                    # Raised by the caller of this when the outcome is there.
-                    continue
+            for job in jobs:
+                while job.phase is not _SETTLED:
+                    try:
+                        await self._wait()
+                    except asyncio.CancelledError as error:
+                        # asyncio says it once only: it must not be lost.
+                        cancelled = error
+        if cancelled is not None:
+            try:
+                raise cancelled
+            finally:
+                del cancelled
 
 
 class _TrioWaiter(_LoopWaiter):
@@ -288,9 +324,10 @@ class _TrioWaiter(_LoopWaiter):
             raise
         return outcome(job)
 
-    async def outlast(self, job: Job) -> None:
-        while job.phase is not _SETTLED:
-            await self._wait(None, job)
+    async def outlast(self, *jobs: Job) -> None:
+        for job in jobs:
+            while job.phase is not _SETTLED:
+                await self._wait(None, job)
 
 
 class _ThreadWaiter:
@@ -317,9 +354,10 @@ class _ThreadWaiter:
             raise
         return outcome(job)
 
-    async def outlast(self, job: Job) -> None:
-        while job.phase is not _SETTLED:
-            self._woken.acquire()
+    async def outlast(self, *jobs: Job) -> None:
+        for job in jobs:
+            while job.phase is not _SETTLED:
+                self._woken.acquire()
 
 
 class _Kept:

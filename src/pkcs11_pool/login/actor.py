@@ -29,8 +29,8 @@ from pkcs11_pool.errors import (
     TokenUnavailable,
 )
 from pkcs11_pool.jobs import Job, Phase
-from pkcs11_pool.login.attachment import Attachment
 from pkcs11_pool.login.pin_guard import SO, USER
+from pkcs11_pool.login.recovering import Recovering
 from pkcs11_pool.state import Epoch, LoginEvent, LoginState
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.cryptoki.keys import HandleCache
+    from pkcs11_pool.cryptoki.renewal import Renewal
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.login.gate import Gate
     from pkcs11_pool.pins import Pin, PinCallable
@@ -49,7 +50,7 @@ _RETRY: Final = 0.2
 _IN: Final = frozenset({0, rv.CODES["CKR_USER_ALREADY_LOGGED_IN"]})
 
 
-class LoginActor(Attachment):
+class LoginActor(Recovering):
     """Logs in and out on one token, and holds the anchor."""
 
     def __init__(
@@ -73,7 +74,7 @@ class LoginActor(Attachment):
         # Whether one of the requests said force=True.
         self._insisted = False
         self._so: Session | None = None
-        # What came during a SO period and can only be done after it.
+        # What came during a SO period or a recovery and can only be done after it.
         self._postponed: list[partial[None]] = []
 
     def start(self) -> None:
@@ -113,6 +114,18 @@ class LoginActor(Attachment):
         """An operation of this epoch found the token logged out."""
         self._mail.put(partial(self._need_login, epoch))
 
+    def suspect(self, error: BaseException) -> None:
+        """An operation got an error that tells of a lost token, or session."""
+        self._mail.put(partial(self._suspect, error))
+
+    def stand_back(self, renewal: Renewal) -> None:
+        """Another pool has the module initialised anew: keep out meanwhile."""
+        with self._mailbox:
+            if not self._ended:
+                self._mail.put(partial(self._stand_back, renewal))
+                return
+        renewal.answer(ready=True)
+
     def pin_came(self, pin: Pin | None, error: BaseException | None) -> None:
         """The caller who was sent for the PIN has it, or not."""
         self._mail.put(partial(self._pin_came, pin, error))
@@ -146,7 +159,11 @@ class LoginActor(Attachment):
 
     def _run(self) -> None:
         while not self._ended:
-            message = self._mail.get()
+            try:
+                message = self._mail.get(timeout=self._rests())
+            except queue.Empty:
+                self._next_round()
+                continue
             message()
             # A request and its error live in the frame of the handler, not here.
             del message
@@ -155,7 +172,8 @@ class LoginActor(Attachment):
             self._mail.get()()
 
     def _handle(self, job: Job, handle: Callable[..., None], *arguments: Any) -> None:
-        if self._so is not None and handle not in (self._so_end, self._close):
+        ends = handle in (self._so_end, self._close)
+        if not ends and (self._so is not None or not self.is_well):
             self._postponed.append(partial(self._handle, job, handle, *arguments))
             return
         if not self._gate.begin(job):
@@ -164,6 +182,7 @@ class LoginActor(Attachment):
             handle(job, *arguments)
         except Exception as error:  # noqa: BLE001  # it is the caller's, raised there
             self._gate.settle(job, None, error)
+            self._doubt(error)
 
     def _quiet(self, job: Job, *, leases: bool) -> bool:
         """Pause the queue for a request; whether it succeeded.
@@ -217,6 +236,7 @@ class LoginActor(Attachment):
             raise
 
     def _close(self, job: Job, deadline: float) -> None:
+        self._way = None
         self._fail_logins(PoolClosed("the pool is closing"))
         for message in self._postponed:
             if message.func == self._handle:
@@ -257,6 +277,10 @@ class LoginActor(Attachment):
         if self._so is not None:
             self._postponed.append(partial(self._need_login, epoch))
             return
+        if not self.is_well:
+            # It is restored with the rest: nobody waits for it alone.
+            self._gate.login_settled(None)
+            return
         if self.login.epoch == epoch and self.login.state is LoginState.USER:
             events.warning(events.LOGIN_LOST, token=self._label, epoch=epoch)
             self._change(LoginEvent.LOST)
@@ -276,16 +300,26 @@ class LoginActor(Attachment):
                 return
             self._try_login(source, force=False)
         except Exception as error:  # noqa: BLE001  # raised at those who wait for it
-            self._settle_logins(error)
+            self._login_failed(error)
         else:
             self._gate.counted(recoveries_total=1)
             self._settle_logins(None)
 
+    def _login_failed(self, error: BaseException) -> None:
+        """What is lost with its token is restored with it; else all who wait fail."""
+        lost = recovery.classify(error).is_outage and self._gate.hold_off(error)
+        self._settle_logins(None if lost and not self._logins else error)
+        if lost:
+            self._suspect(error)
+
     def _ask(self, source: PinCallable, job: Job | None) -> None:
         """Get a PIN from a callable: here, or by a caller if it must be awaited."""
+        self._logins = [waiting for waiting in self._logins if not waiting.dropped]
         if job is not None:
             self._logins.append(job)
         if self._asking:
+            # Whoever was sent may have gone since, when nobody else was there.
+            self._gate.send_another()
             return
         if not pins.is_async(source):
             try:
@@ -299,6 +333,9 @@ class LoginActor(Attachment):
         self._gate.send_for_pin(source)
 
     def _pin_came(self, pin: Pin | None, error: BaseException | None) -> None:
+        if not self.is_well:
+            self._postponed.append(partial(self._pin_came, pin, error))
+            return
         if self.login.state is not LoginState.USER and pin is not None:
             try:
                 self._try_login(pin, force=self._insisted)
@@ -320,6 +357,21 @@ class LoginActor(Attachment):
         waiting, self._logins = self._logins, []
         for job in waiting:
             self._gate.settle(job, None, error)
+
+    def _log_in_again(self) -> None:
+        if self.login.wanted is not LoginState.USER:
+            return
+        try:
+            source = self._own_pin
+            if callable(source):
+                if pins.is_async(source):
+                    return  # the first operation that needs it is sent for it
+                source = pins.ask(source)
+            self._try_login(source, force=False)
+        except PinRefused as error:
+            events.warning(events.LOGIN_FAILED, token=self._label, error=str(error))
+        except LoginRequired:
+            pass  # no PIN is known: whoever needs the login is told so
 
     def _try_login(self, pin: Pin, *, force: bool) -> None:
         with self.attached.turn:
@@ -421,7 +473,14 @@ class LoginActor(Attachment):
             self._send_pin(session, interface.CKU_SO, so_pin, force=False)
         self._change(LoginEvent.SO_IN)
 
+    def _period_lost(self) -> None:
+        self._so = None
+
     def _so_end(self, job: Job) -> None:
+        if not self.is_well:
+            # It ended with the token, and the login is restored with the rest.
+            self._gate.settle(job, None, None)
+            return
         # Nothing of the period may be inside when the SO logs out.
         if not self._quiet(job, leases=False):
             return
@@ -476,7 +535,4 @@ class LoginActor(Attachment):
 
 
 def _is_down(error: BaseException) -> bool:
-    return not isinstance(error, PoolError) and recovery.classify(error) in (
-        recovery.Fault.TOKEN,
-        recovery.Fault.MODULE,
-    )
+    return not isinstance(error, PoolError) and recovery.classify(error).is_outage

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.cryptoki.keys import HandleCache
+    from pkcs11_pool.cryptoki.renewal import Renewal
     from pkcs11_pool.login.gate import Gate
     from pkcs11_pool.state import TokenInfo
 
@@ -57,6 +58,7 @@ class Attachment:
             options.module, options.init_reserved, serialize=options.serialize
         )
         self._is_attached = True
+        self.module.members.append(self)
         with self.module.turn:
             if not self.module.library.get_slots():
                 # A client whose server was down at C_Initialize has no slots, and
@@ -84,6 +86,7 @@ class Attachment:
         self._anchor = None
         if self.info is not None:
             module.unclaim(self.info)
+        module.members.remove(self)
         modules.release(module)
         self._is_attached = False
         self.info = self.token = None
@@ -118,6 +121,19 @@ class Attachment:
         self.login = self.login.after(event)
         self._cache.login = self.login
         self._gate.close_ahead()
+
+    # -- As a member of its module ------------------------------------------------
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing is being recovered here."""
+        raise NotImplementedError
+
+    def stand_back(self, renewal: Renewal) -> None:
+        """Another pool has the module initialised anew: keep out meanwhile."""
+        raise NotImplementedError
+
+    # -- What everybody may ask ---------------------------------------------------
 
     def same_token(self) -> TokenInfo:
         """What the token tells now; no PIN is ever sent to another one."""

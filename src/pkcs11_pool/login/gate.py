@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.jobs import Job
     from pkcs11_pool.pins import PinCallable
 
@@ -43,6 +44,9 @@ class Gate(Protocol):
     def send_for_pin(self, source: PinCallable) -> None:
         """Have a caller who waits for the login await this PIN source."""
 
+    def send_another(self) -> None:
+        """Have another one await it, if the one who was sent has gone."""
+
     def drain(self, deadline: float) -> None:
         """Wait for running calls, then close every session."""
 
@@ -51,3 +55,18 @@ class Gate(Protocol):
 
     def counted(self, **counts: int) -> None:
         """Add to the counters of the statistics."""
+
+    def hold_off(self, error: BaseException) -> bool:
+        """Let nothing start, for the token may be lost; False if that is known."""
+
+    def wait_quiet(self, deadline: float) -> bool:
+        """Wait until nothing is inside the module; whether nothing is."""
+
+    def token_lost(self, cause: BaseException) -> list[Session]:
+        """What is open is no more; the sessions, to be closed by whoever calls."""
+
+    def still_down(self, error: BaseException) -> None:
+        """One more try was in vain: what to tell those who wait too long."""
+
+    def token_back(self, *, lost: bool) -> None:
+        """All is well, and jobs start again; whether anything had been lost."""

@@ -42,6 +42,11 @@ _FLAGS: Final = {
     SO: (TokenFlag.SO_PIN_LOCKED, TokenFlag.SO_PIN_FINAL_TRY),
     CONTEXT: (TokenFlag.USER_PIN_LOCKED, TokenFlag.USER_PIN_FINAL_TRY),
 }
+_UNLOCK: Final = {
+    USER: "the security officer can set a new one (so.init_pin)",
+    SO: "only init_token helps, and it destroys all objects",
+    CONTEXT: "the security officer can set a new one (so.init_pin)",
+}
 _INSIST: Final = {
     USER: "insist with force=True",
     SO: "insist with force=True",
@@ -91,7 +96,10 @@ class PinGuard:
         self.check_refused(who, pin)
         locked, final = _FLAGS[who]
         if info.flags & locked:
-            raise PinRefused(f"the PIN of the {who} is locked on the token")
+            raise PinRefused(
+                f"the PIN of the {who} is locked on the token, so none is sent: "
+                f"{_UNLOCK[who]}"
+            )
         if info.flags & final:
             raise PinRefused(
                 f"one more wrong PIN locks the {who} out, so none is sent: if this one "

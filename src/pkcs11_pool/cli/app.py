@@ -1,0 +1,132 @@
+"""The words of the command line, and how it ends.
+
+Each command's Python module is imported when that command runs: ``--help`` is quick,
+and what one command needs, others may lack.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Final
+
+from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
+
+from pkcs11_pool.cli.exits import Exit, explained
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NAME: Final = "pkcs11-pool"
+_HERE: Final = "pkcs11_pool.cli"
+
+COMMANDS: Final = {
+    "tokens": (f"{_HERE}.tokens:tokens", "List the tokens of a module."),
+    "objects": (f"{_HERE}.tokens:objects", "List the objects of a token."),
+    "init-token": (f"{_HERE}.tokens:init", "Initialise a token."),
+    "set-pin": (f"{_HERE}.tokens:set_pin", "Change or reset the user's PIN."),
+    "keygen": (f"{_HERE}.keys:keygen", "Make a key on the token."),
+    "sign": (f"{_HERE}.keys:sign", "Sign a file with a key of the token."),
+    "verify": (f"{_HERE}.keys:verify", "Verify a signature on the token."),
+    "random": (f"{_HERE}.keys:random", "Random octets from the token."),
+    "doctor": (f"{_HERE}.doctor:doctor", "Find what is wrong with a set-up."),
+    "top": (f"{_HERE}.top:top", "Watch a running service."),
+    "demo": (f"{_HERE}.running:demo", "Real signatures on a throwaway token."),
+    "bench": (f"{_HERE}.running:bench", "Measure the pool on a token."),
+    "completion": (f"{_HERE}.completion:completion", "Completion for a shell."),
+}
+"""Each command: where it is, and what it does in a line."""
+
+_NO_PINS: Final = (
+    "a PIN is no word of a command, because others see it: --pin-env, --pin-file, "
+    "--pin-credential, --pin-keyring or --pin-prompt"
+)
+
+
+def app() -> App:
+    """The command line, without its commands' Python modules."""
+    whole = App(
+        name=NAME,
+        help="An async session pool for PKCS#11.",
+        version=lambda: version("pkcs11-pool"),
+        default_parameter=Parameter(negative=()),
+        # Ctrl-C is answered below, in one place.
+        suppress_keyboard_interrupt=False,
+        help_epilogue=(
+            "Exit status: 0 done, 1 the answer is no, 2 wrong words, 3 token or "
+            "module, 4 PIN, 5 key, 6 refused by the token, 7 unavailable, 8 file, "
+            "130 Ctrl-C."
+        ),
+    )
+    for name, (place, text) in COMMANDS.items():
+        whole.command(place, name=name, help=text)
+    return whole
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    given = _with_values(sys.argv[1:] if words is None else list(words))
+    try:
+        return _run(given)
+    except KeyboardInterrupt:
+        return _say("stopped", Exit.INTERRUPTED)
+    except BrokenPipeError:
+        return _reader_gone()
+    except Exception as error:
+        told = explained(error)
+        if told is None:
+            raise
+        return _say(*told)
+
+
+def _run(given: list[str]) -> int:
+    if any(word.split("=")[0] in ("--pin", "--so-pin", "--new-pin") for word in given):
+        return _say(_NO_PINS, Exit.USAGE)
+    if not given:
+        app()(["--help"], result_action="return_value")
+        return Exit.USAGE
+    try:
+        status = app()(
+            given,
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+    except UnknownCommandError:
+        # Its own text would import every command.
+        near = difflib.get_close_matches(given[0], COMMANDS, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"Commands: {_commands()}."
+        return _say(f"{given[0]!r} is no command. {hint}", Exit.USAGE)
+    except CycloptsError as error:
+        text = " ".join(str(error).split())
+        end = "" if text.endswith((".", "?")) else "."
+        help_ = f"{NAME} {given[0]} --help"
+        return _say(f"{text}{end} `{help_}` has the words.", Exit.USAGE)
+    return Exit.OK if status is None else int(status)
+
+
+def _with_values(words: list[str]) -> list[str]:
+    """``--soak`` may stand alone: then it has its usual number."""
+    if words[:1] != ["bench"] or "--soak" not in words:
+        return words
+    at = words.index("--soak") + 1
+    alone = at == len(words) or words[at].startswith("-")
+    return [*words[:at], "1000000", *words[at:]] if alone else words
+
+
+def _commands() -> str:
+    return ", ".join(COMMANDS)
+
+
+def _say(text: str, status: Exit) -> Exit:
+    sys.stderr.write(f"{text}\n")
+    return status
+
+
+def _reader_gone() -> Exit:
+    """Who read our output has seen enough: as a pipe's other programs end."""
+    # Python flushes standard output at its end, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return Exit.OK

@@ -1,0 +1,405 @@
+"""Commands that make keys and use them: keygen, sign, verify, random."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import anyio
+from cyclopts import Parameter
+from pkcs11.constants import Attribute, ObjectClass
+from pkcs11.mechanisms import KeyType, Mechanism
+
+from pkcs11_pool.cli import output
+from pkcs11_pool.cli.exits import CommandError, Exit
+from pkcs11_pool.cli.options import TokenOptions
+from pkcs11_pool.errors import KeyNotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pkcs11_pool.faces.keyref import KeyRef
+    from pkcs11_pool.faces.pool import TokenPool
+
+Kind = Literal["ec", "ed25519", "rsa", "aes"]
+Hash = Literal["sha256", "sha384", "sha512"]
+Encoding = Literal["base64", "hex", "raw"]
+
+_MAKES: Final = 1 << 16
+_MOST_RANDOM: Final = 1 << 30
+_RSA: Final = {
+    "sha256": Mechanism.SHA256_RSA_PKCS,
+    "sha384": Mechanism.SHA384_RSA_PKCS,
+    "sha512": Mechanism.SHA512_RSA_PKCS,
+}
+
+
+def octets_id(type_: Any, words: Any) -> bytes:
+    """Read the id of a key.
+
+    Raises:
+        ValueError: It is not written in hexadecimal digits.
+    """
+    del type_
+    try:
+        return bytes.fromhex(words[0].value)
+    except ValueError:
+        message = f"{words[0].value!r} is not hexadecimal, such as 01ff"
+        raise ValueError(message) from None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class KeyOptions(TokenOptions):
+    """Which key on which token.
+
+    Attributes:
+        key: Label of the key.
+        id: Id of the key, in hexadecimal digits.
+    """
+
+    key: str | None = None
+    id: Annotated[bytes | None, Parameter(converter=octets_id)] = None
+
+    def of(self, pool: TokenPool, half: ObjectClass | None = None) -> KeyRef:
+        """The key, by the words or else by the URI; either half of a pair."""
+        uri = self.parsed()
+        label = uri.object if self.key is None else self.key
+        id_ = uri.id if self.id is None else self.id
+        if label is None and id_ is None:
+            raise CommandError("which key? Give --key, --id, or a --uri with object=")
+        return pool.key(label=label, id=id_, object_class=half)
+
+
+def keygen(
+    label: str,
+    /,
+    *,
+    where: TokenOptions = TokenOptions(),
+    kind: Annotated[Kind, Parameter(name="--type")] = "ec",
+    curve: str = "secp256r1",
+    bits: int | None = None,
+    id: Annotated[bytes | None, Parameter(converter=octets_id)] = None,  # noqa: A002
+    public_key: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Make a key, or a pair of keys, on the token; the public half is printed.
+
+    Args:
+        label: Label of the key, of both halves of a pair.
+        where: Which token.
+        kind: What kind of key.
+        curve: Of an EC key.
+        bits: Size of an RSA key (2048) or an AES key (256).
+        id: Id of the key, in hexadecimal digits.
+        public_key: Write the public key there, as PEM, and not to standard output.
+        json: Print JSON.
+    """
+    with output.working(f"making a key of type {kind}"):
+        der = anyio.run(_make, where, _order(kind, curve, bits), {"label": label}, id)
+    pem = None if der is None else _pem(der)
+    if pem is not None and public_key is not None:
+        public_key.write_text(pem)
+    if json:
+        output.as_json({"label": label, "id": id, "type": kind, "public_key": pem})
+    elif pem is None or public_key is not None:
+        output.say(f"made {label!r}")
+    else:
+        sys.stdout.write(pem)
+
+
+def _order(kind: Kind, curve: str, bits: int | None) -> dict[str, Any]:
+    """What to ask for, as the pool takes it."""
+    if kind == "ec":
+        return {"key_type": KeyType.EC, "curve": curve}
+    if kind == "ed25519":
+        return {"key_type": KeyType.EC_EDWARDS, "curve": "ed25519"}
+    if kind == "rsa":
+        return {"key_type": KeyType.RSA, "key_length": bits or 2048}
+    return {"key_type": KeyType.AES, "key_length": bits or 256}
+
+
+async def _make(
+    where: TokenOptions, order: dict[str, Any], name: dict[str, str], id_: bytes | None
+) -> bytes | None:
+    async with where.pool() as pool:
+        taken = {Attribute.LABEL: name["label"], Attribute.TOKEN: True}
+        if await pool.find(taken):
+            raise CommandError(
+                f"there is an object {name['label']!r} already: another label, or "
+                "nobody will know which one is meant",
+                Exit.KEY,
+            )
+        made = {**order, **name, "id": id_, "store": True}
+        if order["key_type"] is KeyType.AES:
+            await pool.generate_key(**made)
+            return None
+        public, _ = await pool.generate_keypair(**made)
+        return await public.public_key_der()
+
+
+def sign(
+    file: Path,
+    /,
+    *,
+    where: KeyOptions = KeyOptions(),
+    hash: Hash = "sha256",  # noqa: A002
+    mechanism: str | None = None,
+    raw_format: bool = False,
+    signature: Path | None = None,
+    encoding: Encoding = "base64",
+    json: bool = False,
+) -> None:
+    """Sign a file ("-": standard input) with a key of the token.
+
+    RSA keys sign by PKCS#1 v1.5, EC keys by ECDSA and give DER, Edwards keys sign the
+    file as it is. The file goes to the token in parts, or its hash does.
+
+    Args:
+        file: What to sign.
+        where: Which key.
+        hash: For RSA and ECDSA.
+        mechanism: Another one, such as SHA256_RSA_PKCS_PSS: the file is its input.
+        raw_format: ECDSA as r and s one after the other, and not DER.
+        signature: Write it there, raw, and not to standard output.
+        encoding: On standard output.
+        json: Print JSON.
+    """
+    made = anyio.run(
+        _with_file, file, where, Scheme(hash, mechanism, raw_format=raw_format), None
+    )
+    assert isinstance(made, bytes)  # noqa: S101  # nothing to compare with
+    if signature is not None:
+        signature.write_bytes(made)
+    if json:
+        output.as_json({"signature": made})
+    elif signature is None:
+        write(made, encoding)
+
+
+def verify(
+    file: Path,
+    signature: Path,
+    /,
+    *,
+    where: KeyOptions = KeyOptions(),
+    hash: Hash = "sha256",  # noqa: A002
+    mechanism: str | None = None,
+    raw_format: bool = False,
+    no_login: bool = False,
+    json: bool = False,
+) -> int:
+    """Verify a signature of a file on the token. Status 1: it is not the key's.
+
+    Args:
+        file: What was signed; "-": standard input.
+        signature: File with the signature: raw, hexadecimal or base64.
+        where: Which key.
+        hash: As it was signed.
+        mechanism: As it was signed.
+        raw_format: As it was signed.
+        no_login: Do not log in: a public key needs no login on most tokens.
+        json: Print JSON.
+    """
+    scheme = Scheme(hash, mechanism, raw_format=raw_format)
+    good = False
+    for candidate in candidates(signature.read_bytes()):
+        good = bool(anyio.run(_with_file, file, where, scheme, candidate, not no_login))
+        if good or str(file) == "-":
+            break
+    if json:
+        output.as_json({"valid": good})
+    else:
+        output.say("valid" if good else "not valid: another key, file or signature")
+    return Exit.OK if good else Exit.NO
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a file is signed."""
+
+    hash: Hash
+    mechanism: str | None
+    raw_format: bool
+
+    async def of(self, half: KeyRef) -> tuple[dict[str, Any], bool]:
+        """The options of an operation, and whether the file is hashed here first.
+
+        Args:
+            half: The half of the pair that is used. A secret key has none.
+
+        Raises:
+            CommandError: Nothing fits the key.
+        """
+        kind = None
+        try:
+            kind = (await half.attributes([Attribute.KEY_TYPE]))[Attribute.KEY_TYPE]
+        except KeyNotFound:
+            if self.mechanism is None:
+                raise
+        options: dict[str, Any] = {}
+        if kind in (KeyType.EC, KeyType.DSA):
+            options["signature_format"] = "raw" if self.raw_format else "der"
+        if self.mechanism is not None:
+            return {**options, "mechanism": _mechanism(self.mechanism)}, False
+        if kind == KeyType.EC:
+            # Every token does this one; few do CKM_ECDSA_SHA256.
+            return {**options, "mechanism": Mechanism.ECDSA}, True
+        if kind == KeyType.RSA:
+            return {**options, "mechanism": _RSA[self.hash]}, False
+        if kind == KeyType.EC_EDWARDS:
+            return {**options, "mechanism": Mechanism.EDDSA}, False
+        raise CommandError(
+            "how does this key sign? Give --mechanism, such as SHA256_HMAC", Exit.KEY
+        )
+
+
+async def _with_file(
+    file: Path,
+    where: KeyOptions,
+    scheme: Scheme,
+    signature: bytes | None,
+    login: bool = True,  # noqa: FBT001, FBT002
+) -> bytes | bool:
+    """Sign a file, or verify its signature."""
+    with opened(file) as (data, total):
+        async with where.pool(login=login) as pool:
+            key = where.of(pool)
+            halves = ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY
+            half = where.of(pool, halves[signature is not None])
+            options, hashed = await scheme.of(half)
+            with output.bar(f"reading {file}", total) as done:
+                source: Any = Counted(data, done)
+                if hashed:
+                    source = _hashed(scheme.hash, source)
+                if signature is None:
+                    return await key.sign(source, **options)
+                return await key.verify(source, signature, **options)
+
+
+class Counted:
+    """A file that tells how much of it was read.
+
+    Not a pass-through of more than ``read``: the pool reads nothing else.
+    """
+
+    def __init__(self, file: IO[bytes], done: Callable[[int], None]) -> None:
+        self._file = file
+        self._done = done
+
+    def read(self, size: int = -1) -> bytes:
+        """Read, and tell."""
+        found = self._file.read(size)
+        self._done(len(found))
+        return found
+
+
+def _hashed(name: str, file: Counted) -> bytes:
+    digest = hashlib.new(name)
+    while part := file.read(_MAKES):
+        digest.update(part)
+    return digest.digest()
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[tuple[IO[bytes], int | None]]:
+    """A file to read and its size, or standard input."""
+    if str(file) == "-":
+        yield sys.stdin.buffer, None
+        return
+    with file.open("rb") as data:
+        yield data, file.stat().st_size
+
+
+def candidates(given: bytes) -> list[bytes]:
+    """What a file with a signature may mean: its octets, or text that encodes them."""
+    found = [given]
+    text = b"".join(given.split())
+    with contextlib.suppress(ValueError):
+        found.append(bytes.fromhex(text.decode("ascii")))
+    with contextlib.suppress(ValueError):
+        found.append(base64.b64decode(text, validate=True))
+    # The likeliest first: text that can be read so is hardly ever a raw signature.
+    return found[::-1]
+
+
+def random(
+    size: int,
+    /,
+    *,
+    where: TokenOptions = TokenOptions(),
+    output_file: Annotated[Path | None, Parameter(name="--output")] = None,
+    encoding: Encoding = "hex",
+    no_login: bool = False,
+    json: bool = False,
+) -> None:
+    """Random octets from the token.
+
+    Args:
+        size: How many octets.
+        where: Which token.
+        output_file: Write them there, raw, and not to standard output.
+        encoding: On standard output.
+        no_login: Do not log in: few tokens ask for it here.
+        json: Print JSON.
+    """
+    if not 0 < size <= _MOST_RANDOM:
+        raise CommandError(f"a number of octets is 1 to {_MOST_RANDOM}, not {size}")
+    with contextlib.ExitStack() as stack:
+        sink = None
+        if output_file is not None:
+            sink = stack.enter_context(output_file.open("wb"))
+        found = anyio.run(_random, size, where, not no_login, sink)
+    if json:
+        output.as_json({"size": size, "random": found or None})
+    elif output_file is None:
+        write(found, encoding)
+
+
+async def _random(
+    size: int,
+    where: TokenOptions,
+    login: bool,  # noqa: FBT001
+    sink: IO[bytes] | None,
+) -> bytes:
+    parts: list[bytes] = []
+    async with where.pool(login=login) as pool:
+        with output.bar("random", size) as done:
+            while size:
+                part = await pool.generate_random(8 * min(size, _MAKES))
+                (parts.append if sink is None else sink.write)(part)
+                size -= len(part)
+                done(len(part))
+    return b"".join(parts)
+
+
+def write(octets: bytes, encoding: Encoding) -> None:
+    """Write octets to standard output."""
+    if encoding == "raw":
+        sys.stdout.buffer.write(octets)
+        sys.stdout.flush()
+    else:
+        text = octets.hex() if encoding == "hex" else base64.b64encode(octets).decode()
+        sys.stdout.write(f"{text}\n")
+
+
+def _mechanism(name: str) -> Mechanism:
+    given = name.upper().removeprefix("CKM_")
+    try:
+        return Mechanism[given]
+    except KeyError:
+        raise CommandError(
+            f"{name!r} is no mechanism; `pkcs11-pool tokens --json` shows the token's"
+        ) from None
+
+
+def _pem(der: bytes) -> str:
+    text = base64.encodebytes(der).decode().replace("\n", "")
+    lines = [text[i : i + 64] for i in range(0, len(text), 64)]
+    edge = "-----{} PUBLIC KEY-----"
+    return "\n".join([edge.format("BEGIN"), *lines, edge.format("END"), ""])

@@ -1,0 +1,348 @@
+"""What becomes of jobs when the token or its sessions are lost, and come back.
+
+A layer of the engine, on :class:`~pkcs11_pool.engine.leasing.Leasing`. Workers come
+here with the errors of their jobs. Where one tells of a lost token, nothing more is
+started until the login actor has looked, or has brought the token back; callers
+wait meanwhile, and no longer than ``recovery_timeout``.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from pkcs11 import exceptions as p11
+
+from pkcs11_pool import events
+from pkcs11_pool.cryptoki import recovery, rv
+from pkcs11_pool.cryptoki.recovery import Fault
+from pkcs11_pool.engine.dispatch import Pause
+from pkcs11_pool.engine.leasing import Leasing
+from pkcs11_pool.engine.timekeeper import timekeeper
+from pkcs11_pool.errors import (
+    OutcomeUnknown,
+    PoolError,
+    StreamInterrupted,
+    TokenUnavailable,
+)
+from pkcs11_pool.state import LoginState, PoolState, SessionState
+
+if TYPE_CHECKING:
+    from pkcs11_pool.config import PoolOptions
+    from pkcs11_pool.cryptoki.session import Session
+    from pkcs11_pool.engine.leases import Lease
+    from pkcs11_pool.jobs import Job
+    from pkcs11_pool.login.actor import LoginActor
+
+_ATTEMPTS: Final = 3
+"""How often a job may start anew: one that breaks the token must not do it for ever."""
+_LOGGED_OUT: Final = frozenset(
+    {SessionState.RO_PUBLIC_SESSION, SessionState.RW_PUBLIC_SESSION}
+)
+_UNKNOWN: Final = (
+    "the token was lost during the call ({error}): it may have happened. Before it is "
+    "made again, look at the token for what it makes or changes, by its label or id: "
+    "await pool.find({{Attribute.LABEL: …}})"
+)
+
+
+class _Clock:
+    """Wakes the engine when ``recovery_timeout`` has passed."""
+
+    def __init__(self, engine: Outages) -> None:
+        self._engine = engine
+
+    def sweep(self, now: float) -> float:
+        return self._engine.outage_due(now)
+
+
+class _Outage:
+    """One time that nothing may start.
+
+    Attributes:
+        since: When it began.
+        until: How long callers wait.
+        error: How the token is down.
+        over: Whether they have waited too long.
+        before: What might start before it began.
+    """
+
+    def __init__(self, error: BaseException, limit: float, before: Pause) -> None:
+        self.since = time.monotonic()
+        self.until = self.since + limit
+        self.error = error
+        self.over = False
+        self.before = before
+
+
+class Outages(Leasing):
+    """Jobs that failed, and lost tokens."""
+
+    actor: LoginActor
+
+    def __init__(self, options: PoolOptions) -> None:
+        super().__init__(options)
+        self._outage: _Outage | None = None
+        self._clock = _Clock(self)
+
+    # -- Jobs that failed: called by the workers -----------------------------------
+
+    def finished(
+        self, job: Job, session: Session, error: Exception
+    ) -> Exception | None:
+        """Look at an error once; what to raise, or None: the job starts anew.
+
+        What was lost is restored in any case; the operation is made again only if it
+        may be.
+        """
+        fault = recovery.classify(error)
+        if fault is Fault.UNSURE:
+            fault = _asked(session)
+        if fault.is_outage:
+            return self._cut_off(job, session, error, fault)
+        if fault in (Fault.LOGIN, Fault.HANDLE) and self._without_login(job, session):
+            return None
+        return error
+
+    def _cut_off(
+        self, job: Job, session: Session, error: Exception, fault: Fault
+    ) -> Exception | None:
+        """A job found its session, the token or the module gone."""
+        lane: Lease | None = job.lane
+        if lane is not None and fault is Fault.SESSION and not job.stays:
+            with self._lock:
+                wake = self._lose_lane_locked(lane, error)
+            self._wake_all(wake)
+        # Whoever closed it himself, or began before the last recovery, tells nothing.
+        if session.handle and session.epoch == self.actor.login.epoch:
+            self.doubt(error)
+        lost = lane is not None and lane.closing
+        once = isinstance(error, OutcomeUnknown)
+        if not (lost or once) and job.repeats and self._again(job, wait=False):
+            return None
+        # What a caller's function does with its session, he knows himself.
+        known = fault is Fault.SESSION and not job.restart
+        if job.changes and not known and not isinstance(error, PoolError):
+            unknown = OutcomeUnknown(_UNKNOWN.format(error=rv.text_of(error)))
+            unknown.__cause__ = error
+            return unknown
+        if lane is not None and lane.cause is not None and not job.stays:
+            return lane.error()
+        return error
+
+    def _without_login(self, job: Job, session: Session) -> bool:
+        """Whether a job starts anew because it found no login.
+
+        A login that was lost shows as an error of the operation.
+        """
+        login = self.actor.login
+        if login.state is LoginState.SO:
+            return False
+        if login.state is LoginState.USER and not _is_logged_out(session):
+            # It may have started under the login before this one.
+            return session.epoch != login.epoch and self._again(job, wait=False)
+        if login.state is LoginState.PUBLIC and login.wanted is LoginState.PUBLIC:
+            return False
+        again = self._again(job, wait=True)
+        self.actor.need_login(login.epoch)
+        return again
+
+    def _again(self, job: Job, *, wait: bool) -> bool:
+        """Start a job again, at once or when the login is there; whether it may be."""
+        with self._lock:
+            # Whatever becomes of this one: others would find the login lost, too.
+            self._login_awaited |= wait
+            self._quiet.notify_all()
+            job.attempts += 1
+            if not (job.restart or job.repeats) or job.attempts >= _ATTEMPTS:
+                return False
+            if not self._let_go_locked(job):
+                return False
+            if wait:
+                self._parked.append(job)
+                self._send_one_locked()
+            else:
+                self._lines.insert(job)
+            return True
+
+    def _not_opened_locked(self, job: Job) -> bool:
+        """No session for a job, as the token may be lost; whether it waits for one.
+
+        Nothing was sent for it, so it may change the token all the same.
+        """
+        job.attempts += 1
+        if job.attempts >= _ATTEMPTS or not self._let_go_locked(job):
+            return False
+        self._lines.insert(job)
+        return True
+
+    # -- The token is lost, and back ----------------------------------------------
+
+    def doubt(self, error: BaseException) -> None:
+        """The token may be lost: nothing starts until the actor has looked."""
+        if self.hold_off(error):
+            self.actor.suspect(error)
+
+    def hold_off(self, error: BaseException) -> bool:
+        """Let nothing start, for the token may be lost; False if that is known."""
+        with self._lock:
+            if self.state is not PoolState.READY:
+                return False
+            self.state = PoolState.RECOVERING
+            limit = self.options.recovery_timeout
+            self._outage = outage = _Outage(error, limit, self._pause)
+            self._pause = Pause.ALL
+            wake = self._refuse_nowait_locked()
+        timekeeper.call_at(self._clock, outage.until)
+        self._wake_all(wake)
+        return True
+
+    def wait_quiet(self, deadline: float) -> bool:
+        """Wait until nothing is inside the module; whether nothing is."""
+        with self._lock:
+            left = max(0.0, deadline - time.monotonic())
+            return self._quiet.wait_for(
+                lambda: not self._busy and not self._tidying, left
+            )
+
+    def token_lost(self, cause: BaseException) -> list[Session]:
+        """What is open is no more; the sessions, to be closed by whoever calls."""
+        with self._lock:
+            sessions = self._room.take_ahead()
+            lanes = list(self._room.leases)
+            if self._so_lane is not None:
+                lanes.append(self._so_lane)
+            wake: list[Job] = []
+            for lane in lanes:
+                wake += self._lose_lane_locked(lane, cause)
+                if not any(w.job and w.job.lane is lane for w in self._workers):
+                    sessions.append(lane.session)
+                # Else its worker closes it, when the call inside is back.
+            self._so_lane = None
+            if self._outage is not None:
+                # A period of the security officer, or the wait for one, is over.
+                self._outage.before = Pause.NOT
+        self._wake_all(wake)
+        return sessions
+
+    def _lose_lane_locked(self, lane: Lease, cause: BaseException) -> list[Job]:
+        """A session in somebody's hands is no more; who must be woken."""
+        lone = lane.lone or isinstance(cause, StreamInterrupted)
+        lane.lose(_cut(cause) if lone else cause)
+        lane.owner.gone = True
+        wake = self._refuse_lane_locked(lane) + self._refuse_users_locked(lane)
+        for job in [job for job in self._lines if job.lane is lane]:
+            self._take_out_locked(job)
+            if self._settle_lane_locked(job):
+                wake.append(job)
+        self._room.returned(lane)
+        return wake
+
+    def close_ahead(self) -> None:
+        """Close the sessions that were opened ahead. Whoever calls has not the turn."""
+        with self._lock:
+            close = self._room.take_ahead()
+            self._tidying += bool(close)
+        if close:
+            with self._module.turn:
+                for session in close:
+                    session.close()
+            with self._lock:
+                self._tidying -= 1
+                self._quiet.notify_all()
+
+    def still_down(self, error: BaseException) -> None:
+        """One more try was in vain: what to tell those who wait too long."""
+        with self._lock:
+            if self._outage is not None:
+                self._outage.error = error
+
+    def token_back(self, *, lost: bool) -> None:
+        """All is well, and jobs start again; whether anything had been lost."""
+        if not lost:
+            # The anchor is well, but others may be among those that are not.
+            self.close_ahead()
+        with self._lock:
+            outage, self._outage = self._outage, None
+            if self.state is not PoolState.RECOVERING or outage is None:
+                return
+            self.state = PoolState.READY
+            self._pause = outage.before
+            if lost:
+                # They look for the login themselves.
+                parked, self._parked = self._parked, []
+                for job in parked:
+                    self._lines.insert(job)
+                self._login_awaited = False
+            self._wake_many_locked()
+        timekeeper.forget(self._clock)
+
+    # -- Callers who wait too long ------------------------------------------------
+
+    def outage_due(self, now: float) -> float:
+        """Called by the timekeeper: refuse those who have waited long enough."""
+        with self._lock:
+            outage = self._outage
+            if outage is None or outage.over:
+                return float("inf")
+            if now < outage.until:
+                return outage.until
+            outage.over = True
+            wake = self._refuse_all_locked(self._unavailable)
+        self._wake_all(wake)
+        events.warning(
+            events.RECOVERY_TIMED_OUT,
+            error=rv.text_of(outage.error),
+            seconds=round(now - outage.since, 1),
+        )
+        return float("inf")
+
+    def _unavailable(self) -> TokenUnavailable:
+        outage = self._outage
+        assert outage is not None  # noqa: S101  # whoever calls has looked
+        down = time.monotonic() - outage.since
+        error = TokenUnavailable(
+            f"the token is down since {down:.1f} s: {rv.text_of(outage.error)}. The "
+            "pool goes on trying, and refuses all calls until it is back"
+        )
+        error.__cause__ = outage.error
+        return error
+
+    def _check_open_locked(self) -> None:
+        super()._check_open_locked()
+        if self._outage is not None and self._outage.over:
+            raise self._unavailable()
+
+    def _why_waiting_locked(self) -> str:
+        if self._outage is None:
+            return super()._why_waiting_locked()
+        return (
+            "the deadline passed while the token was down "
+            f"({rv.text_of(self._outage.error)}): nothing was sent"
+        )
+
+
+def _asked(session: Session) -> Fault:
+    """Whose trouble it is, by what the token says of the session."""
+    try:
+        session.info()
+    except p11.PKCS11Error as error:
+        fault = recovery.classify(error)
+        # Not even this is answered: the token serves nobody.
+        return Fault.TOKEN if fault is Fault.UNSURE else fault
+    except ValueError:
+        pass
+    return Fault.CALLER
+
+
+def _is_logged_out(session: Session) -> bool:
+    try:
+        return session.info().state in _LOGGED_OUT
+    except (p11.PKCS11Error, ValueError):
+        return False
+
+
+def _cut(cause: BaseException) -> StreamInterrupted:
+    error = StreamInterrupted("the token was lost in the middle of the data")
+    error.__cause__ = cause
+    return error

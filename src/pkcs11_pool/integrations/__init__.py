@@ -1,0 +1,1 @@
+"""What users already have, on top of a pool: each an extra of its own."""

@@ -1,0 +1,385 @@
+"""Envelope encryption: each message under a data key of its own, wrapped on the token.
+
+    envelope = Envelope({"2026": pool.key(label="kek-2026")})
+    blob = await envelope.encrypt(b"data", {"tenant": "7"})
+    data = await envelope.decrypt(blob, {"tenant": "7"})
+
+The data key is made on the token, encrypts one message (AES-256-GCM) and is gone with
+its session; what is kept is its wrapped form, in the blob. Nothing but the token can
+open it. It needs no other library.
+
+**Nonces.** A data key encrypts exactly one message, under one random nonce, so no nonce
+is ever used twice with a key: there is no counter to keep and no limit on messages.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from pkcs11 import (
+    MGF,
+    Attribute,
+    GCMParams,
+    KeyType,
+    Mechanism,
+    MechanismFlag,
+    ObjectClass,
+    PKCS11Error,
+)
+
+from pkcs11_pool.cryptoki import rv
+from pkcs11_pool.errors import InvalidCiphertext, InvalidOption, InvalidType
+from pkcs11_pool.faces.arguments import octets
+from pkcs11_pool.integrations import algorithms
+
+if TYPE_CHECKING:
+    from pkcs11_pool.faces.keyref import KeyRef
+    from pkcs11_pool.faces.pool import TokenPool
+    from pkcs11_pool.faces.pooled_session import PooledSession
+
+__all__ = ["Context", "DataKey", "Envelope", "WrapName", "kek_of"]
+
+Context = Mapping[str, str] | bytes | bytearray | memoryview | None
+WrapName = Literal["aes-kw", "aes-kwp", "rsa-oaep-sha1", "rsa-oaep-sha256"]
+
+_MAGIC: Final = b"P11E\x01"
+"""What every blob begins with; the last byte is the version of the format."""
+_NONCE: Final = 12
+_TAG: Final = 16
+_BITS: Final = 256
+_LONGEST_NAME: Final = 255
+_WRAPS: Final[dict[str, tuple[int, Mechanism, tuple[Any, ...] | None]]] = {
+    "aes-kw": (1, Mechanism.AES_KEY_WRAP, None),
+    "aes-kwp": (2, Mechanism.AES_KEY_WRAP_PAD, None),
+    "rsa-oaep-sha1": (3, Mechanism.RSA_PKCS_OAEP, (Mechanism.SHA_1, MGF.SHA1, None)),
+    "rsa-oaep-sha256": (
+        4,
+        Mechanism.RSA_PKCS_OAEP,
+        (Mechanism.SHA256, MGF.SHA256, None),
+    ),
+}
+_BY_NUMBER: Final = {number: (how, param) for number, how, param in _WRAPS.values()}
+_ENCRYPTS: Final = MechanismFlag.ENCRYPT
+_DECRYPTS: Final = MechanismFlag.DECRYPT
+_NOTHING: Final = MechanismFlag(0)
+# What tokens say to a ciphertext or a wrapped key that was changed. SoftHSM2 has only
+# CKR_GENERAL_ERROR for it.
+_NOT_OURS: Final = frozenset(
+    rv.CODES[name]
+    for name in (
+        "CKR_AEAD_DECRYPT_FAILED",
+        "CKR_DATA_INVALID",
+        "CKR_DATA_LEN_RANGE",
+        "CKR_ENCRYPTED_DATA_INVALID",
+        "CKR_ENCRYPTED_DATA_LEN_RANGE",
+        "CKR_FUNCTION_FAILED",
+        "CKR_GENERAL_ERROR",
+        "CKR_KEY_TYPE_INCONSISTENT",
+        "CKR_MECHANISM_INVALID",
+        "CKR_UNWRAPPING_KEY_TYPE_INCONSISTENT",
+        "CKR_WRAPPED_KEY_INVALID",
+        "CKR_WRAPPED_KEY_LEN_RANGE",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DataKey:
+    """A key to encrypt with outside the token, in the clear and sealed.
+
+    Attributes:
+        plaintext: Use it, then forget it.
+        sealed: Keep it with what was encrypted; ``Envelope.decrypt`` opens it.
+    """
+
+    plaintext: bytes = field(repr=False)
+    sealed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    """A message and what it takes to open it."""
+
+    kek: str
+    wrap: int
+    wrapped: bytes
+    nonce: bytes
+    sealed: bytes
+
+    def packed(self) -> bytes:
+        name = self.kek.encode()
+        sizes = struct.pack(">BBH", self.wrap, len(name), len(self.wrapped))
+        return b"".join((_MAGIC, sizes, name, self.wrapped, self.nonce, self.sealed))
+
+    @classmethod
+    def parse(cls, blob: object) -> _Blob:
+        data = octets(blob, "blob")
+        if not data.startswith(_MAGIC):
+            raise InvalidCiphertext("this is no blob of an Envelope of this version")
+        start = len(_MAGIC) + struct.calcsize(">BBH")
+        if len(data) < start:
+            raise InvalidCiphertext("the blob is cut off")
+        wrap, of_name, of_key = struct.unpack(">BBH", data[len(_MAGIC) : start])
+        at = [start, start + of_name, start + of_name + of_key]
+        if wrap not in _BY_NUMBER or len(data) < at[2] + _NONCE + _TAG:
+            raise InvalidCiphertext("the blob is cut off, or of a later version")
+        try:
+            kek = data[at[0] : at[1]].decode()
+        except UnicodeDecodeError:
+            raise InvalidCiphertext("the blob names its key in no UTF-8") from None
+        nonce = data[at[2] : at[2] + _NONCE]
+        return cls(kek, wrap, data[at[1] : at[2]], nonce, data[at[2] + _NONCE :])
+
+
+class Envelope:
+    """Encrypts with data keys that a key encryption key (KEK) on the token wraps.
+
+    To rotate, put a new KEK in front: it wraps from now on, the older ones still open
+    what they wrapped, and :meth:`rewrap` moves blobs to the new one.
+    """
+
+    def __init__(
+        self, keks: Mapping[str, KeyRef], *, wrap: WrapName = "aes-kw"
+    ) -> None:
+        """Take the KEKs; nothing is sent.
+
+        Args:
+            keks: The KEKs by the names that blobs hold for them, at most 255 bytes of
+                UTF-8 each. The first one wraps; all of them unwrap. Never give the name
+                of one to another key.
+            wrap: How the first one wraps: with an AES key ``"aes-kw"`` (RFC 3394) or
+                ``"aes-kwp"`` (RFC 5649), with an RSA pair ``"rsa-oaep-sha256"`` or
+                ``"rsa-oaep-sha1"`` (RFC 8017). SoftHSM2 has no OAEP with SHA-256.
+
+        Raises:
+            InvalidOption: There is no KEK, or a name or ``wrap`` cannot be used.
+        """
+        if not isinstance(keks, Mapping):
+            kind = type(keks).__name__
+            raise InvalidType(f"keks must be a mapping of names to keys, not {kind}")
+        if not keks:
+            raise InvalidOption("an envelope needs a KEK: {'2026': pool.key(...)}")
+        for name, kek in keks.items():
+            if not isinstance(name, str) or len(name.encode()) > _LONGEST_NAME:
+                raise InvalidOption(f"{name!r} must be a text of at most 255 bytes")
+            algorithms.check_key(kek)
+        if len({_pool(kek) for kek in keks.values()}) > 1:
+            raise InvalidOption("the KEKs must be keys of one pool")
+        if wrap not in _WRAPS:
+            raise InvalidOption(f"wrap must be one of {', '.join(_WRAPS)}")
+        self._keks = dict(keks)
+        self._current = next(iter(keks))
+        self._wrap = _WRAPS[wrap][0]
+
+    async def encrypt(self, data: bytes, context: Context = None) -> bytes:
+        """Encrypt ``data``.
+
+        Args:
+            data: The message.
+            context: What must be given again to decrypt: it is authenticated, and not
+                in the blob. Text by name, or bytes.
+
+        Raises:
+            InvalidOption: ``context`` or ``data`` cannot be used.
+            KeyNotFound: The KEK is not on the token.
+
+        Cancellation:
+            The caller goes at once; the data key is gone with its session.
+
+        Cryptoki:
+            ``C_GenerateKey``, ``C_WrapKey``, ``C_EncryptInit``, ``C_Encrypt``, in a
+            session of its own.
+        """
+        message, aad = octets(data, "data"), _aad(context)
+        kek = self._keks[self._current]
+        nonce = os.urandom(_NONCE)
+        async with _pool(kek).session() as session:
+            key = await session.generate_key(
+                KeyType.AES,
+                _BITS,
+                capabilities=_ENCRYPTS,
+                template={Attribute.EXTRACTABLE: True, Attribute.SENSITIVE: True},
+            )
+            wrapped = await self._wrap_key(kek, key, session)
+            sealed = await key.encrypt(
+                message,
+                mechanism=Mechanism.AES_GCM,
+                mechanism_param=GCMParams(nonce, aad),
+            )
+        return _Blob(self._current, self._wrap, wrapped, nonce, sealed).packed()
+
+    async def decrypt(self, blob: bytes, context: Context = None) -> bytes:
+        """The message, if neither it nor its context was changed.
+
+        Args:
+            blob: What :meth:`encrypt` or :meth:`rewrap` gave, or a sealed data key.
+            context: As it was given to encrypt.
+
+        Raises:
+            InvalidCiphertext: It was changed, has another context, or was wrapped by
+                a KEK that this envelope does not have.
+
+        Cancellation:
+            The caller goes at once; the data key is gone with its session.
+
+        Cryptoki:
+            ``C_UnwrapKey``, ``C_DecryptInit``, ``C_Decrypt``, in a session of its own.
+        """
+        parsed, aad = _Blob.parse(blob), _aad(context)
+        kek = self._kek_of(parsed)
+        async with _pool(kek).session() as session:
+            try:
+                key = await _unwrap(kek, parsed, session, capabilities=_DECRYPTS)
+                return await key.decrypt(
+                    parsed.sealed,
+                    mechanism=Mechanism.AES_GCM,
+                    mechanism_param=GCMParams(parsed.nonce, aad),
+                )
+            except PKCS11Error as error:
+                raise _classified(error) from error
+
+    async def rewrap(self, blob: bytes) -> bytes:
+        """The same message with its data key wrapped by the current KEK.
+
+        Neither the message nor the data key leaves the token; the context stays as it
+        is. A blob of the current KEK is given back as it is.
+
+        Raises:
+            InvalidCiphertext: As :meth:`decrypt`, for the wrapped key alone.
+
+        Cancellation:
+            The caller goes at once; nothing was changed.
+
+        Cryptoki:
+            ``C_UnwrapKey``, ``C_WrapKey``, in a session of its own.
+        """
+        parsed = _Blob.parse(blob)
+        old, new = self._kek_of(parsed), self._keks[self._current]
+        if (parsed.kek, parsed.wrap) == (self._current, self._wrap):
+            return parsed.packed()
+        async with _pool(new).session() as session:
+            try:
+                key = await _unwrap(old, parsed, session, extractable=True)
+            except PKCS11Error as error:
+                raise _classified(error) from error
+            wrapped = await self._wrap_key(new, key, session)
+        return _Blob(
+            self._current, self._wrap, wrapped, parsed.nonce, parsed.sealed
+        ).packed()
+
+    async def generate_data_key(
+        self, context: Context = None, *, nbits: int = 256
+    ) -> DataKey:
+        """A key for use outside the token, and its sealed form.
+
+        For what is too large to send to the token: encrypt with ``plaintext`` where you
+        are, keep ``sealed`` with it, and get the key again by ``decrypt(sealed)``.
+        Whoever uses the key must see to its nonces.
+
+        Args:
+            context: As for :meth:`encrypt`.
+            nbits: Its length in bits.
+
+        Raises:
+            InvalidOption: ``nbits`` is no multiple of 8.
+
+        Cancellation:
+            As :meth:`encrypt`.
+
+        Cryptoki:
+            ``C_GenerateRandom``, then as :meth:`encrypt`.
+        """
+        if not isinstance(nbits, int) or nbits <= 0 or nbits % 8:
+            raise InvalidOption(f"nbits must be a multiple of 8, not {nbits!r}")
+        key = await _pool(self._keks[self._current]).generate_random(nbits)
+        return DataKey(key, await self.encrypt(key, context))
+
+    def _kek_of(self, blob: _Blob) -> KeyRef:
+        try:
+            return self._keks[blob.kek]
+        except KeyError:
+            known = ", ".join(map(repr, self._keks))
+            message = f"it was wrapped by the KEK {blob.kek!r}; here are only {known}"
+            raise InvalidCiphertext(message) from None
+
+    async def _wrap_key(
+        self, kek: KeyRef, key: KeyRef, session: PooledSession
+    ) -> bytes:
+        mechanism, param = _BY_NUMBER[self._wrap]
+        return await kek.on(session).wrap_key(
+            key, mechanism=mechanism, mechanism_param=param
+        )
+
+    def __repr__(self) -> str:
+        """The names of its KEKs, the one that wraps first."""
+        return f"<Envelope {', '.join(map(repr, self._keks))}>"
+
+
+def kek_of(blob: bytes) -> str:
+    """The name of the KEK that wrapped a blob: what is still to be rewrapped.
+
+    Raises:
+        InvalidCiphertext: It is no blob.
+    """
+    return _Blob.parse(blob).kek
+
+
+def _pool(kek: KeyRef) -> TokenPool:
+    """The pool that has this key, also when the key is bound to a session."""
+    pool: TokenPool = kek._calls._pool()  # type: ignore[assignment]  # noqa: SLF001  # one package
+    return pool
+
+
+async def _unwrap(
+    kek: KeyRef,
+    blob: _Blob,
+    session: PooledSession,
+    *,
+    capabilities: MechanismFlag = _NOTHING,
+    extractable: bool = False,
+) -> KeyRef:
+    mechanism, param = _BY_NUMBER[blob.wrap]
+    return await kek.on(session).unwrap_key(
+        ObjectClass.SECRET_KEY,
+        KeyType.AES,
+        blob.wrapped,
+        mechanism=mechanism,
+        mechanism_param=param,
+        capabilities=capabilities,
+        template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: extractable},
+    )
+
+
+def _classified(error: PKCS11Error) -> PKCS11Error | InvalidCiphertext:
+    """What a token answered to a blob: whether that means that it is not ours."""
+    if rv.code_of(error) not in _NOT_OURS:
+        return error
+    return InvalidCiphertext(
+        "the token does not open this: it was changed, or has another context or KEK"
+    )
+
+
+def _aad(context: Context) -> bytes:
+    """What is authenticated beside the message: the format, and the context.
+
+    Each name and value has its length in front, so that no two contexts are alike.
+    """
+    if isinstance(context, (bytes, bytearray, memoryview)):
+        return _MAGIC + b"b" + bytes(context)
+    if context is None:
+        context = {}
+    if not isinstance(context, Mapping):
+        kind = type(context).__name__
+        raise InvalidType(f"context must be a mapping of texts, or bytes, not {kind}")
+    parts = [_MAGIC, b"m"]
+    for name in sorted(context):
+        for text in (name, context[name]):
+            if not isinstance(text, str):
+                raise InvalidType(f"context must hold texts, not {text!r}")
+            encoded = text.encode()
+            parts.append(struct.pack(">I", len(encoded)) + encoded)
+    return b"".join(parts)

@@ -1,0 +1,69 @@
+"""Quart: the pool of the current application.
+
+app = Quart(__name__)
+install(app, lambda: TokenPool(...))
+
+@app.post("/sign")
+async def sign():
+    signature = await current_pool().key(label="signer").sign(...)
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+from pkcs11 import PKCS11Error
+
+from pkcs11_pool import PoolError, TokenPool
+from pkcs11_pool.integrations import extras
+from pkcs11_pool.integrations.lifespan import NAME, not_running, open_pool
+from pkcs11_pool.integrations.problems import problem_of
+
+try:
+    from quart import Quart, Response, current_app
+except ModuleNotFoundError as error:
+    raise extras.missing("quart", error) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def install(app: Quart, make: Callable[[], TokenPool]) -> None:
+    """Open a pool while the application serves, and answer its errors.
+
+    Args:
+        app: The application.
+        make: Makes the pool; called at each start.
+    """
+    # Not `while_serving`: its generator serves for one start of the application.
+    stack = AsyncExitStack()
+
+    @app.before_serving
+    async def start() -> None:
+        app.extensions[NAME] = await stack.enter_async_context(open_pool(make))
+
+    @app.after_serving
+    async def stop() -> None:
+        app.extensions.pop(NAME, None)
+        await stack.aclose()
+
+    app.register_error_handler(PoolError, _answer)
+    app.register_error_handler(PKCS11Error, _answer)
+
+
+def current_pool() -> TokenPool:
+    """The pool of the application that handles this request.
+
+    Raises:
+        PoolError: There is none: the application does not serve.
+    """
+    pool = current_app.extensions.get(NAME)
+    if not isinstance(pool, TokenPool):
+        raise not_running()
+    return pool
+
+
+def _answer(error: Exception) -> Response:
+    problem = problem_of(error)
+    return Response(problem.body, int(problem.status), problem.headers)

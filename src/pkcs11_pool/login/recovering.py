@@ -1,0 +1,302 @@
+"""Brings a lost token back: sessions, login, module, whatever slot it is in.
+
+A thin loop over :mod:`pkcs11_pool.login.steps`, on the login actor's thread. It
+takes one round of steps at a time and rests in between, so that the actor goes on
+taking messages. Callers wait in the engine meanwhile, and not for ever.
+
+Source: PKCS#11 v3.1, "C_Finalize", "C_GetSlotList", "Session handles".
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from pkcs11 import exceptions as p11
+
+from pkcs11_pool import events
+from pkcs11_pool.cryptoki import module as modules
+from pkcs11_pool.cryptoki import recovery, renewal, rv
+from pkcs11_pool.errors import TokenUnavailable
+from pkcs11_pool.login import steps
+from pkcs11_pool.login.attachment import Attachment
+from pkcs11_pool.login.steps import Backoff, Step
+from pkcs11_pool.state import LoginEvent, LoginState, SessionState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pkcs11
+
+    from pkcs11_pool.cryptoki.module import Module
+    from pkcs11_pool.cryptoki.renewal import Renewal
+    from pkcs11_pool.cryptoki.session import Session
+    from pkcs11_pool.state import Generation, TokenInfo
+
+_PATIENCE: Final = 1.0
+"""Seconds that a round waits for calls inside the module, or for its turn."""
+_LOGGED_OUT: Final = frozenset(
+    {SessionState.RO_PUBLIC_SESSION, SessionState.RW_PUBLIC_SESSION}
+)
+
+
+class _Way:
+    """One recovery, from the first doubt to the end.
+
+    Attributes:
+        step: What comes next.
+        error: What went wrong last.
+        since: When it began.
+        round: How often it was tried.
+        lost: Whether it is more than a doubt.
+        sessions: Those that are lost and not closed.
+        generation: Of the module, when the token was looked for last.
+        until: When the next round begins.
+    """
+
+    def __init__(self, error: BaseException, generation: Generation) -> None:
+        self.step = Step.LOOK
+        self.error = error
+        self.since = time.monotonic()
+        self.round = 1
+        self.lost = False
+        self.sessions: list[Session] = []
+        self.generation = generation
+        self.until = 0.0
+        self.backoff = Backoff()
+
+
+class Recovering(Attachment):
+    """A token that may be lost, and comes back."""
+
+    _way: _Way | None = None
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing is being recovered."""
+        return self._way is None
+
+    # -- How it begins ------------------------------------------------------------
+
+    def _suspect(self, error: BaseException) -> None:
+        """The token may be lost: the engine lets nothing start, until this says."""
+        if self._way is None:
+            self._way = _Way(error, self.attached.generation)
+            self._go_on()
+
+    def _doubt(self, error: BaseException) -> None:
+        """The actor itself got this error: look at the token if it may be lost."""
+        if recovery.classify(error).is_outage and self._gate.hold_off(error):
+            self._suspect(error)
+
+    def _stand_back(self, asked: Renewal) -> None:
+        """Another pool wants to initialise the module: keep out, then look."""
+        if self.login.state is LoginState.SO:
+            asked.answer(ready=False)  # no officer is thrown out for another's sake
+            return
+        error = TokenUnavailable("another pool had to initialise the module anew")
+        self._gate.hold_off(error)
+        ready = self._gate.wait_quiet(asked.deadline)
+        asked.answer(ready=ready)
+        if ready:
+            asked.done.wait()
+        if self._way is None:
+            self._suspect(error)
+        elif self._way.step is Step.REST:
+            self._next_round()
+
+    # -- The loop -----------------------------------------------------------------
+
+    def _rests(self) -> float | None:
+        """Seconds until the next round; None when nothing is to be recovered."""
+        if self._way is None:
+            return None
+        return max(0.0, self._way.until - time.monotonic())
+
+    def _next_round(self) -> None:
+        """The rest is over."""
+        way = self._way
+        if way is not None:
+            way.round += 1
+            way.step = steps.after(way.step, well=True, initialize=False)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Take steps until all is done, or there is nothing to do at present."""
+        way = self._way
+        assert way is not None  # noqa: S101  # whoever calls has looked
+        initialized = False
+        while way.step not in steps.ENDS:
+            step, well = way.step, self._take(way)
+            if step is Step.LOOK and not well:
+                self._lose(way)
+            initialize = not initialized and self._may_initialize(way)
+            way.step = steps.after(step, well=well, initialize=initialize)
+            initialized |= way.step is Step.INITIALIZE
+        if way.step is Step.REST:
+            self._rest(way)
+        else:
+            self._end(way)
+
+    def _take(self, way: _Way) -> bool:
+        if way.lost:
+            events.info(events.RECOVERY_STEP, token=self._label, step=way.step.value)
+        try:
+            match way.step:
+                case Step.LOOK:
+                    self._look()
+                case Step.FIND:
+                    self._find_again(way)
+                case Step.INITIALIZE:
+                    self._initialize_again(way)
+                case Step.LOG_IN:
+                    self._log_in_again()
+        except Exception as error:  # noqa: BLE001  # told to those who wait too long
+            way.error = error
+            return False
+        return True
+
+    def _may_initialize(self, way: _Way) -> bool:
+        if recovery.classify(way.error) is recovery.Fault.MODULE:
+            return True
+        others = any(m.is_well for m in self.attached.members if m is not self)
+        return steps.may_initialize(way.round, others=others)
+
+    def _rest(self, way: _Way) -> None:
+        rest = way.backoff.rest()
+        way.until = time.monotonic() + rest
+        self._gate.still_down(way.error)
+        events.warning(
+            events.RECOVERY_FAILED,
+            token=self._label,
+            round=way.round,
+            error=rv.text_of(way.error),
+            retry_in=round(rest, 3),
+        )
+
+    def _end(self, way: _Way) -> None:
+        self._way = None
+        if way.lost:
+            self._gate.counted(recoveries_total=1)
+            events.info(
+                events.RECOVERY_COMPLETED,
+                token=self._label,
+                slot=self.known.slot_id,
+                rounds=way.round,
+                seconds=round(time.monotonic() - way.since, 3),
+            )
+        self._gate.token_back(lost=way.lost)
+        self._repost()
+
+    # -- The steps ----------------------------------------------------------------
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[Module]:
+        """The module, where it takes one call at a time; but not behind a hung one."""
+        module = self.attached
+        if not module.wait_turn(_PATIENCE):
+            message = f"a call hangs in {module.path}, which takes one at a time"
+            raise TokenUnavailable(message)
+        try:
+            yield module
+        finally:
+            module.turn.__exit__()
+
+    def _look(self) -> None:
+        """Raise what is wrong with the anchor or the token, if anything is."""
+        with self._in_turn() as module:
+            anchor = self._anchor
+            if anchor is None or anchor.generation != module.generation:
+                message = f"{module.path} was initialised anew"
+                raise TokenUnavailable(message)
+            state = anchor.info().state
+            if self.login.state is not LoginState.PUBLIC and state in _LOGGED_OUT:
+                raise p11.UserNotLoggedIn("the anchor is logged out")
+            self.same_token()
+
+    def _lose(self, way: _Way) -> None:
+        """It is more than a doubt: what was open is no more."""
+        way.lost = True
+        events.warning(
+            events.RECOVERY_STARTED,
+            token=self._label,
+            error=rv.text_of(way.error),
+        )
+        way.sessions = self._gate.token_lost(way.error)
+        if self._anchor is not None:
+            # The last: closing the last one logs out, where there is still a login.
+            way.sessions.append(self._anchor)
+        self._anchor = None
+        self._period_lost()
+        self._cache.clear()
+        self._change(LoginEvent.LOST)
+
+    def _find_again(self, way: _Way) -> None:
+        """Close what is lost, find the token, open the anchor."""
+        with self._in_turn() as module:
+            way.generation = module.generation
+            # Before anything is opened: their numbers may be handed out again.
+            while way.sessions:
+                way.sessions.pop(0).close()
+            if self._anchor is not None:
+                self._anchor.close()
+                self._anchor = None
+            self.token, self.info = self._whereabouts(module)
+            self._anchor = self.new_session(rw=False)
+
+    def _whereabouts(self, module: Module) -> tuple[pkcs11.Token, TokenInfo]:
+        """The pool's token: in its slot, or in another one.
+
+        Raises:
+            TokenUnavailable: It is in none. The text says what is there.
+        """
+        known, there = self.known, []
+        trouble: p11.PKCS11Error | None = None
+        slots = module.library.get_slots()
+        for slot in sorted(slots, key=lambda slot: slot.slot_id != known.slot_id):
+            try:
+                info = module.info(slot.slot_id)
+                if info.identity == known.identity:
+                    return slot.get_token(), info
+            except (p11.TokenNotPresent, p11.TokenNotRecognised):
+                continue
+            except p11.PKCS11Error as error:
+                trouble = trouble or error
+            else:
+                there.append(str(info))
+        listed = "; ".join(there) or ("no token at all" if slots else "no slots")
+        message = f"token {known} is in no slot; {module.path} has {listed}"
+        raise TokenUnavailable(message) from trouble
+
+    def _initialize_again(self, way: _Way) -> None:
+        """``C_Finalize``, ``C_Initialize``, while nobody is inside.
+
+        Raises:
+            TokenUnavailable: Somebody is.
+        """
+        module = self.attached
+        deadline = time.monotonic() + _PATIENCE
+        others = [m for m in module.members if m is not self]
+        with renewal.renewing(module, others, deadline):
+            if module.generation != way.generation:
+                return  # another pool has done it
+            if not self._gate.wait_quiet(deadline) and not module.lost_calls:
+                message = f"a call is still inside {module.path}"
+                raise TokenUnavailable(message)
+            with self._in_turn():
+                modules.renew(module)
+
+    # -- Done by the layer above --------------------------------------------------
+
+    def _period_lost(self) -> None:
+        """A period of the security officer ends with the token."""
+        raise NotImplementedError
+
+    def _log_in_again(self) -> None:
+        """Log the user in, if he should be; a PIN that is refused is no failure."""
+        raise NotImplementedError
+
+    def _repost(self) -> None:
+        """What came meanwhile can be done now."""
+        raise NotImplementedError

@@ -1,0 +1,249 @@
+"""What the module was really called with, and what must never be among it.
+
+Read from the log of the fault module, which stands in front of the real one. The
+pool does not know of it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from faultmodule import CKR
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from faultmodule import Call, FaultModule
+
+_MAKES: Final = frozenset(
+    {
+        "C_CreateObject",
+        "C_CopyObject",
+        "C_GenerateKey",
+        "C_GenerateKeyPair",
+        "C_UnwrapKey",
+        "C_DeriveKey",
+    }
+)
+_NEVER: Final = {
+    CKR.SESSION_HANDLE_INVALID: "a session that is not there",
+    CKR.SESSION_CLOSED: "a session that is not there",
+    CKR.CRYPTOKI_NOT_INITIALIZED: "a module that is not initialised",
+    CKR.CRYPTOKI_ALREADY_INITIALIZED: "a module that is initialised already",
+    CKR.OPERATION_ACTIVE: "a session that somebody else is at work in",
+    CKR.SESSION_READ_ONLY_EXISTS: "the SO's login beside R/O sessions",
+    CKR.SESSION_READ_WRITE_SO_EXISTS: "a R/O session beside the SO",
+    CKR.USER_ALREADY_LOGGED_IN: "a PIN that was not needed",
+    CKR.USER_ANOTHER_ALREADY_LOGGED_IN: "a PIN while another user was in",
+}
+"""Answers that show, on a token without faults, that the pool made a mistake."""
+_LOGINS: Final = frozenset({"C_Login", "C_Logout"})
+
+
+@dataclass
+class _Open:
+    """A session that is open, as the calls tell."""
+
+    slot: int
+    opened_in: int
+    #: It is somebody's for longer than one operation: the login's own, or lent.
+    kept: bool = False
+    searched: bool = False
+    busy_until: int = 0
+    threads: set[int] = field(default_factory=set)
+    steps: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Slot:
+    """A token, as the calls tell."""
+
+    epoch: int = 0
+    logged_in: bool = False
+    #: Numbers of objects, and the login in which they were looked up or made.
+    seen: dict[int, int] = field(default_factory=dict)
+
+
+class Broken(AssertionError):
+    """A rule was broken. The text has the calls around it."""
+
+
+class Ledger:
+    """Reads the log step by step, and raises where a rule is broken."""
+
+    def __init__(self, fault: FaultModule, strangers: Callable[[], set[int]]) -> None:
+        self._fault = fault
+        #: Threads that must never call the module: they are the test's own.
+        self._strangers = strangers
+        self._last = 0
+        self._step = 0
+        self._sessions: dict[int, _Open] = {}
+        self._slots: dict[int, _Slot] = {}
+        self._logins: dict[int, int] = {}
+        self._began_with: dict[int, int] = {}
+        #: Sessions that are lent just now, and numbers of public session objects,
+        #: which outlive a login: told by the test.
+        self.lent: set[int] = set()
+        self.outliving: set[int] = set()
+        self.calls = 0
+
+    def skip(self) -> None:
+        """Forget what was called so far: others did."""
+        calls = self._fault.calls()
+        self._last = calls[-1].sequence if calls else self._last
+
+    def logins(self, slot: int) -> int:
+        """How many C_Login calls there were on a slot."""
+        return self._logins.get(slot, 0)
+
+    def open_sessions(self) -> dict[int, int]:
+        """How many sessions are open, by slot."""
+        counts: dict[int, int] = {}
+        for session in self._sessions.values():
+            counts[session.slot] = counts.get(session.slot, 0) + 1
+        return counts
+
+    def read(self) -> None:
+        """Look at what was called since the last time.
+
+        Raises:
+            Broken: It broke a rule.
+        """
+        self._step += 1
+        self._began_with = {n: slot.epoch for n, slot in self._slots.items()}
+        calls = self._finished()
+        if calls and calls[0].sequence != self._last + 1:
+            raise Broken(f"the log lost calls after {self._last}")
+        # A session is there from the end of its opening to the beginning of its end.
+        events = sorted(calls, key=_moment)
+        strangers = self._strangers()
+        for place, call in enumerate(events):
+            try:
+                self._take(call, strangers)
+            except Broken as error:
+                around = events[max(0, place - 12) : place + 3]
+                raise Broken("\n".join([str(error), *map(str, around)])) from None
+        if calls:
+            self._last = calls[-1].sequence
+        self.calls += len(calls)
+
+    def _finished(self) -> list[Call]:
+        deadline = time.monotonic() + 5
+        while True:
+            calls = self._fault.calls(after=self._last)
+            if all(call.rv is not None for call in calls):
+                return calls
+            if time.monotonic() > deadline:
+                inside = [call for call in calls if call.rv is None]
+                raise Broken(f"calls that do not come back: {inside}")
+            time.sleep(0.001)
+
+    def _take(self, call: Call, strangers: Iterable[int]) -> None:
+        if call.session is None and call.rv == CKR.SESSION_HANDLE_INVALID:
+            # A session that a caller kept beyond its end: it has no number any more.
+            return
+        if call.rv in _NEVER:
+            raise Broken(f"{call.function}: {_NEVER[CKR(call.rv)]}")
+        if call.function == "C_Finalize":
+            self._finalized()
+        elif call.session is None:
+            return
+        elif call.thread in strangers:
+            raise Broken(f"{call.function} by a thread that is not the pool's")
+        elif call.function == "C_OpenSession":
+            self._opened(call, call.session)
+        else:
+            self._called(call, call.session)
+
+    def _finalized(self) -> None:
+        """A new generation: every number of the old one is void."""
+        self._sessions.clear()
+        self._slots.clear()
+        self._began_with.clear()
+        self.outliving.clear()
+
+    def _called(self, call: Call, number: int) -> None:
+        session = self._sessions.get(number)
+        if session is None:
+            raise Broken(f"{call.function} on session {number}: it is not open")
+        if call.began_ns < session.busy_until:
+            raise Broken(f"{call.function}: two calls on session {number} at once")
+        session.busy_until = call.ended_ns or 0
+        session.kept |= number in self.lent or call.function in _LOGINS
+        if call.function == "C_CloseSession":
+            self._closed(number)
+        elif call.function in _LOGINS:
+            self._login(call, session.slot)
+        else:
+            self._used(call, session)
+
+    def _opened(self, call: Call, number: int) -> None:
+        if call.rv or call.slot is None:
+            return
+        if number in self._sessions:
+            raise Broken(f"session {number} was opened twice")
+        self._sessions[number] = _Open(call.slot, self._step)
+        self._slots.setdefault(call.slot, _Slot())
+
+    def _closed(self, number: int) -> None:
+        slot = self._sessions.pop(number).slot
+        if not any(session.slot == slot for session in self._sessions.values()):
+            # Closing the last session logs out.
+            self._out(self._slots[slot])
+
+    def _out(self, slot: _Slot) -> None:
+        slot.epoch += slot.logged_in
+        slot.logged_in = False
+
+    def _login(self, call: Call, number: int) -> None:
+        slot = self._slots[number]
+        if call.function == "C_Logout":
+            self._out(slot)
+            return
+        self._logins[number] = self.logins(number) + 1
+        if slot.logged_in:
+            raise Broken("C_Login while somebody was logged in")
+        if call.rv == 0:
+            slot.logged_in = True
+            slot.epoch += 1
+
+    def _used(self, call: Call, session: _Open) -> None:
+        session.threads.add(call.thread)
+        session.steps.add(self._step)
+        if not session.kept and len(session.threads) > 1:
+            raise Broken(f"session {call.session} was handed to two workers")
+        if not session.kept and len(session.steps) > 1:
+            raise Broken(f"session {call.session} was used for a second operation")
+        session.searched |= call.function == "C_FindObjects"
+        if call.object is not None and call.object not in self.outliving:
+            self._named(call, session)
+
+    def _named(self, call: Call, session: _Open) -> None:
+        """No number is used in another login than that in which it was looked up."""
+        assert call.object is not None
+        slot = self._slots[session.slot]
+        if call.function in _MAKES:
+            # It names what it made; of a pair, one half.
+            session.searched = True
+            if call.rv == 0:
+                slot.seen[call.object] = slot.epoch
+            return
+        if call.function == "C_GetAttributeValue" and session.searched:
+            # Looked at right after a search, or after it was made.
+            slot.seen[call.object] = slot.epoch
+            return
+        known = slot.seen.get(call.object, -1)
+        # What began before a login of this very step may end after it.
+        if known < self._began_with.get(session.slot, slot.epoch):
+            raise Broken(
+                f"{call.function} with object {call.object}, which was looked up in "
+                f"login {known}; this is login {slot.epoch}"
+            )
+
+
+def _moment(call: Call) -> tuple[int, int]:
+    if call.function == "C_OpenSession":
+        return call.ended_ns or 0, 0
+    return call.began_ns, 1

@@ -1,0 +1,104 @@
+"""The real pool never disagrees with the model.
+
+More steps, and other ones: ``pytest tests/model --model-steps 100000 --model-seed 7``.
+A failure shows all the steps of its run. With the same options they are made again,
+though threads may do them in another order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from faultmodule import FaultModule
+from model.callers import LOOPS, Callers
+from model.machine import Machine
+from model.world import Tokens
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from model.bench import Disagreement
+    from pkcs11_pool.softhsm import SoftHSM, TokenDirectory
+
+PARTS = range(2)
+"""Each backend's steps are made by so many tests, for the sake of parallel ones."""
+_RUN = 60
+"""Steps from the first pool to the last one's end."""
+_MANY_RUNS = 1_000
+"""More than one test can make for one seed; so no two tests have the same seed."""
+
+
+@pytest.fixture
+def tokens(
+    token_directory: TokenDirectory,
+    fault_library: Path,
+    soft_hsm: SoftHSM,
+    tmp_path: Path,
+) -> Tokens:
+    """Two tokens, behind the fault module."""
+    real = [token_directory.add_token(label) for label in ("left", "right")]
+    fault = FaultModule(fault_library, soft_hsm.module, copy_to=tmp_path / "fault.so")
+    return Tokens(real, fault)
+
+
+@pytest.mark.timeout(0)  # a call that does not end is found by the machine itself
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("backend", LOOPS)
+def test_the_pool_and_the_model_agree(
+    tokens: Tokens, backend: str, part: int, request: pytest.FixtureRequest
+) -> None:
+    """Whatever hypothesis does to them, from tasks of two loops and from threads."""
+    wanted = request.config.getoption("--model-steps")
+    steps = -(-wanted // (len(LOOPS) * len(PARTS)))
+    place = list(LOOPS).index(backend) * len(PARTS) + part
+    first = (request.config.getoption("--model-seed") * 10 + place) * _MANY_RUNS
+    counts = _run(tokens, backend, steps, first)
+    text = f"{counts['steps']} steps, {counts['calls']} calls of the pool"
+    text += f", {counts['module calls']} of the module, {counts['runs']} runs"
+    request.node.user_properties.append(("model machine", text))
+    assert counts["steps"] >= steps
+
+
+def _run(tokens: Tokens, backend: str, steps: int, first: int) -> Counter[str]:
+    """Let the machine make so many steps at least; how many it made of what.
+
+    Raises:
+        Disagreement: The pool did what the model rules out.
+    """
+    counts: Counter[str] = Counter()
+    problems: list[Disagreement] = []
+    with Callers(backend) as callers:
+        given: dict[str, Any] = {"tokens": tokens, "callers": callers}
+        given |= {"counts": counts, "problems": problems}
+        for number in itertools.count(first):
+            left = steps - counts["steps"]
+            if left <= 0:
+                return counts
+            machine: Any = seed(number)(type("Machine", (Machine,), dict(given)))
+            try:
+                run_state_machine_as_test(machine, settings=_settings(left))
+            except Exception:
+                if problems:
+                    raise problems[0] from problems[0].__cause__
+                raise
+    raise AssertionError
+
+
+def _settings(steps: int) -> settings:
+    return settings(
+        max_examples=max(1, steps // _RUN),
+        stateful_step_count=_RUN,
+        deadline=None,
+        database=None,
+        # Threads do not make the same steps twice in the same order: a shorter way to
+        # a failure is looked for by reading.
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet,
+    )

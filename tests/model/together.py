@@ -1,0 +1,251 @@
+"""Several steps at once: their results must be those of some order."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+
+from model import steps
+from model.bench import LIVES, STATES, WHO, WRONG, Bench, judge
+from model.spec import Kind, Model, Refused, User
+from pkcs11_pool import PoolState
+
+if TYPE_CHECKING:
+    from model.callers import Callers, Running
+    from model.steps import Step
+    from model.world import World
+
+
+Pick = tuple[str, int, int, bool, bool, int]
+Seen = tuple[User | None, int, tuple[str, ...]]
+KINDS = (
+    *("use", "use", "use", "label", "digest", "create", "copy", "unwrap", "make"),
+    *("destroy", "destroy", "relabel", "login", "logout", "officer", "close", "visit"),
+)
+
+
+_RELOGIN = (steps.Login, steps.Logout, steps.Officer)
+
+
+class Part:
+    """One of several steps that are made at once."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.running: Running
+
+    def start(self, callers: Callers, who: int, world: World) -> None:
+        """Let somebody make it."""
+        self.running = callers.start(who, lambda: self.step.act(world))
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether nobody knows if it happened.
+
+        SoftHSM2 2.6.1 sometimes says so of an object that it makes while another
+        session searches.
+        """
+        failed = self.step.changes and self.running.outcome == "GeneralError"
+        return self.running.cancelled or failed
+
+    @property
+    def choices(self) -> list[Step | None]:
+        """What may have happened."""
+        if not self.is_in_doubt:
+            return [self.step]
+        if isinstance(self.step, steps.Officer):
+            # His period may have begun and ended, and he did nothing in it.
+            return [None, self.step, replace(self.step, init_pin=None, new=None)]
+        return [None, self.step]
+
+    def explains(self, model: Model, chosen: Step | None) -> bool:
+        """Whether its result is right, if it is its turn now."""
+        if not self.is_in_doubt:
+            return judge(self.step, self.running, model) is None
+        if chosen is not None:
+            with suppress(Refused):
+                chosen.expect(model)
+        return True
+
+
+def _unkept(step: Step) -> Step:
+    """The same, without a reference to what it makes."""
+    changed: Any = step
+    return replace(changed, keep=False) if hasattr(step, "keep") else step
+
+
+def _peaceful(life: str, parts: list[Step]) -> list[Step]:
+    """Without what may come to other errors at once than one after the other.
+
+    A session that closes tells those in its line that it is closed, also where their
+    object dies with it. A reference is not what it was while its object gets another
+    label. The SO does not wait for sessions that are opened or closed meanwhile.
+    SoftHSM2 shows a copy under the name of its original before it has its own, so
+    there are two of that name for a moment.
+    """
+    refs = [getattr(part, "ref", None) for part in parts]
+    closed = {part.where for part in parts if isinstance(part, steps.CloseSession)}
+    copied = {part.ref for part in parts if isinstance(part, steps.Copy)}
+    officer = any(isinstance(part, steps.Officer) for part in parts)
+    kept: list[Step] = []
+    relogin = any(isinstance(part, _RELOGIN) for part in parts)
+    for place, (part, ref) in enumerate(zip(parts, refs, strict=True)):
+        if isinstance(part, steps.Relabel) and refs.count(ref) > 1:
+            kept.append(steps.Encrypt(part.ref, part.where))
+        elif copied and isinstance(part, steps.EncryptBy):
+            kept.append(steps.Digest(part.life, part.where))
+        elif (
+            ref in copied
+            and refs.index(ref) != place
+            and not (isinstance(part, steps.Destroy) and not relogin)
+        ):
+            kept.append(steps.Digest(life, "pool"))
+        elif isinstance(part, steps.CloseSession) and officer:
+            kept.append(steps.Info(part.where))
+        elif ref is not None and getattr(part, "where", "") in closed:
+            kept.append(replace(part, where="pool"))  # type: ignore[type-var]
+        else:
+            kept.append(part)
+    return kept
+
+
+class Together(Bench):
+    """Makes steps at once."""
+
+    # -- Several at once ----------------------------------------------------------
+
+    @rule(
+        life=LIVES,
+        picks=st.lists(
+            st.tuples(
+                st.sampled_from(KINDS),
+                WHO,
+                st.integers(0, 5),
+                st.booleans(),
+                st.booleans(),
+                st.integers(0, 3),
+            ),
+            min_size=2,
+            max_size=4,
+        ),
+    )
+    def batch(self, life: str, picks: list[Pick]) -> None:
+        """Steps made at once come to what they come to in some order."""
+        life = self.now(life)
+        made = [self._part(life, pick) for pick in picks]
+        for step in made:
+            if isinstance(step, steps.Copy):
+                # Known by its number, it is not searched for beside its copy.
+                self.step(0, steps.Encrypt(step.ref, "pool"))
+        cancel = [pick[5] == 0 and pick[1] < 2 for pick in picks]
+        parts = [
+            Part(_unkept(step) if gone else step)
+            for step, gone in zip(_peaceful(life, made), cancel, strict=False)
+        ]
+        self._begin("at once:")
+        self.counts["calls"] += len(parts) - 1
+        for part, pick in zip(parts, picks, strict=False):
+            part.start(self.callers, pick[1], self.world)
+        for part, gone in zip(parts, cancel, strict=False):
+            if gone and part.running.cancel is not None:
+                part.running.cancel()
+        for part, pick in zip(parts, picks, strict=False):
+            part.running.wait()
+            self.journal.append(f"    {self._name(pick[1])}: {part.step}")
+            self._note(part.running)
+        self._explain(parts)
+        self._finish()
+
+    def _part(self, life: str, pick: Pick) -> Step:
+        """One of them, for what is there just now."""
+        kind, _, number, one, other, _ = pick
+        known = [name for name, ref in self.model.refs.items() if ref.life == life]
+        where, new = self.place(life, number), self.new(kind[:1])
+        token = self.model.token_of(life)
+        waits = not self.model.held(life)
+        so_pin = token.so_pin if number else "wrong-so"
+        word = "b" if one else "a"
+        made: dict[str, Step] = {
+            "login": steps.Login(life, WRONG[0] if number == 0 else token.pin),
+            "logout": steps.Logout(life),
+            "officer": steps.Officer(life, so_pin, None, new if one else None, waits),
+            "make": steps.Make(life, new, one, other),
+            "label": steps.EncryptBy(life, where, word),
+            "digest": steps.Digest(life, where),
+        }
+        if number < len(known):
+            made |= self._with_ref(known[-1 - number], where, new, one=one, other=other)
+        if where != "pool":
+            made["close"] = steps.CloseSession(where)
+        if self._has_room(life):
+            made["visit"] = steps.Visit(life, new, one, private=False, timeout=10)
+        return made.get(kind) or steps.Create(life, where, new, "a", one, other)
+
+    def _with_ref(
+        self, ref: str, where: str, new: str, *, one: bool, other: bool
+    ) -> dict[str, Step]:
+        """What can be done with one reference."""
+        use: dict[Kind, Step] = {
+            Kind.AES: steps.Encrypt(ref, where),
+            Kind.PRIVATE: steps.Sign(ref, where),
+            Kind.PUBLIC: steps.Verify(ref, where),
+        }
+        kind = self.model.refs[ref].kind
+        made: dict[str, Step] = {
+            "use": use[kind],
+            "destroy": steps.Destroy(ref, where),
+            "relabel": steps.Relabel(ref, where, self._word(ref, "b" if one else "a")),
+        }
+        if kind is Kind.AES:
+            made["copy"] = steps.Copy(ref, where, new, one)
+            made["unwrap"] = steps.Unwrap(ref, where, new, self._value(ref), one, other)
+        return made
+
+    def _explain(self, parts: list[Part]) -> None:
+        """Find the order that explains the results, and what is there afterwards."""
+        self._settle()
+        seen = {name: self._observe(name) for name in self.model.lives}
+        for order in itertools.permutations(parts):
+            # Of a cancelled one nobody knows whether it happened.
+            for chosen in itertools.product(*(part.choices for part in order)):
+                model = copy.deepcopy(self.model)
+                if not all(map(Part.explains, order, itertools.repeat(model), chosen)):
+                    continue
+                if all(seen[name] == self._expected(model, name) for name in seen):
+                    self.model = model
+                    self._epochs.clear()
+                    return
+        shown = "\n".join(f"{name}: {what}" for name, what in seen.items())
+        self.fail(f"No order explains these results. There is now:\n{shown}")
+
+    def _settle(self) -> None:
+        try:
+            self.world.quiet()
+            self.world.ledger.lent = self.world.visited | self.world.lent()
+            self.world.ledger.read()
+        except AssertionError as error:
+            self._disagree(f"{type(error).__name__}: {error}", error)
+
+    def _observe(self, life: str) -> Seen:
+        """Who is logged in, how many logins there were, and what is to be seen."""
+        pool = self.world.pools[life]
+        token = self.model.lives[life].token
+        sent = self.world.ledger.logins(self.world.slots[token])
+        if pool.state is not PoolState.READY:
+            return None, sent, ()
+        step = steps.Look(life, "pool", repeat=False)
+        running = self.callers.run(0, lambda: step.act(self.world))
+        return STATES[pool.login_state], sent, running.value
+
+    def _expected(self, model: Model, life: str) -> Seen:
+        token = model.token_of(life)
+        if not model.lives[life].open:
+            return None, token.logins, ()
+        ids = tuple(model.visible(life, "pool", None))
+        return token.user, token.logins, ids

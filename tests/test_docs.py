@@ -1,0 +1,132 @@
+"""What the pages show runs, and what they say of the code is so."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING, cast
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.hashes import SHA256, SHA512
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+import pkcs11_pool
+from pagekit import README, ROOT, Page, pages, skipped, sources
+from pkcs11_pool import PoolClosed, PoolState, SessionObjectDestroyed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    from conftest import MakePool
+    from pkcs11_pool.softhsm import ThrowawayToken
+
+SKIPPED = {
+    "docs/contributing.md": 3,
+    "docs/how-to/fastapi.md": 1,
+    "docs/tutorial/first-signature.md": 1,
+}
+"""How many blocks of which page are not run; each says why, next to it."""
+
+
+def named(path: Path) -> str:
+    """A page by its name."""
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", [*pages(), *sources()], ids=named)
+def test_the_code_of_a_page_runs(
+    path: Path, token: ThrowawayToken, tmp_path: Path
+) -> None:
+    """Each block, in order, on a real token; and it prints what the page says."""
+    home = tmp_path / "reader"
+    home.mkdir()
+    Page(path, token, home).run()
+
+
+def test_only_what_says_why_is_skipped() -> None:
+    """A block that is not run any more is seen here."""
+    found = {named(page): skipped(page) for page in pages() if skipped(page)}
+    assert found == SKIPPED
+    for page in pages():
+        for directive in re.findall(r"(?m)^<!-- skip: .*$", page.read_text()):
+            assert re.search(r' ".+" -->$|reason=".+"\) -->$', directive), page
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """What users import, they can look up."""
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    text = "\n".join(page.read_text() for page in pages)
+    names = {
+        name for name in pkcs11_pool.__all__ if not re.search(rf"\b{name}\b", text)
+    }
+    assert names == set()
+
+
+def test_the_tables_are_those_of_the_code() -> None:
+    """Errors, options, events, figures and access: `python docs/tables.py` mends it."""
+    command = [sys.executable, str(ROOT / "docs" / "tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_the_readme_begins_with_the_two_commands() -> None:
+    """The first does the main job, the second passes the tests."""
+    first = re.search(r"(?ms)^```\w*\n(.*?)^```$", README.read_text())
+    assert first is not None
+    assert first[1] == "python3 dev.py demo\npython3 dev.py test\n"
+
+
+def test_the_readme_signs_with_the_key_that_it_names(
+    token: ThrowawayToken, tmp_path: Path, make_pool: MakePool
+) -> None:
+    """Another library verifies; what the page says is gone is gone."""
+    page = Page(README, token, tmp_path)
+    page.run()
+    in_async, in_threads = page.after
+
+    async def public_key() -> bytes:
+        async with make_pool() as pool:
+            return await pool.key(label="signer").public_key_der()
+
+    der = asyncio.run(public_key())
+    public = cast("rsa.RSAPublicKey", load_der_public_key(der))
+    public.verify(in_async["signature"], b"data", PKCS1v15(), SHA256())
+    public.verify(in_threads["signature"], b"data", PKCS1v15(), SHA512())
+    assert len(in_threads["number"]) == 8
+    assert in_threads["pool"].state is PoolState.CLOSED
+    with pytest.raises((SessionObjectDestroyed, PoolClosed)):
+        in_async["secret"].sync.encrypt(b"data", mechanism_param=bytes(16))
+
+
+@pytest.mark.parametrize("path", pages(), ids=named)
+def test_every_link_to_a_file_leads_somewhere(path: Path) -> None:
+    """Files are renamed, pages stay."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def qualified_names(source: Path) -> set[str]:
+    """The classes and functions of a file, methods with their class."""
+    found = set()
+    for node in ast.parse(source.read_text()).body:
+        name = getattr(node, "name", "")
+        found |= {name}
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{name}.{getattr(part, 'name', '')}" for part in node.body}
+            found |= {getattr(part, "name", "") for part in node.body}
+    return found
+
+
+def test_the_tour_leads_to_functions_that_exist() -> None:
+    """Code is moved and renamed; the way of a signature is told as it is."""
+    tour = ROOT / "docs" / "contributing.md"
+    steps = re.findall(r"\[`([\w.]+)`\]\(([\w./]+\.py)\)", tour.read_text())
+    assert len(steps) > 15
+    for name, where in steps:
+        assert name in qualified_names(tour.parent / where), (name, where)

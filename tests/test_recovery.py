@@ -1,0 +1,559 @@
+"""A token that goes away and comes back: who waits, what is made again, what is not."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Self
+
+import anyio
+import pkcs11
+import pytest
+from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
+
+from faultmodule import CKR
+from pkcs11_pool import (
+    LoginState,
+    OutcomeUnknown,
+    PoolClosed,
+    PoolState,
+    PoolTimeout,
+    SessionClosed,
+    SessionObjectDestroyed,
+    TokenUnavailable,
+)
+from poolkit import (
+    LAST_RESORT,
+    digest,
+    eventually,
+    hangs,
+    make_ec_key,
+    settled,
+)
+
+if TYPE_CHECKING:
+    from conftest import MakePool
+    from faultmodule import FaultModule
+    from pkcs11_pool import KeyRef, TokenPool
+
+_DIGEST = b"d" * 32
+_GONE = [
+    CKR.DEVICE_ERROR,
+    CKR.DEVICE_REMOVED,
+    CKR.TOKEN_NOT_PRESENT,
+    CKR.SESSION_HANDLE_INVALID,
+    CKR.CRYPTOKI_NOT_INITIALIZED,
+    CKR.GENERAL_ERROR,
+    0x80000123,
+]
+
+
+async def _sign(key: KeyRef, **options: Any) -> bytes:
+    return await key.sign(_DIGEST, mechanism=Mechanism.ECDSA, **options)
+
+
+def _who(pool: TokenPool) -> LoginState:
+    return pool.login_state
+
+
+async def _down(pool: TokenPool) -> None:
+    """Wait until the token is known to be lost; the user was logged in."""
+    await eventually(lambda: _who(pool) is LoginState.PUBLIC)
+    assert pool.state is PoolState.RECOVERING
+
+
+async def _back(pool: TokenPool) -> None:
+    await eventually(lambda: pool.state is PoolState.READY)
+
+
+class _Outage:
+    """The token away for the length of a block, noticed by the pool at its begin."""
+
+    def __init__(self, pool: TokenPool, fault: FaultModule, **how: Any) -> None:
+        self._pool, self._fault, self._how = pool, fault, how
+        self._tasks = anyio.create_task_group()
+
+    async def __aenter__(self) -> Self:
+        epoch = self._pool.login_epoch
+        self._fault.go_down(**self._how)
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self._notice)
+        await eventually(lambda: self._pool.login_epoch > epoch)
+        return self
+
+    async def _notice(self) -> None:
+        with anyio.CancelScope() as self._scope, suppress(TokenUnavailable):
+            await self._pool.generate_random(8, timeout=None)
+
+    async def __aexit__(self, *error: object) -> None:
+        self._fault.come_back()
+        self._scope.cancel()
+        end: Any = self._tasks.__aexit__
+        await end(*error)
+        await _back(self._pool)
+
+
+# -- Gone and back ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rv", _GONE, ids=hex)
+async def test_a_token_that_is_away_is_waited_for(
+    make_pool: MakePool, fault: FaultModule, rv: int
+) -> None:
+    """Operations that find it gone are made again when it is back; none fails."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        await _sign(key)
+        fault.go_down(rv)
+        done = []
+
+        async def sign() -> None:
+            done.append(await _sign(key))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(16):
+                tasks.start_soon(sign)
+            await _down(pool)
+            assert not done
+            fault.come_back()
+        assert len(done) == 16
+        stats = pool.stats()
+        assert (stats.operations_failed, stats.recoveries_total) == (0, 1)
+        assert pool.state is PoolState.READY
+        assert _who(pool) is LoginState.USER
+
+
+async def test_a_module_that_stays_broken_is_initialised_anew(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """As a client whose server went away: its generation is a new one."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        fault.reset_counts()
+        fault.go_down(stays=True)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_sign, key)
+            await _down(pool)
+            fault.come_back()
+        assert fault.count("C_Finalize") == fault.count("C_Initialize") >= 1
+        assert await _sign(key)
+
+
+async def test_a_token_that_answers_again_is_not_initialised_anew(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Its sessions are gone, and new ones are enough."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        fault.reset_counts()
+        fault.lose_sessions(pool.token.slot_id)
+        assert await _sign(key)
+        assert fault.count("C_Initialize") == 0
+        assert pool.stats().recoveries_total == 1
+
+
+async def test_sessions_that_died_ahead_are_replaced_unseen(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """One of many sessions is dead: nobody hears of it, and no other is lost."""
+    async with make_pool(module=fault.path) as pool, pool.session() as session:
+        fault.on("C_DigestInit", times=2, answer=CKR.SESSION_HANDLE_INVALID)
+        assert await digest(pool)
+        assert not session.closed
+        assert await digest(session)
+        assert pool.stats().recoveries_total == 0
+        assert pool.state is PoolState.READY
+
+
+async def test_a_false_alarm_costs_nobody_anything(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """One error of a token that is well: the operation is made again, that is all."""
+    async with make_pool(module=fault.path) as pool, pool.session() as session:
+        epoch = pool.login_epoch
+        fault.on("C_Digest", answer=CKR.DEVICE_ERROR)
+        assert await digest(pool)
+        assert not session.closed
+        assert pool.login_epoch == epoch
+        assert pool.stats().recoveries_total == 0
+
+
+async def test_an_operation_that_breaks_the_token_is_not_repeated_for_ever(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """After three tries its caller gets what the token answered."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_Digest", every=True, answer=CKR.DEVICE_ERROR)
+        with pytest.raises(pkcs11.DeviceError):
+            await digest(pool)
+        assert fault.count("C_Digest") == 3
+        assert await pool.generate_random(8)
+
+
+async def test_a_vague_error_of_a_token_that_is_well_is_the_callers(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The session is asked once, and answers; nothing is made again."""
+    async with make_pool(module=fault.path) as pool:
+        fault.reset_counts()
+        fault.on("C_Digest", answer=CKR.GENERAL_ERROR)
+        with pytest.raises(pkcs11.GeneralError):
+            await digest(pool)
+        assert fault.count("C_Digest") == 1
+        assert fault.count("C_GetSessionInfo") == 1
+
+
+async def test_the_token_is_in_another_slot(
+    make_pool: MakePool, fault: FaultModule, token_directory: Any
+) -> None:
+    """It is known by its label and serial, and found wherever it is."""
+    other = token_directory.add_token("other")
+    async with make_pool(token_label=other.label, pin=other.user_pin) as pool:
+        await make_ec_key(pool)
+        there = pool.token
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        mine = pool.token
+        # The two change places: what the pool opened says it is the other one.
+        fault.token_info(mine.slot_id, label="other", serial=there.serial.decode())
+        fault.token_info(there.slot_id, label="demo", serial=mine.serial.decode())
+        fault.reset_counts()
+        fault.lose_sessions(mine.slot_id)
+        assert await _sign(key)
+        assert pool.token.slot_id == there.slot_id
+        assert _who(pool) is LoginState.USER
+        assert [c.rv for c in fault.calls("C_Login")][-1:] == [CKR.OK]
+
+
+async def test_another_token_in_its_place_is_named_and_gets_no_pin(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The message says what stands there; its own comes back, and all goes on."""
+    async with make_pool(module=fault.path, recovery_timeout=0.2) as pool:
+        key = await make_ec_key(pool)
+        fault.reset_counts()
+        fault.token_info(pool.token.slot_id, label="stranger")
+        fault.lose_sessions(pool.token.slot_id)
+        with pytest.raises(TokenUnavailable, match="stranger") as caught:
+            await _sign(key)
+        assert isinstance(caught.value.__cause__, TokenUnavailable)
+        assert fault.count("C_Login") == 0
+        fault.token_info(pool.token.slot_id)
+        await _back(pool)
+        assert await _sign(key)
+
+
+# -- Who waits, and how long ------------------------------------------------------
+
+
+async def test_callers_wait_no_longer_than_recovery_timeout(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Then TokenUnavailable, at once for newcomers too, until it is back."""
+    async with make_pool(module=fault.path, recovery_timeout=0.3) as pool:
+        key = await make_ec_key(pool)
+        async with _Outage(pool, fault):
+            with anyio.fail_after(0.9 + LAST_RESORT / 10):
+                with pytest.raises(TokenUnavailable, match="DEVICE_ERROR") as caught:
+                    await _sign(key, timeout=None)
+                assert isinstance(caught.value.__cause__, pkcs11.DeviceError)
+                for call in (pool.login, pool.logout, lambda: _sign(key)):
+                    with pytest.raises(TokenUnavailable):
+                        await call()
+                with pytest.raises(TokenUnavailable):
+                    async with pool.session():
+                        pass
+            assert pool.state is PoolState.RECOVERING
+            waited = pool.stats().operations_waiting
+            assert waited == 0
+        assert await _sign(key)
+
+
+async def test_a_deadline_holds_in_an_outage(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """It is PoolTimeout, nothing was sent, and the text says what was waited for."""
+    async with make_pool(module=fault.path) as pool, _Outage(pool, fault):
+        with pytest.raises(PoolTimeout, match="token was down") as caught:
+            await digest(pool, timeout=0.1)
+        assert caught.value.phase == "waiting"
+        with pytest.raises(PoolTimeout):
+            await digest(pool, timeout=0)
+
+
+async def test_a_login_asked_for_in_an_outage_waits_for_the_token(
+    make_pool: MakePool, fault: FaultModule, token: Any
+) -> None:
+    """As operations do; and a logout too."""
+    async with make_pool(module=fault.path, pin=None) as pool:
+        async with anyio.create_task_group() as tasks, _Outage(pool, fault):
+            tasks.start_soon(pool.login, token.user_pin)
+            await anyio.wait_all_tasks_blocked()
+        assert _who(pool) is LoginState.USER
+        async with anyio.create_task_group() as tasks, _Outage(pool, fault):
+            tasks.start_soon(pool.logout)
+            await anyio.wait_all_tasks_blocked()
+        assert _who(pool) is LoginState.PUBLIC
+
+
+async def test_who_was_logged_out_stays_out(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The token is restored, and the user's word with it: no PIN is sent."""
+    async with make_pool(module=fault.path) as pool:
+        await pool.logout()
+        fault.reset_counts()
+        async with _Outage(pool, fault, stays=True):
+            pass
+        assert _who(pool) is LoginState.PUBLIC
+        assert fault.count("C_Login") == 0
+
+
+async def test_a_pin_refused_on_the_way_back_is_not_tried_again(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The token is back, logged out; those who need the login hear of the PIN."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        fault.reset_counts()
+        fault.on("C_Login", answer=CKR.PIN_INCORRECT)
+        async with _Outage(pool, fault, stays=True):
+            pass
+        assert _who(pool) is LoginState.PUBLIC
+        with pytest.raises(pkcs11.PinIncorrect):
+            await _sign(key)
+        assert fault.count("C_Login") == 1
+        await pool.login(force=True)
+        assert await _sign(key)
+
+
+async def test_an_async_pin_source_is_awaited_after_an_outage(
+    make_pool: MakePool, fault: FaultModule, token: Any
+) -> None:
+    """By the first operation that needs the login."""
+
+    async def source() -> str:
+        await anyio.lowlevel.checkpoint()
+        pin: str = token.user_pin
+        return pin
+
+    async with make_pool(module=fault.path, pin=source) as pool:
+        key = await make_ec_key(pool)
+        async with _Outage(pool, fault, stays=True):
+            pass
+        assert await _sign(key)
+        assert _who(pool) is LoginState.USER
+
+
+async def test_closing_in_an_outage_ends_at_once(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Those who wait are told PoolClosed, and the pool's threads end."""
+    pool = make_pool(module=fault.path)
+    await pool.open()
+    async with anyio.create_task_group() as tasks:
+        fault.go_down(stays=True)
+
+        async def waits() -> None:
+            with pytest.raises(PoolClosed):
+                await digest(pool)
+
+        tasks.start_soon(waits)
+        await _down(pool)
+        with anyio.fail_after(LAST_RESORT):
+            await pool.close()
+    assert pool.state is PoolState.CLOSED
+
+
+# -- What is made again, and what is not ------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["answer", "replace"])
+async def test_a_call_that_changes_the_token_is_not_repeated(
+    make_pool: MakePool, fault: FaultModule, how: str
+) -> None:
+    """Done or not, nobody knows: OutcomeUnknown says where to look."""
+    async with make_pool(module=fault.path) as pool:
+        fault.reset_counts()
+        outcome: dict[str, Any] = {how: CKR.DEVICE_REMOVED}
+        fault.on("C_GenerateKey", **outcome)
+        with pytest.raises(OutcomeUnknown, match="label") as caught:
+            await pool.generate_key(KeyType.AES, 128, label="new", store=True)
+        assert isinstance(caught.value.__cause__, pkcs11.DeviceRemoved)
+        assert fault.count("C_GenerateKey") == 1
+        found = await pool.find({Attribute.LABEL: "new"})
+        assert len(found) == (how == "replace")
+
+
+async def test_destroying_is_not_repeated(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The second time it might be somebody else's object."""
+    async with make_pool(module=fault.path) as pool:
+        key = await pool.generate_key(KeyType.AES, 128, label="old", store=True)
+        fault.on("C_DestroyObject", replace=CKR.DEVICE_ERROR)
+        with pytest.raises(OutcomeUnknown):
+            await key.destroy()
+        assert fault.count("C_DestroyObject") == 1
+
+
+async def test_what_changes_the_token_and_was_not_sent_is_made(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """No session could be opened for it, so it waits and is made once."""
+    async with make_pool(module=fault.path) as pool:
+        fault.reset_counts()
+        fault.go_down()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(make_ec_key, pool)
+            await _down(pool)
+            fault.come_back()
+        assert fault.count("C_GenerateKeyPair") == 1
+
+
+@pytest.mark.parametrize(("rw", "error"), [(False, "DeviceError"), (True, "Outcome")])
+async def test_a_run_is_repeated_only_when_asked(
+    make_pool: MakePool, fault: FaultModule, error: str, *, rw: bool
+) -> None:
+    """Its function may do anything; R/W, its outcome is unknown."""
+
+    def use(session: pkcs11.Session) -> bytes:
+        return session.digest(b"data", mechanism=Mechanism.SHA256)
+
+    async with make_pool(module=fault.path) as pool:
+        fault.reset_counts()
+        fault.on("C_Digest", answer=CKR.DEVICE_ERROR)
+        with pytest.raises((pkcs11.DeviceError, OutcomeUnknown)) as caught:
+            await pool.run(use, rw=rw)
+        assert error in type(caught.value).__name__
+        assert fault.count("C_DigestInit") == 1
+        fault.on("C_Digest", answer=CKR.DEVICE_ERROR)
+        assert await pool.run(use, rw=rw, repeat=True)
+        assert fault.count("C_DigestInit") == 3
+
+
+async def test_data_in_parts_begins_anew_where_it_can_be_read_again(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The caller of a digest of a list does not notice the outage."""
+    parts = [b"p" * 70_000] * 3
+    async with make_pool(module=fault.path) as pool:
+        expected = await pool.digest(parts, mechanism=Mechanism.SHA256)
+        fault.on("C_DigestUpdate", nth=3, hang="before", answer=CKR.DEVICE_ERROR)
+        results: list[bytes] = []
+
+        async def again() -> None:
+            results.append(await pool.digest(parts, mechanism=Mechanism.SHA256))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(again)
+            await hangs(fault, "C_DigestUpdate")
+            fault.go_down(stays=True)
+            fault.release()
+            await _down(pool)
+            fault.come_back()
+        assert results == [expected]
+
+
+# -- What was open ----------------------------------------------------------------
+
+
+async def test_open_sessions_are_over_with_the_cause(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """And their session objects are destroyed; the blocks end well."""
+    async with make_pool(module=fault.path) as pool:
+        async with pool.session(rw=True) as session:
+            secret = await session.generate_key(KeyType.AES, 128)
+            async with _Outage(pool, fault, stays=True):
+                assert session.closed
+                with pytest.raises(SessionClosed, match="DEVICE_ERROR") as caught:
+                    await digest(session)
+                assert isinstance(caught.value.__cause__, pkcs11.DeviceError)
+            with pytest.raises(SessionClosed):
+                await digest(session)
+            with pytest.raises(SessionObjectDestroyed):
+                await secret.encrypt(b"b" * 16, mechanism=Mechanism.AES_ECB)
+        assert pool.stats().sessions_leased == 0
+        await settled(pool)
+        assert len(fault.sessions()) == 1 + pool.stats().sessions_ahead
+
+
+async def test_jobs_in_the_line_of_a_lost_session_are_told(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Those that wait behind the call that found it lost, too."""
+    async with make_pool(module=fault.path) as pool, pool.session() as session:
+        fault.on("C_Digest", hang="before", answer=CKR.DEVICE_ERROR)
+        errors: list[Exception] = []
+
+        async def call() -> None:
+            try:
+                await digest(session)
+            except SessionClosed as error:
+                errors.append(error)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(call)
+            await hangs(fault, "C_Digest")
+            fault.go_down()
+            fault.release()
+            await eventually(lambda: len(errors) == 3)
+            fault.come_back()
+        await _back(pool)
+
+
+async def test_a_lost_session_whose_call_is_inside_is_closed_when_it_is_back(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Not under the call, and not never."""
+    async with make_pool(module=fault.path) as pool:
+        async with pool.session() as session:
+            number = session.handle
+            async with anyio.create_task_group() as tasks:
+                fault.on("C_Digest", hang="before")
+
+                tasks.start_soon(digest, session)
+                await hangs(fault, "C_Digest")
+                async with _Outage(pool, fault):
+                    assert session.closed
+                closed = [c.session for c in fault.calls("C_CloseSession")]
+                assert number not in closed
+                fault.release()
+        await eventually(lambda: number not in {s.number for s in fault.sessions()})
+
+
+async def test_an_officers_period_ends_with_the_token(
+    make_pool: MakePool, fault: FaultModule, token: Any
+) -> None:
+    """Its session is over, its block ends, and the user is logged in again."""
+    async with make_pool(module=fault.path) as pool:
+        async with pool.security_officer(token.so_pin) as so:
+            fault.go_down()
+            with pytest.raises((SessionClosed, pkcs11.PKCS11Error)):
+                await so.session.generate_random(8)
+            await eventually(lambda: pool.login_state is LoginState.PUBLIC)
+            fault.come_back()
+        await _back(pool)
+        assert _who(pool) is LoginState.USER
+        key = await make_ec_key(pool)
+        assert await _sign(key)
+
+
+async def test_keys_are_found_anew_after_an_outage(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Numbers start again, and no number of before is used."""
+    fault.reuse_numbers()
+    async with make_pool(module=fault.path) as pool:
+        first = await make_ec_key(pool, "first")
+        second = await make_ec_key(pool, "second")
+        ders = [await key.public_key_der() for key in (first, second)]
+        found = await pool.find({Attribute.CLASS: ObjectClass.PRIVATE_KEY})
+        assert len(found) == 2
+        async with _Outage(pool, fault, stays=True):
+            pass
+        assert [await key.public_key_der() for key in (second, first)] == ders[::-1]
+        assert await first.verify(
+            _DIGEST, await _sign(first), mechanism=Mechanism.ECDSA
+        )
