@@ -75,7 +75,7 @@ class Thread(Protocol):
     #: How many sessions it opened, not yet counted.
     opened: int
     #: Seconds on a processor for its last job, where that was measured.
-    spent: float
+    spent: float | None
 
     def wake(self) -> None:
         """End its sleep."""

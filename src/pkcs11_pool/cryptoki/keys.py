@@ -391,7 +391,9 @@ class HandleCache:
             LoginRequired: Nothing matches, nobody is logged in, and the key may be
                 private.
         """
-        spec = target if target.classes is not None else narrowed(target, classes)
+        spec = target
+        if target.classes is None:
+            spec = target._narrowed.get(classes) or narrowed(target, classes)  # noqa: SLF001
         origin = spec.origin
         entry = self._entries.get(spec) if origin is None else origin.entry
         if (
@@ -399,7 +401,10 @@ class HandleCache:
             and entry.epoch == session.epoch
             and entry.generation == session.generation
         ):
-            if entry.mark == self.mark >= 0 and self._is_young(entry):
+            age = self._max_age
+            if entry.mark == self.mark >= 0 and (
+                age is None or time.monotonic() - entry.checked_at < age
+            ):
                 return entry
             if self.verify(session, entry):
                 return entry
@@ -409,10 +414,6 @@ class HandleCache:
         if spec.origin is not None and spec.origin.destroyed:
             raise KeyNotFound(f"{spec} was destroyed")
         return self._find(session, spec)
-
-    def _is_young(self, entry: Entry) -> bool:
-        age = self._max_age
-        return age is None or time.monotonic() - entry.checked_at < age
 
     def verify(self, session: Session, entry: Entry) -> bool:
         """Ask the token whether the number still names the same object."""

@@ -56,12 +56,9 @@ class Turn:
     """
 
     def __init__(self, *, serialized: bool) -> None:
+        #: Whether it lets one thread in at a time.
+        self.serialized = serialized
         self._lock = threading.Lock() if serialized else None
-
-    @property
-    def serialized(self) -> bool:
-        """Whether it lets one thread in at a time."""
-        return self._lock is not None
 
     def __enter__(self) -> None:
         """Wait for the turn."""
@@ -98,6 +95,8 @@ class Module:
     def __init__(self, path: str, library: interface.Library) -> None:
         self.path = path
         self.library = library
+        #: The module's function list.
+        self.functions = library.functions
         self.users = 0
         self.initialized = False
         self.generation = Generation(0)
@@ -120,11 +119,6 @@ class Module:
         session = self.live.pop(handle, None)
         if session is not None:
             session.forget()
-
-    @property
-    def functions(self) -> interface.FunctionList:
-        """The module's function list."""
-        return self.library.functions
 
     @property
     def is_blocked(self) -> bool:

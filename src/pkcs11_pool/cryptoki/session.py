@@ -106,9 +106,10 @@ class Session:
         who kept it cannot reach the session that gets the number next.
         """
         handle = self.forget()
-        if not handle or self.generation != self.module.generation:
+        module = self.module
+        if not handle or self.generation != module.generation:
             return 0
-        self.module.live.pop(handle, None)
+        module.live.pop(handle, None)
         return self.functions.C_CloseSession(handle)
 
     def forget(self) -> int:

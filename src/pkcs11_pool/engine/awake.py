@@ -21,7 +21,7 @@ _OURS: Final = 100e-6
 time of an operation at this rate only wait for each other."""
 _SHORT: Final = 0.0005
 """Seconds. Who is inside for longer than this, and than usual, counts no more."""
-_WINDOW: Final = 16
+_WINDOW: Final = 8
 """Operations of which the shortest tells how fast the token is: the machine's load
 makes some longer than they are, none shorter."""
 
@@ -34,7 +34,8 @@ class Awake:
         self._least = max(2, min(4, self._processors))
         #: How many may be awake; as many as want to before anything was measured.
         self.most = 1 << 30
-        self._at_work: set[Thread] = set()
+        #: Who is, but for those who are inside one call for very long.
+        self.at_work: set[Thread] = set()
         # Woken, and not there yet: behind a busy processor that takes long, and
         # those who are at work take the jobs meanwhile.
         self._coming = 0
@@ -62,15 +63,11 @@ class Awake:
     def started(self, worker: Thread, now: float) -> None:
         """A worker takes a job."""
         worker.since = now
-        self._at_work.add(worker)
+        self.at_work.add(worker)
 
     def ended(self, worker: Thread) -> None:
         """It found nothing to do, is done, or lost."""
-        self._at_work.discard(worker)
-
-    def counts(self, worker: Thread) -> bool:
-        """Whether a worker is among those awake: not if it was inside for long."""
-        return worker in self._at_work
+        self.at_work.discard(worker)
 
     def took(self, duration: float, spent: float = math.inf) -> None:
         """So long a worker was busy, and so long on a processor where that is known."""
@@ -95,10 +92,10 @@ class Awake:
         """Whether no more should be woken."""
         if self._coming >= self._least:
             return True
-        if len(self._at_work) < self.most:
+        if len(self.at_work) < self.most:
             return False
         if now - self._looked > self._long:
             self._looked = now
-            for worker in [w for w in self._at_work if now - w.since > self._long]:
-                self._at_work.discard(worker)
-        return len(self._at_work) >= self.most
+            for worker in [w for w in self.at_work if now - w.since > self._long]:
+                self.at_work.discard(worker)
+        return len(self.at_work) >= self.most

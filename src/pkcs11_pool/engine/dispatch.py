@@ -169,30 +169,28 @@ class Dispatch:
         if self.orphans or self._ending.locked():
             self.end_orphans()
         job.since = now = time.monotonic()
+        lines, room = self._lines, self._room
         with self._lock:
-            if job.kind is _READ and self._is_roomy_locked():
-                # The usual case, in short.
+            if (
+                job.kind is _READ
+                and self._pause is _NOT
+                and self.state is _READY
+                and not (self._stuck or self._login_awaited or lines.others)
+                and len(lines.reads)
+                < room.limit.total - room.open_all + len(room.ahead)
+                and (self._idle or len(self._workers) < self._most_workers)
+            ):
+                # The usual case: it finds a session and a thread. As `_submit_locked`
+                # does for every job, in short.
                 self._number = job.number = self._number + 1
                 job.phase = _WAITING
-                self._watch_locked(job)
-                self._lines.reads.append(job)
+                look = self._deadlines.watch(job)
+                if look is not None:
+                    timekeeper.call_at(self, look)
+                lines.reads.append(job)
                 self._wake_one_locked(now)
             else:
                 self._submit_locked(job, now)
-
-    def _is_roomy_locked(self) -> bool:
-        """Whether a R/O operation finds a session and a thread, and none else waits.
-
-        What `_submit_locked` finds out for every job, in short for the usual one.
-        """
-        lines, room = self._lines, self._room
-        return bool(
-            self._pause is _NOT
-            and self.state is _READY
-            and not (self._stuck or self._login_awaited or lines.others)
-            and len(lines.reads) < room.limit.total - room.open_all + len(room.ahead)
-            and (self._idle or len(self._workers) < self._most_workers)
-        )
 
     def _submit_locked(self, job: Job, now: float) -> None:
         if self.state is not _READY or self._stuck:
@@ -496,23 +494,28 @@ class Dispatch:
             if not self._wake_for_next_locked():
                 break
 
-    def _claim_locked(self, worker: Thread, now: float) -> Job | None:
-        """The next job, now running on this worker; None: the worker is idle."""
+    def _claim_locked(self, worker: Thread, now: float, *, came: bool) -> Job | None:
+        """The next job, now running on this worker; None: the worker is idle.
+
+        Args:
+            worker: Whose.
+            now: The time.
+            came: Whether it was woken, so that there may be more jobs than this one.
+        """
         awake, lines = self._awake, self._lines
-        came = worker.coming and awake.came(worker)
-        if lines.reads and awake.counts(worker) and self._is_usual_locked():
-            job = lines.reads.popleft()
-        else:
-            first = self._first_locked(worker, now)
-            if first is None:
-                self._goes_idle_locked(worker, now)
-                return None
-            job = first
-            lines.pop(job)
+        job = self._first_locked(worker, now)
+        if job is None:
+            self._goes_idle_locked(worker, now)
+            return None
+        lines.pop(job)
         awake.started(worker, now)
         if came and (lines.reads or lines.others):
             # There may be more for whom nobody was woken.
             self._wake_for_next_locked()
+        self._start_locked(worker, job, now)
+        return job
+
+    def _start_locked(self, worker: Thread, job: Job, now: float) -> None:
         job.wait_seconds = waited = now - job.since
         self._wait_times.add(waited, not job.stays)
         if job.waited:
@@ -525,21 +528,14 @@ class Dispatch:
         worker.busy = True
         self._busy += 1
         self._running += 1
-        return job
-
-    def _is_usual_locked(self) -> bool:
-        """Whether the first R/O operation can start: `_first_locked`, in short."""
-        room = self._room
-        return bool(
-            self._pause is _NOT
-            and not (self._login_awaited or self._lines.others)
-            and (room.ahead or room.open_all < room.limit.total)
-        )
 
     def _first_locked(self, worker: Thread, now: float) -> Job | None:
         """The job that a worker should take, still in line."""
-        job = self._lines.first(self._can_start_locked)
-        if job is None or self._awake.counts(worker) or not self._awake.is_full(now):
+        lines, awake = self._lines, self._awake
+        if not (lines.reads or lines.others):
+            return None
+        job = lines.first(self._can_start_locked)
+        if job is None or worker in awake.at_work or not awake.is_full(now):
             return job
         # It comes back from a long call, and the others do without it.
         self._look_later_locked(now)

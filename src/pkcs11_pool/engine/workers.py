@@ -6,7 +6,6 @@ on is *lost*: when the call returns after all, it closes its session and ends.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from contextlib import suppress
@@ -53,7 +52,7 @@ class Worker:
         self.since = 0.0
         self.coming = False
         self.opened = 0
-        self.spent = math.inf
+        self.spent: float | None = None
         self._thread = threading.Thread(
             target=self._run, name="pkcs11-pool worker", daemon=True
         )
@@ -80,14 +79,16 @@ class Worker:
     def _run(self) -> None:
         engine = self._engine
         ahead: Session | None = None
+        # Held where no turn is needed: nobody else takes it.
+        free = threading.RLock()
         while True:
-            with engine.turn():
+            with engine.turn() or free:
                 claimed = engine.claim(self, ahead)
                 ahead = None
                 if claimed is not None:
                     if claimed[0].number % _MEASURED:
                         ahead = self._do(*claimed)
-                        self.spent = math.inf
+                        self.spent = None
                     else:
                         began = time.thread_time()
                         ahead = self._do(*claimed)
@@ -120,9 +121,18 @@ class Worker:
                 engine.no_session(self, job, error)
                 return None
         session.epoch = engine.actor.login.epoch
-        result, failure = self._call(job, session)
+        work = job.work
+        result: Any = None
+        failure: BaseException | None = None
+        if work is None or job.dropped or self.lost:
+            result, failure = self._call(job, session)
+        else:
+            try:
+                result = work(session)
+            except BaseException as error:  # noqa: BLE001  # raised again at the caller
+                failure = error
         again = False
-        if isinstance(failure, Exception):
+        if failure is not None and isinstance(failure, Exception):
             failure = engine.finished(job, session, failure)
             again = failure is None
         opens = not again and engine.deliver(self, job, result, failure)
