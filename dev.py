@@ -5,6 +5,7 @@
     python3 dev.py test [options]   the tests (options go to pytest; none: on all cores)
     python3 dev.py check            lint, formatting, types, floors, spelling, docs
     python3 dev.py docs [--open]    the pages, into docs/_build/html; --open shows them
+    python3 dev.py mutations [...]  break the source on purpose and see who notices
     python3 dev.py pins [options]   write the pin files anew (options go to uv)
 
 It needs Python 3.11 or later and pip, nothing else: no root, no compiler, no venv
@@ -251,6 +252,12 @@ def test(arguments: Sequence[str]) -> NoReturn:
     replace_process([str(python), "-m", "pytest", *(arguments or everything)])
 
 
+def mutations(arguments: Sequence[str]) -> NoReturn:
+    """Break the source in one place after the other; all must be noticed."""
+    python = environment(ALL_PINS)
+    replace_process([str(python), str(ROOT / "tests/mutations/run.py"), *arguments])
+
+
 def check(arguments: Sequence[str]) -> int:
     """Run every static check, all of them even if one fails."""
     if arguments:
@@ -322,7 +329,14 @@ def pins(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"demo": demo, "test": test, "check": check, "docs": docs, "pins": pins}
+COMMANDS = {
+    "demo": demo,
+    "test": test,
+    "check": check,
+    "mutations": mutations,
+    "docs": docs,
+    "pins": pins,
+}
 
 
 def main(arguments: Sequence[str]) -> int:

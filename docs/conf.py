@@ -63,6 +63,7 @@ napoleon_use_ivar = True
 napoleon_custom_sections = ["Cancellation", "Cryptoki", "Source"]
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 autodoc_default_options = {"members": True}
@@ -135,6 +136,36 @@ PROJECTS = {
         r"pydantic(_settings)?\..*|SecretStr|BaseSettings",
         "Debian has no documentation package of pydantic",
     ),
+    "cryptography": Project(
+        "https://cryptography.io/en/latest",
+        "/usr/share/doc/python-cryptography-doc/html/objects.inv",
+        r"(cryptography\..*|(rsa|ec|ed25519|ed448)\..*|PublicKeyTypes|Buffer|Ed\w+Key)",
+        "python-cryptography-doc is not installed, or has an older version's",
+    ),
+    "asn1crypto": Project(
+        "https://github.com/wbond/asn1crypto",
+        None,
+        r"(asn1crypto\..*|(x509|csr|crl|keys|algos)\.\w+|SignedDigestAlgorithm)",
+        "asn1crypto has pages, and no inventory",
+    ),
+    "joserfc": Project(
+        "https://jose.authlib.org/en",
+        None,
+        r"(joserfc\..*|KeyParameters|(RSA|EC|OKP)Key)",
+        "Debian has no documentation package of joserfc",
+    ),
+    "pyhanko": Project(
+        "https://docs.pyhanko.eu/en/latest",
+        None,
+        r"(pyhanko.*|CertificateStore|Signer)",
+        "Debian has no documentation package of pyHanko",
+    ),
+    "securesystemslib": Project(
+        "https://python-securesystemslib.readthedocs.io/en/latest",
+        None,
+        r"(securesystemslib\..*|Key|SecretsHandler|Signature|SSlibKey)",
+        "Debian has no documentation package of securesystemslib",
+    ),
     "trio": Project(
         "https://trio.readthedocs.io/en/stable",
         None,
@@ -150,6 +181,8 @@ INSIDE = {
     r"TokenEngine|Lease|Target|Task|Work": "made by the pool, never by its user",
     r"TypeAliasForwardRef": "how autodoc shows an alias in a union",
     r"Library": "python-pkcs11's `lib`, with a method of ours",
+    r"NameLike|PublicKeyLike|WrapName": "said with the argument that is one",
+    r"dt\.\w+|AbstractSet": "how a module of ours imports them",
     r"Session": "python-pkcs11's session, with guards of ours",
     r"PinSource|PinCallable|PinPad|NoPin": "whatever `pin=` takes: see the options",
     r"Secret|pkcs11_pool\.pins\.Secret": "how a PIN is kept out of sight",
@@ -181,7 +214,8 @@ def house_name(
     if node.get("refdomain") != "py":
         return None
     name = node["reftarget"].removeprefix("pkcs11_pool.")
-    for where in ("", "errors.", "stats.", "faces.parameters."):
+    others = "errors. stats. faces.parameters. integrations.cryptography."
+    for where in ("", *others.split()):
         full = f"pkcs11_pool.{where}{name}"
         found = env.domains.python_domain.objects.get(full)
         if found is not None:

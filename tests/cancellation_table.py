@@ -98,6 +98,7 @@ class Case:
         call: Gives the coroutine.
         function: What it asks of the module: at most so often as uncancelled.
         waits: Its outcome is waited for.
+        door: Cancelled before it begins, nothing is sent.
         most: How often it may ask for ``function``; None: as often as uncancelled.
         before: Made ready before each run.
         after: Looked at after each run; how often the change is there, or None.
@@ -109,6 +110,7 @@ class Case:
     call: Callable[[Ground], Coroutine[Any, Any, Any]]
     function: str = ""
     waits: bool = False
+    door: bool = True
     most: int | None = None
     before: Callable[[Ground], Awaitable[Any]] | None = None
     after: Callable[[Ground], Awaitable[int | None]] | None = None
@@ -196,6 +198,12 @@ async def _logged_in(ground: Ground) -> None:
     assert ground.pool.login_state is LoginState.USER
 
 
+async def _logged_in_by_source(ground: Ground) -> None:
+    """The next login is sent for the PIN, whoever was sent for it and went."""
+    await ground.pool.login()
+    assert ground.pool.login_state is LoginState.USER
+
+
 async def _pin_changed(ground: Ground) -> int:
     """Which PIN the user has; the pool knows it, and it is the old one afterwards."""
     old, new = ground.token.user_pin, NEW_PIN
@@ -217,6 +225,7 @@ async def _officer_gone(ground: Ground) -> None:
 async def _closed(ground: Ground) -> None:
     """It is closed, nothing of it is left, and the token can be had again."""
     pool: TokenPool = ground.state.pop("pool")
+    assert pool.state in {PoolState.NEW, PoolState.READY, PoolState.CLOSED}
     await pool.close()
     assert pool.state is PoolState.CLOSED
     stats = pool.stats()
@@ -269,9 +278,15 @@ def _refused(*errors: type[Exception]) -> Any:
 
 
 async def _session_block(ground: Ground) -> bytes:
-    async with ground.pool.session(rw=True) as session:
-        await session.generate_key(KeyType.AES, 128, label=_MADE)
-        return await session.digest(_DATA, mechanism=Mechanism.SHA256)
+    held: PooledSession | None = None
+    try:
+        async with ground.pool.session(rw=True) as held:
+            await held.generate_key(KeyType.AES, 128, label=_MADE)
+            return await held.digest(_DATA, mechanism=Mechanism.SHA256)
+    finally:
+        if held is not None:
+            assert held.closed
+            assert ground.pool.stats().sessions_leased == 0, "not closed by its block"
 
 
 async def _officer_block(ground: Ground) -> None:
@@ -295,7 +310,24 @@ async def _read_stream(ground: Ground) -> bytes:
     async with key.decrypt_stream([found], **_CBC) as stream:
         assert await anext(stream)
         await stream.aclose()
+        lent = int(ground.session is not None)
+        assert ground.pool.stats().sessions_leased == lent, "not closed yet"
     return found
+
+
+async def _keep_stream(ground: Ground) -> None:
+    # Neither closed nor forgotten: it must let the session go by itself.
+    stream = ground.key("secret").encrypt_stream(awaited(_LARGE), **_CBC)
+    ground.state["stream"] = stream
+    async for piece in stream:
+        assert piece
+
+
+async def _keep_results(ground: Ground) -> None:
+    results = ground.key("mac").sign_many([b"%d" % i for i in range(40)], **_HMAC)
+    ground.state["results"] = results
+    async for result in results:
+        assert result
 
 
 async def _sign_parts(ground: Ground) -> None:
@@ -434,6 +466,7 @@ CASES = [
         lambda g: g.state["pool"].close(),
         "C_Logout",
         waits=True,
+        door=False,
         before=_opened,
         after=_closed,
         alone=True,
@@ -566,11 +599,13 @@ CASES = [
     ),
     # Many
     Case("Results.__anext__ Results.__aenter__ Results.__aexit__", _sign_many),
+    Case("Results.__anext__", _keep_results),
     Case(
         "Results.aclose",
         _map,
         "C_GenerateRandom",
         waits=True,
+        door=False,
         most=7,
         before=_map_begins,
         after=_map_ended,
@@ -636,6 +671,7 @@ CASES = [
         _read_stream,
         in_session=True,
     ),
+    Case("CryptStream.__anext__", _keep_stream, in_session=True),
     Case(
         "KeyRef.wrap_key",
         lambda g: g.key("secret").wrap_key(g.pool.key("plain"), **_WRAP),
@@ -690,13 +726,19 @@ ASYNC_PIN = [
         lambda g: g.pool.login(),
         "C_Login",
         before=_log_out,
-        after=_logged_in,
+        after=_logged_in_by_source,
     ),
-    Case("KeyRef.sign", _sign, "C_Sign", before=_lose_login),
+    Case(
+        "KeyRef.sign",
+        _sign,
+        "C_Sign",
+        before=_lose_login,
+        after=_logged_in_by_source,
+    ),
     Case(
         "SecurityOfficerBlock.__aenter__ SecurityOfficerBlock.__aexit__",
         _officer_block,
-        after=_logged_in,
+        after=_logged_in_by_source,
     ),
 ]
 """The same with a PIN source that is awaited by whoever needs the login."""

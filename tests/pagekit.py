@@ -155,6 +155,8 @@ class Page:
             anyio.from_thread.start_blocking_portal(self.backend) as self._portal,
             contextlib.ExitStack() as at_end,
         ):
+            # What a page sets for its commands is nothing to the tests behind it.
+            at_end.callback(_restore, dict(os.environ))
             at_end.callback(self._close)
             if self.keys:
                 self._portal.call(self._make_keys)
@@ -241,6 +243,11 @@ class Page:
         async with self._make_pool() as pool:
             for name in self.keys:
                 await _make_key(pool, name)
+
+
+def _restore(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _shell(private: Path, token: ThrowawayToken) -> dict[str, str]:

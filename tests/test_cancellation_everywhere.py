@@ -238,6 +238,14 @@ async def _everywhere(ground: Ground, case: Case, posted: Posted) -> int:
                 await run.run(case.call(ground), posted)
                 if case.function:
                     assert ground.fault.count(case.function) <= most, "done twice"
+                if (
+                    at == 0
+                    and way is Way.SCOPE
+                    and case.waits
+                    and case.door
+                    and case.function
+                ):
+                    assert not ground.fault.count(case.function), "begun nevertheless"
                 await _look(ground, case)
             except Exception as error:
                 error.add_note(str(run))

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass, defaults, exceptions
 
 from faultmodule import CKR
-from pkcs11_pool.cryptoki import interface, rv
+from pkcs11_pool.cryptoki import interface, lent, rv
 from poolkit import LAST_RESORT, hangs
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def test_a_file_that_cannot_be_loaded_is_told_with_the_reason() -> None:
 
 def test_the_functions_have_the_places_of_the_standard(fault: FaultModule) -> None:
     """``pkcs11f.h``; the fault module has its list from there by itself."""
-    assert len(fault.functions) == interface._COUNT  # noqa: SLF001
-    for name, (index, _) in interface._FUNCTIONS.items():  # noqa: SLF001
+    assert len(fault.functions) == interface.COUNT
+    for name, (index, _) in interface.FUNCTIONS.items():
         assert fault.functions[index] == name
 
 
@@ -241,7 +241,7 @@ async def test_a_session_calls_through_its_own_list(
     def work(session: Any) -> list[int]:
         other = session.token.open()
         library = pool.lib
-        watched = interface.WatchedList(library.functions, told.append)
+        watched = lent.LentList(library.functions, told.append)
         kept.append(watched)
         watched.watch(other)
         key = other.generate_key(KeyType.AES, 128)

@@ -190,7 +190,7 @@ def test_an_old_python_is_refused_with_a_reason(
     assert sys.executable in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["tests"], ["check", "src"]])
+@pytest.mark.parametrize("words", [[], ["tests"], ["check", "src"], ["docs", "--shut"]])
 def test_words_it_does_not_know_are_refused(dev: ModuleType, words: list[str]) -> None:
     """Nothing is installed for a command that does not exist."""
     assert dev.main(words) == 2

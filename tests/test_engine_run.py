@@ -384,7 +384,7 @@ async def test_what_it_kept_does_not_reach_a_stranger(
     begin: Callable[[Any], Iterator[object]],
     where: str,
 ) -> None:
-    """Its use raises, though session and objects of others have its numbers now."""
+    """Its use raises before the module, where others have its numbers now."""
     fault.reuse_numbers()
     async with make_pool(module=fault.path) as pool:
         await make_ec_key(pool)
@@ -403,7 +403,9 @@ async def test_what_it_kept_does_not_reach_a_stranger(
                 assert kept.use_all() == {}
             else:
                 assert await blocking(kept.use_all) == {}
-            assert [c for c in fault.calls() if c.session is not None] == []
+            # What python-pkcs11 had begun keeps a function of the module by itself.
+            reached = {(call.function, call.session) for call in fault.calls()}
+            assert reached <= {("C_EncryptUpdate", None)}
             assert [s.number for s in fault.sessions() if s.rw] == [stranger.handle]
             assert await secret.on(stranger).encrypt(_BLOCK, mechanism=_ECB) == sealed
         found = await pool.find({Attribute.CLASS: ObjectClass.PRIVATE_KEY})

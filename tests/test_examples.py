@@ -38,7 +38,9 @@ CORES = {
 
 def test_every_example_is_run_here() -> None:
     """One that is added must say below what it prints."""
-    assert set(SAID) == {path.name for path in EXAMPLES.glob("*.py")}
+    found = {path.name for path in EXAMPLES.glob("*.py")}
+    # The service has a test of its own: it ends with its server only.
+    assert found == set(SAID) | {"signing_service.py"}
 
 
 @pytest.mark.usefixtures("soft_hsm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -36,7 +37,7 @@ from pkcs11_pool.integrations import litestar as for_litestar
 from pkcs11_pool.integrations import quart as for_quart
 from pkcs11_pool.integrations import starlette as for_starlette
 from pkcs11_pool.integrations.lifespan import open_pool
-from pkcs11_pool.integrations.problems import PROBLEMS, problem_of
+from pkcs11_pool.integrations.problems import PROBLEMS, TIMEOUT_RUNNING, problem_of
 from poolkit import ASYNCIO_ONLY, digest
 
 if TYPE_CHECKING:
@@ -403,3 +404,21 @@ def test_an_error_of_somebody_else_is_no_ones_secret_told() -> None:
     """It is a 500 like any other."""
     assert problem_of(ValueError("secret-label")).status == 500
     assert b"secret-label" not in problem_of(ValueError("secret-label")).body
+
+
+def problem_rows() -> list[str]:
+    """The lines of the table in the documentation."""
+    rows = [(error.__name__, problem) for error, problem in PROBLEMS.items()]
+    at = next(n for n, (name, _) in enumerate(rows) if name == "PoolTimeout")
+    rows.insert(at + 1, ("PoolTimeout, running", TIMEOUT_RUNNING))
+    return [
+        f"| `{name}` | {int(one.status)} | {one.retry_after or ''} | {one.detail} |"
+        for name, one in rows
+    ]
+
+
+def test_the_page_has_the_table_of_the_code() -> None:
+    """The page is for people, ``PROBLEMS`` for programs."""
+    page = Path(__file__).parents[1] / "docs/reference/http-errors.md"
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert lines == problem_rows()

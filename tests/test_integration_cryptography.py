@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime as dt
+import hashlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from pkcs11_pool import (
     LoginRequired,
     WouldBlockLoop,
 )
+from pkcs11_pool.integrations import algorithms
 from pkcs11_pool.integrations import cryptography as integration
 from pkcs11_pool.integrations.cryptography import (
     load_private_key,
@@ -188,6 +190,13 @@ def test_ecdsa_signatures_verify_on_each_curve(
     ):
         signature = key.sign(data, ec.ECDSA(how))
         key.public_key().verify(signature, b"message", ec.ECDSA(digest))
+
+
+def test_a_digest_longer_than_the_order_is_cut_before_it_is_sent() -> None:
+    """SoftHSM2 would do it; the standard leaves modules that answer DATA_LEN_RANGE."""
+    digest = hashlib.sha512(b"message").digest()
+    for bits, sent in ((256, digest[:32]), (384, digest[:48]), (521, digest)):
+        assert algorithms.ecdsa("sha512", bits).message(b"message")[0] == sent
 
 
 def test_ed25519_signatures_verify(threaded: TokenPool) -> None:

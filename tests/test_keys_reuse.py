@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import anyio
+import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, utils
+from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 from cryptography.hazmat.primitives.serialization import load_der_public_key
-from pkcs11 import KeyType, Mechanism
+from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
 
-from poolkit import make_ec_key
+from keykit import SECRET, make_secret
+from pkcs11_pool import KeyNotFound
+from poolkit import hangs, make_ec_key
 
 if TYPE_CHECKING:
     from conftest import MakePool
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
 
 _DIGEST = b"d" * 32
 _SIGNATURES = 700
-_CHANGES = 16
+_CHANGES = 12
 _SCHEME = ec.ECDSA(utils.Prehashed(hashes.SHA256()))
 
 
@@ -34,30 +39,25 @@ class _Signer:
         self._public = public
         self.made = 0
 
-    async def work(self, others: list[_Changer]) -> None:
-        """Sign and verify, until there is enough of it, and of changes meanwhile."""
-        while self.made < _SIGNATURES or any(o.made < _CHANGES for o in others):
+    async def work(self, enough: anyio.Event) -> None:
+        """Sign and verify, until there is enough of it."""
+        while self.made < _SIGNATURES:
             raw = await self._key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
             r, s = (int.from_bytes(half, "big") for half in (raw[:32], raw[32:]))
             self._public.verify(utils.encode_dss_signature(r, s), _DIGEST, _SCHEME)
             self.made += 1
+        enough.set()
 
 
-class _Changer:
-    """Makes and destroys keys. How fast it is depends on the disk."""
-
-    def __init__(self) -> None:
-        self.made = 0
-
-    async def work(self, pool: TokenPool, label: str) -> None:
-        """Until there is enough of it."""
-        while self.made < _CHANGES:
-            public, private = await pool.generate_keypair(
-                KeyType.EC, curve="secp256r1", label=label, store=True
-            )
-            await private.destroy()
-            await public.destroy()
-            self.made += 1
+async def _change(pool: TokenPool, label: str, enough: anyio.Event) -> None:
+    # On a busy machine the signers are done before much has changed.
+    more = itertools.count(_CHANGES, -1)
+    while next(more) > 0 or not enough.is_set():
+        public, private = await pool.generate_keypair(
+            KeyType.EC, curve="secp256r1", label=label, store=True
+        )
+        await private.destroy()
+        await public.destroy()
 
 
 async def test_no_signature_is_made_with_another_key_than_the_one_it_names(
@@ -76,12 +76,13 @@ async def test_no_signature_is_made_with_another_key_than_the_one_it_names(
             signers.append(_Signer(key, await key.public_key_der()))
         for ref in spare:
             await ref.destroy()
-        changers = [_Changer(), _Changer()]
+        enough = anyio.Event()
         async with anyio.create_task_group() as tasks:
             for signer in signers:
-                tasks.start_soon(signer.work, changers)
-            for number, changer in enumerate(changers):
-                tasks.start_soon(changer.work, pool, f"other {number}")
+                tasks.start_soon(signer.work, enough)
+            for number in range(2):
+                tasks.start_soon(_change, pool, f"other {number}", enough)
+        assert [signer.made for signer in signers] == [_SIGNATURES] * 2
         destroyed = Counter(
             call.object for call in fault.calls("C_DestroyObject") if call.rv == 0
         )
@@ -109,8 +110,9 @@ async def test_an_old_number_signs_for_nobody_when_it_is_another_keys(
 
         await pool.run(replace, rw=True)
         signer = _Signer(key, der)
+        enough = anyio.Event()
         signer.made = _SIGNATURES - 10
-        await signer.work([])
+        await signer.work(enough)
 
 
 def _make(session: object) -> None:
@@ -149,3 +151,38 @@ async def test_signing_in_the_steady_state_looks_nothing_up(
             await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
         assert fault.count("C_GetAttributeValue") == 1
         assert fault.count("C_FindObjectsInit") == 0
+
+
+@pytest.mark.parametrize("how", ["C_CopyObject", "C_UnwrapKey"])
+async def test_what_a_destroyed_key_made_is_not_left_on_the_token(
+    make_pool: MakePool, fault: FaultModule, how: str
+) -> None:
+    """The caller is told that the key is not found: so nothing was made with it."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_secret(pool, unwrap=True)
+        outcomes: list[type[Exception]] = []
+
+        async def make() -> None:
+            try:
+                if how == "C_CopyObject":
+                    await key.copy({Attribute.LABEL: "made"})
+                else:
+                    await key.unwrap_key(
+                        ObjectClass.SECRET_KEY,
+                        KeyType.AES,
+                        aes_key_wrap(SECRET, bytes(16)),
+                        mechanism=Mechanism.AES_KEY_WRAP,
+                        label="made",
+                        store=True,
+                    )
+            except KeyNotFound as error:
+                outcomes.append(type(error))
+
+        fault.on(how, hang="after")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(make)
+            await hangs(fault, how)
+            await key.destroy()
+            fault.release()
+        assert outcomes == [KeyNotFound]
+        assert await pool.find() == []

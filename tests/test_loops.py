@@ -354,8 +354,7 @@ def test_a_session_held_in_an_abandoned_trio_loop_is_given_back(
     _serves_all(pool)
 
 
-# Not trio: a guest run that it finds abandoned is cancelled, and waits for its end.
-@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+@_ABANDONED
 def test_a_period_of_the_officer_ends_with_its_abandoned_loop(
     pool: TokenPool, token: ThrowawayToken, kind: str
 ) -> None:
@@ -373,6 +372,9 @@ def test_a_period_of_the_officer_ends_with_its_abandoned_loop(
                 await anyio.lowlevel.checkpoint()
 
     def abandon() -> None:
+        if kind == "trio":
+            _abandon_trio([officer], until_begun)
+            return
         loop = uvloop.new_event_loop() if kind == "uvloop" else asyncio.new_event_loop()
         task = loop.create_task(officer())
         loop.run_until_complete(until_begun())

@@ -287,6 +287,7 @@ def test_it_is_harmless_beside_pytest_asyncio(pytester: pytest.Pytester) -> None
         "async def test_one(pkcs11_pool):\n"
         "    assert await pkcs11_pool.generate_random(64)\n"
     )
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function")
     for mode in ("strict", "auto"):
         done = pytester.runpytest_subprocess("-W", "error", f"--asyncio-mode={mode}")
         done.assert_outcomes(passed=1)

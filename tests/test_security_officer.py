@@ -34,6 +34,8 @@ from pkcs11_pool import (
     TokenUnavailable,
     WouldDeadlock,
 )
+from pkcs11_pool.engine.dispatch import Pause
+from poolkit import Hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -801,6 +803,46 @@ async def test_the_officer_waits_for_open_sessions_and_they_can_finish(
         officer.go.set()
     assert officer.error is None
     assert await _works(key)
+
+
+@pytest.mark.parametrize("before", [False, True])
+async def test_who_holds_a_session_comes_to_his_end_while_the_officer_waits(
+    make_pool: MakePool, token: ThrowawayToken, *, before: bool
+) -> None:
+    """Also by calls of the pool's own, that came before the officer or after him.
+
+    Else he would wait for the session, and its holder for him.
+    """
+    async with make_pool(max_sessions=2) as pool:
+        officer, asks = _Officer(pool, token.so_pin), anyio.Event()
+
+        async def holder() -> None:
+            async with pool.session():
+                has.set()
+                await asks.wait()
+                await pool.generate_random(8, timeout=5)
+
+        async with anyio.create_task_group() as group:
+            has = anyio.Event()
+            group.start_soon(holder)
+            await has.wait()
+            with Hold() as hold:
+                if before:
+                    # It is in line, behind one who must wait for the officer.
+                    group.start_soon(pool.run, hold)
+                    await hold.entered()
+                    group.start_soon(pool.generate_random, 8)
+                    await _until(lambda: pool.stats().operations_waiting == 1)
+                    asks.set()
+                    await _until(lambda: pool.stats().operations_waiting == 2)
+                group.start_soon(officer)
+                # A call that waits tells nothing here: there is no session for it.
+                engine = pool._engine  # noqa: SLF001
+                await _until(lambda: engine._pause is Pause.NEW)  # noqa: SLF001
+                asks.set()
+            await officer.inside.wait()
+            officer.go.set()
+        assert officer.error is None
 
 
 async def test_new_operations_wait_behind_a_waiting_officer(

@@ -147,6 +147,28 @@ async def test_closing_the_owner_lets_calls_inside_finish(
         assert fault.count("C_EncryptInit") == 1
 
 
+async def test_a_session_object_that_is_destroyed_just_before_its_use(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Its number is dead when the call comes: that is told as what it is."""
+    async with make_pool(module=fault.path) as pool, pool.session() as owner:
+        key = await _secret(owner)
+        fault.on("C_EncryptInit", hang="before")
+        caught: list[type[Exception]] = []
+
+        async def use() -> None:
+            with pytest.raises(SessionObjectDestroyed) as error:
+                await key.encrypt(_BLOCK, mechanism=_ECB)
+            caught.append(error.type)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(use)
+            await hangs(fault, "C_EncryptInit")
+            await key.on(owner).destroy()
+            fault.release()
+        assert caught == [SessionObjectDestroyed]
+
+
 async def test_what_would_end_with_its_call_is_refused_here(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

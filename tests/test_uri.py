@@ -293,6 +293,14 @@ def test_no_error_shows_a_pin(call: Any) -> None:
     assert SECRET.encode().hex() not in told
 
 
+def test_not_even_one_character_of_a_pin_is_told() -> None:
+    """Where one of another attribute would be."""
+    with pytest.raises(InvalidURI, match=r"character 22 .* in pin-value") as caught:
+        Pkcs11URI.parse("pkcs11:?pin-value=123#")
+    assert "%23" not in str(caught.value)
+    assert "#1" in str(caught.value)  # that of PKCS#11
+
+
 def test_a_uri_shows_its_pin_only_when_asked_to() -> None:
     """Neither str, repr nor format does by itself."""
     uri = Pkcs11URI.parse(f"pkcs11:token=x?module-path=/m&pin-value={SECRET}")

@@ -45,7 +45,7 @@ _MORE: Final[dict[str, tuple[int, tuple[Any, ...]]]] = {
     "C_UnwrapKey": (61, (_N, _P, _N, _P, _N, _P, _N, _UL)),
     "C_DeriveKey": (62, (_N, _P, _N, _P, _N, _UL)),
 }
-FUNCTIONS: Final = interface._FUNCTIONS | _MORE  # noqa: SLF001  # one package
+FUNCTIONS: Final = interface.FUNCTIONS | _MORE
 """The functions that can be made to misbehave, with number and arguments."""
 
 # C functions keep pointing at what stands here, so nothing of it may ever go.
@@ -255,7 +255,7 @@ _lists: Final[set[int]] = set()
 
 def _copy(real: interface.FunctionList, faults: Faults) -> int:
     """A copy of a function list that asks first; its address."""
-    size = (1 + interface._COUNT) * ctypes.sizeof(_P)  # noqa: SLF001
+    size = (1 + interface.COUNT) * ctypes.sizeof(_P)
     whole = ctypes.create_string_buffer(ctypes.string_at(real.pointer, size), size)
     _for_ever.append(whole)
     for name, (index, arguments) in FUNCTIONS.items():
@@ -282,7 +282,7 @@ def _before(faults: Faults, name: str, own: Callable[..., int]) -> Callable[...,
 def _set(library: interface.Library, functions: interface.FunctionList) -> None:
     """Let python-pkcs11 and the pool call through a list."""
     library.functions = functions
-    field_ = _P.from_address(id(library) + interface._HEADER)  # noqa: SLF001
+    field_ = _P.from_address(id(library) + interface.HEADER)
     field_.value = functions.pointer
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine
 
 from model import steps
-from model.spec import Kind, Model, Refused, Token, User
+from model.spec import Kind, Model, Ref, Refused, Token, User
 from model.world import World, left_over, open_files, wait_until
 from pkcs11_pool import LoginState
 
@@ -69,6 +69,8 @@ class Bench(RuleBasedStateMachine):
         self._epochs: dict[str, tuple[int, int]] = {}
         self._failed = False
         self._turns = 0
+        #: Numbers of public session objects.
+        self._outliving: set[int] = set()
         #: Calls that were given up on, by pool.
         self.lost: dict[str, int] = {}
 
@@ -133,6 +135,16 @@ class Bench(RuleBasedStateMachine):
         mine = [n for n, s in self.model.sessions.items() if s.life == life]
         return mine[-where] if 0 < where <= len(mine) else "pool"
 
+    def _owner(self, who: int, life: str, where: int, *, token: bool) -> str:
+        """Where to make an object: a session object mostly in an open session."""
+        place = self.place(life, where)
+        if token or place != "pool" or not self.model.lives[life].open:
+            return place
+        if not self.model.held(life) and self._has_room(life):
+            self.step(who % 2, steps.OpenSession(life, self.new("s"), rw=where > 2))
+        held = self.model.held(life)
+        return held[-1] if held and self._turns % 4 else place
+
     def _knows(self, who: int, ref: str) -> bool:
         """Whether there is such a reference; what should have made it may have failed.
 
@@ -172,10 +184,26 @@ class Bench(RuleBasedStateMachine):
         except AssertionError as error:
             self._disagree(f"{type(error).__name__}: {error}", error)
 
+    def _read(self) -> None:
+        """Read what was called, knowing which sessions and objects are kept."""
+        world, before = self.world, self._outliving
+        self._outliving = {
+            world.number_of(name)
+            for name, ref in self.model.refs.items()
+            if not ref.token and name in world.refs and self._outlives(ref)
+        }
+        world.ledger.lent = world.visited | world.lent()
+        world.ledger.outliving = before | self._outliving
+        world.ledger.read()
+
+    def _outlives(self, ref: Ref) -> bool:
+        """Whether a session object is there, and goes on after a logout."""
+        thing = self.model.token_of(ref.life).things.get(ref.thing)
+        return thing is not None and not thing.private
+
     def _look(self) -> None:
         world, model = self.world, self.model
-        world.ledger.lent = world.visited | world.lent()
-        world.ledger.read()
+        self._read()
         for name, life in model.lives.items():
             pool = world.pools[name]
             world.audits[name].check()
@@ -194,6 +222,8 @@ class Bench(RuleBasedStateMachine):
             if number in world.slots:
                 sent = world.ledger.logins(world.slots[number])
                 assert sent == token.logins, f"{sent} C_Login, not {token.logins}"
+            there = world.tokens.objects(number)
+            assert there == token.stored, f"{there} objects, not {token.stored}"
 
     def _check_epoch(self, life: str, real: int, expected: int) -> None:
         """The number moves with every change of the login, and never without one."""

@@ -47,7 +47,8 @@ class _Open:
     """A session that is open, as the calls tell."""
 
     slot: int
-    opened_in: int
+    #: The login in which it was opened.
+    epoch: int
     #: It is somebody's for longer than one operation: the login's own, or lent.
     kept: bool = False
     searched: bool = False
@@ -162,7 +163,6 @@ class Ledger:
         self._sessions.clear()
         self._slots.clear()
         self._began_with.clear()
-        self.outliving.clear()
 
     def _called(self, call: Call, number: int) -> None:
         session = self._sessions.get(number)
@@ -184,8 +184,10 @@ class Ledger:
             return
         if number in self._sessions:
             raise Broken(f"session {number} was opened twice")
-        self._sessions[number] = _Open(call.slot, self._step)
-        self._slots.setdefault(call.slot, _Slot())
+        self._sessions[number] = _Open(call.slot, self._slot(call.slot).epoch)
+
+    def _slot(self, number: int) -> _Slot:
+        return self._slots.setdefault(number, _Slot())
 
     def _closed(self, number: int) -> None:
         slot = self._sessions.pop(number).slot
@@ -216,6 +218,8 @@ class Ledger:
             raise Broken(f"session {call.session} was handed to two workers")
         if not session.kept and len(session.steps) > 1:
             raise Broken(f"session {call.session} was used for a second operation")
+        if not session.kept and session.epoch < self._began_with.get(session.slot, 0):
+            raise Broken(f"session {call.session} is of an earlier login")
         session.searched |= call.function == "C_FindObjects"
         if call.object is not None and call.object not in self.outliving:
             self._named(call, session)

@@ -124,7 +124,12 @@ class Machine(Together, Pressure):
         make: bool,  # noqa: FBT001
     ) -> None:
         """A period of the SO; open sessions keep him out."""
+        who %= 2  # a block is for tasks
         life = self.now(life)
+        if make:
+            # Mostly he would only be told that sessions are open.
+            for held in self.model.held(life):
+                self.step(who, steps.CloseSession(held))
         token = self.model.token_of(life)
         pin = "wrong-so" if wrong == 0 else token.so_pin
         new = self.new("so") if make else None
@@ -182,10 +187,8 @@ class Machine(Together, Pressure):
         """A secret key from its value."""
         life = self.now(life)
         name = self.new("k")
-        self.step(
-            who,
-            steps.Create(life, self.place(life, where), name, label, token, private),
-        )
+        owner = self._owner(who, life, where, token=token)
+        self.step(who, steps.Create(life, owner, name, label, token, private))
         return name
 
     @rule(
@@ -205,7 +208,8 @@ class Machine(Together, Pressure):
         """A key pair."""
         life = self.now(life)
         name = self.new("pair")
-        self.step(who, steps.Generate(life, self.place(life, where), name, "x", token))
+        owner = self._owner(who, life, where, token=token)
+        self.step(who, steps.Generate(life, owner, name, "x", token))
         return name
 
     @rule(ref=PRIVATES, targets=(PUBLICS, REFS))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _RW_SESSION: Final = 2
 """``CKF_RW_SESSION``."""
+_LATE: Final = {"PoolTimeout running", "PoolTimeout waiting"}
+"""On a busy machine the time may be over before the module was reached."""
 
 
 class Inside:
@@ -90,7 +92,7 @@ class Pressure(Bench):
                 running.wait()
                 assert running.outcome == "ok", running.error
             assert came == list(range(size)), f"served in the order {came}"
-        except AssertionError as error:
+        except (AssertionError, TimeoutError) as error:
             self._disagree(f"{type(error).__name__}: {error}", error)
         finally:
             for one in inside:
@@ -130,25 +132,29 @@ class Pressure(Bench):
         step, function, flags = self._held_step(life, what, new)
         fault, pool = self.world.fault, self.world.pools[life]
         lost = what == "digest" and end == "deadline"
-        limit = 0.05 if lost else LAST_RESORT
+        limit = 0.2 if lost else LAST_RESORT
         rule = fault.on(function, hang="before", when_flags_set=flags)
         running = self.callers.start(who, lambda: step(pool, limit))
         try:
-            fault.wait_until_hanging(function)
-            if not lost:
+            wait_until(
+                lambda: fault.inside(function) or running.is_over,
+                lambda: f"{function} was not called: {fault.counts()}",
+            )
+            if limit == LAST_RESORT:
                 assert running.cancel is not None
                 running.cancel()
             if what != "create":
                 # He goes at once.
                 running.wait()
-                right = "PoolTimeout running" if lost else "cancelled"
-                assert running.outcome == right, running.outcome
+                right = _LATE if limit != LAST_RESORT else {"cancelled"}
+                assert running.outcome in right, running.outcome
             else:
                 assert not running.is_over, "it did not wait for the outcome"
             fault.release()
             running.wait()
-            assert running.outcome == ("PoolTimeout running" if lost else "cancelled")
-        except AssertionError as error:
+            assert what != "create" or running.outcome == "cancelled", running.outcome
+            lost = running.outcome == "PoolTimeout running"
+        except (AssertionError, TimeoutError) as error:
             self._disagree(f"{type(error).__name__}: {error}", error)
         finally:
             fault.remove(rule)

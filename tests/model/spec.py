@@ -101,6 +101,11 @@ class Token:
     #: How many C_Login calls there were.
     logins: int = 0
 
+    @property
+    def stored(self) -> int:
+        """How many objects are on it, for whoever may see them."""
+        return sum(thing.token for thing in self.things.values())
+
 
 @dataclass
 class Life:

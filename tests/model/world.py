@@ -40,6 +40,20 @@ class Tokens:
         self._home = tokens[0].directory / "tokens"
         self._fresh = tokens[0].directory / "fresh"
         shutil.copytree(self._home, self._fresh)
+        # SoftHSM2 calls a token's directory by a UUID, of which the serial is the end.
+        self._places = [
+            next(
+                place
+                for place in self._home.iterdir()
+                if place.name.replace("-", "").endswith(token.serial.decode())
+            )
+            for token in tokens
+        ]
+
+    def objects(self, token: int) -> int:
+        """How many objects are on a token, private ones too, whoever is logged in."""
+        files = [path.name for path in self._places[token].glob("*.object")]
+        return len(files) - files.count("token.object")
 
     def renew(self) -> None:
         """Bring back what they were at first. The module is not initialised."""
@@ -208,6 +222,11 @@ class World:
             for pool in self.pools.values()
             for lease in pool._engine._room.leases  # noqa: SLF001  # streams', too
         }
+
+    def number_of(self, ref: str) -> int:
+        """The number of a session object. It has it as long as it lives."""
+        number: int = self.refs[ref]._target.entry.handle  # noqa: SLF001
+        return number
 
     def close(self) -> None:
         """Close what a failure left open."""

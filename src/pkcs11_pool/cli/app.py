@@ -45,12 +45,19 @@ _NO_PINS: Final = (
 )
 
 
-def app() -> App:
-    """The command line, without its commands' Python modules."""
+def app(asked: str | None = None) -> App:
+    """The command line, without its commands' Python modules.
+
+    Args:
+        asked: The command that will run: its own docstring is its help. The others
+            have their line of the table, for which nothing is imported.
+    """
     whole = App(
         name=NAME,
         help="An async session pool for PKCS#11.",
         version=lambda: version("pkcs11-pool"),
+        # Markdown in help costs as much time again as all the rest.
+        help_format="plaintext",
         default_parameter=Parameter(negative=()),
         # Ctrl-C is answered below, in one place.
         suppress_keyboard_interrupt=False,
@@ -61,7 +68,7 @@ def app() -> App:
         ),
     )
     for name, (place, text) in COMMANDS.items():
-        whole.command(place, name=name, help=text)
+        whole.command(place, name=name, help=None if name == asked else text)
     return whole
 
 
@@ -88,7 +95,7 @@ def _run(given: list[str]) -> int:
         app()(["--help"], result_action="return_value")
         return Exit.USAGE
     try:
-        status = app()(
+        status = app(given[0])(
             given,
             exit_on_error=False,
             print_error=False,

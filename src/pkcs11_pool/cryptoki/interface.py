@@ -41,8 +41,9 @@ CKU_CONTEXT_SPECIFIC: Final = 2
 UNAVAILABLE: Final = c.c_ulong(-1).value
 """``CK_UNAVAILABLE_INFORMATION``, for lengths and counts."""
 
-_HEADER: Final = object.__basicsize__
-_COUNT: Final = 68
+HEADER: Final = object.__basicsize__
+"""Bytes before the first C field of an object; of python-pkcs11's: its list."""
+COUNT: Final = 68
 """Functions in a list of version 2; a later one begins with the same."""
 _VERSIONS: Final = ((2, 0), (3, 255))
 """The first field of a function list is its version; anything else is no list."""
@@ -54,7 +55,7 @@ _UL = c.POINTER(c.c_ulong)
 # Arguments of the functions of CK_FUNCTION_LIST that are called from here, with
 # the index that pkcs11f.h gives each. Buffers are void pointers: ctypes takes
 # bytes, arrays and None for them.
-_FUNCTIONS: Final[dict[str, tuple[int, tuple[Any, ...]]]] = {
+FUNCTIONS: Final[dict[str, tuple[int, tuple[Any, ...]]]] = {
     "C_Initialize": (0, (_P,)),
     "C_Finalize": (1, (_P,)),
     "C_GetTokenInfo": (6, (ULong, _P)),
@@ -177,7 +178,7 @@ class FunctionList:
     def __getattr__(self, name: str) -> Callable[..., int]:
         """Bind a ``C_…`` function at its first use."""
         try:
-            index, arguments = _FUNCTIONS[name]
+            index, arguments = FUNCTIONS[name]
         except KeyError:
             raise AttributeError(name) from None
         # The version is two bytes, padded to the size of a pointer.
@@ -186,61 +187,6 @@ class FunctionList:
         function = c.CFUNCTYPE(ULong, *arguments)(address)
         setattr(self, name, function)
         return function
-
-
-class WatchedList:
-    """A copy of a module's function list, for sessions in a caller's hands.
-
-    Its ``C_CloseSession`` tells first: a number must be known as closed before the
-    module can give it to the next session. Its ``C_OpenSession`` can give a session
-    that is open already, for python-pkcs11 to make its object of. What the caller
-    keeps goes on pointing here, so this is never destroyed.
-    """
-
-    def __init__(self, functions: FunctionList, closes: Callable[[int], None]) -> None:
-        given = self._given = threading.local()
-
-        def open_(
-            slot: int, flags: int, application: Any, notify: Any, session: Any
-        ) -> int:
-            handle = getattr(given, "handle", 0)
-            if not handle:
-                return functions.C_OpenSession(
-                    slot, flags, application, notify, session
-                )
-            session[0] = handle
-            return 0
-
-        def close(handle: int) -> int:
-            closes(handle)
-            return functions.C_CloseSession(handle)
-
-        size = (1 + _COUNT) * c.sizeof(_P)
-        self._list = c.create_string_buffer(c.string_at(functions.pointer, size), size)
-        self._kept = [
-            self._replace(name, function)
-            for name, function in (("C_OpenSession", open_), ("C_CloseSession", close))
-        ]
-
-    def _replace(self, name: str, function: Callable[..., int]) -> object:
-        index, arguments = _FUNCTIONS[name]
-        native = c.CFUNCTYPE(ULong, *arguments)(function)
-        slot = _P.from_buffer(self._list, (1 + index) * c.sizeof(_P))
-        slot.value = c.cast(native, _P).value
-        return native
-
-    def watch(self, owner: pkcs11.Session | pkcs11.Token) -> None:
-        """Let it call through the copy: the list is its first C field."""
-        _P.from_address(id(owner) + _HEADER).value = c.addressof(self._list)
-
-    def session(self, token: pkcs11.Token, handle: int, *, rw: bool) -> pkcs11.Session:
-        """A ``pkcs11.Session`` of a session that is open. No call to the module."""
-        self.watch(token)
-        self._given.handle = handle
-        try:
-            return token.open(rw=rw, attribute_mapper=MAPPER)
-        finally:
-            self._given.handle = 0
 
 
 class Library(_pkcs11.lib):
@@ -265,7 +211,7 @@ class Library(_pkcs11.lib):
     @cached_property
     def functions(self) -> FunctionList:
         """The list that python-pkcs11 calls through: its first C field."""
-        pointer = _P.from_address(id(self) + _HEADER).value
+        pointer = _P.from_address(id(self) + HEADER).value
         if not pointer:
             message = "python-pkcs11 has no function list where 0.10 keeps it"
             raise RuntimeError(message)
@@ -318,7 +264,7 @@ def handle_of(session: Any) -> int:
 
 def _handle_offset() -> int:
     # Session: three function list pointers, its method table, then the handle.
-    return _HEADER + 4 * c.sizeof(_P)
+    return HEADER + 4 * c.sizeof(_P)
 
 
 def take_handle(session: pkcs11.Session) -> int:
@@ -355,7 +301,7 @@ def end_operations(session: pkcs11.Session) -> None:
 
 def mechanism_address(packed: object) -> int:
     """The address of the ``CK_MECHANISM`` in a ``MechanismWithParam``."""
-    address = _P.from_address(id(packed) + _HEADER).value
+    address = _P.from_address(id(packed) + HEADER).value
     if not address:
         message = "python-pkcs11 keeps a packed mechanism elsewhere than in 0.10"
         raise RuntimeError(message)

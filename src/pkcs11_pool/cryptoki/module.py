@@ -19,6 +19,8 @@ from pkcs11.constants import TokenFlag
 
 from pkcs11_pool import events
 from pkcs11_pool.cryptoki import interface, rv
+from pkcs11_pool.cryptoki.lent import LentList
+from pkcs11_pool.cryptoki.opened import OpenedList
 from pkcs11_pool.errors import (
     ForkedProcess,
     ModuleError,
@@ -107,7 +109,9 @@ class Module:
         #: The sessions of the present generation, by number.
         self.live: dict[int, Session] = {}
         #: For sessions in the hands of a caller's function.
-        self.watched = interface.WatchedList(library.functions, self._closes)
+        self.lent_list = LentList(library.functions, self._closes)
+        #: For the ``pkcs11.Session`` of a session that is open.
+        self.opened_list = OpenedList(library.functions)
         self._in_use: dict[tuple[str, bytes, str, str], str] = {}
         #: The pools on it.
         self.members: list[Member] = []

@@ -106,7 +106,11 @@ def make_with_key(
         made.append((result, entries))
         return made[-1]
 
-    return with_object(session, cache, target, classes, call)
+    try:
+        return with_object(session, cache, target, classes, call)
+    except BaseException:
+        _undo(session, cache, [entry for _, entries in made for entry in entries])
+        raise
 
 
 def make_from_parameters(
@@ -127,7 +131,11 @@ def make_from_parameters(
         made[:] = [cache.describe(session, item.handle) for item in pair]
         return made
 
-    return with_object(session, cache, target, _PARAMETER_CLASSES, call)
+    try:
+        return with_object(session, cache, target, _PARAMETER_CLASSES, call)
+    except BaseException:
+        _undo(session, cache, made)
+        raise
 
 
 def copy(
@@ -151,7 +159,11 @@ def copy(
         made[:] = [cache.describe(session, number.value)]
         return made[0]
 
-    return with_object(session, cache, target, None, call)
+    try:
+        return with_object(session, cache, target, None, call)
+    except BaseException:
+        _undo(session, cache, made)
+        raise
 
 
 def make(
@@ -167,6 +179,16 @@ def make(
 def _destroy_all(session: Session, entries: Sequence[Entry]) -> None:
     for entry in entries:
         session.functions.C_DestroyObject(session.handle, entry.handle)
+
+
+def _undo(session: Session, cache: HandleCache, made: Sequence[Entry]) -> None:
+    """Leave nothing of what was made with a number that was another object's.
+
+    The caller is told of an error: to him nothing was made.
+    """
+    if made:
+        with cache.changing():
+            _destroy_all(session, made)
 
 
 def find(

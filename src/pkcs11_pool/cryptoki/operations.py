@@ -189,7 +189,13 @@ def _with_session_object(
 ) -> T:
     with target.owner.used():
         target.check(session.epoch, session.generation)
-        result = call(target.entry)
+        try:
+            result = call(target.entry)
+        except p11.PKCS11Error as error:
+            # It was destroyed since it was looked at.
+            if target.destroyed and rv.code_of(error) in _DEAD:
+                raise SessionObjectDestroyed(GONE) from error
+            raise
         if target.destroyed or target.owner.gone:
             # The number may have been another object's by then.
             raise SessionObjectDestroyed(GONE)

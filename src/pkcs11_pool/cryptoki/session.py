@@ -10,7 +10,10 @@ from __future__ import annotations
 import ctypes as c
 from typing import TYPE_CHECKING, Final
 
+from pkcs11.constants import Attribute
+
 from pkcs11_pool.cryptoki import interface, rv
+from pkcs11_pool.cryptoki.lent import bury
 from pkcs11_pool.state import SessionInfo, SessionState
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ class Session:
         handle: Its number.
         rw: Whether it is read-write.
         epoch: The login epoch in which it was opened.
+        lent: Whether a caller's function has had it.
     """
 
     __slots__ = (
@@ -50,6 +54,7 @@ class Session:
         "functions",
         "generation",
         "handle",
+        "lent",
         "module",
         "rw",
     )
@@ -78,17 +83,20 @@ class Session:
         module.live[self.handle] = self
         self.rw = rw
         self.epoch = epoch
+        self.lent = False
 
     @property
     def p11(self) -> pkcs11.Session:
         """The ``pkcs11.Session``; made when it is needed, which is seldom."""
         if self._p11 is None:
-            watched = self.module.watched
-            self._p11 = watched.session(self._token, self.handle, rw=self.rw)
+            opened = self.module.opened_list
+            self._p11 = opened.session(self._token, self.handle, rw=self.rw)
         return self._p11
 
     def lend(self) -> pkcs11.Session:
         """The ``pkcs11.Session``, for a caller's function, which may close it."""
+        self.module.lent_list.watch(self.p11)
+        self.lent = True
         return self.p11
 
     def disarm(self) -> None:
@@ -98,6 +106,7 @@ class Session:
         """
         if self._p11 is not None:
             interface.take_handle(self._p11)
+            bury(self._p11)
 
     def close(self) -> int:
         """``C_CloseSession``; the code that it returned, 0 if it was closed before.
@@ -117,6 +126,8 @@ class Session:
         handle, self.handle = self.handle, 0
         if handle and self._p11 is not None:
             interface.take_handle(self._p11)
+            if self.lent:
+                bury(self._p11)
         return handle
 
     def info(self) -> SessionInfo:
@@ -134,7 +145,7 @@ class Session:
     def attributes(self, handle: int, kinds: Sequence[int]) -> dict[int, bytes]:
         """Packed attributes of an object; those that it does not tell are left out.
 
-        One ``C_GetAttributeValue``, and a second where a value is long.
+        One ``C_GetAttributeValue``, and a second where a value is long; on NSS more.
         """
         found, long = self._attributes(handle, [(kind, _ROOM) for kind in kinds])
         if long:
@@ -144,6 +155,12 @@ class Session:
             if sizes:
                 more, _ = self._attributes(handle, sizes)
                 found.update(more)
+        if len(kinds) > 1 and Attribute.CLASS in kinds and Attribute.CLASS not in found:
+            # Each object has a class. NSS keeps back every number when one of the
+            # attributes is not there: ask for what is missing one by one.
+            for kind in kinds:
+                if kind not in found:
+                    found.update(self.attributes(handle, [kind]))
         return found
 
     def _attributes(

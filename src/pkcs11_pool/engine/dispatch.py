@@ -61,6 +61,8 @@ _LOOK = 0.005
 """Seconds after which it is looked at jobs for which nobody was woken."""
 RECENT = 20
 """How many errors are remembered for the statistics."""
+_FIRST = 1 << 62
+"""Taken from a job's number, it puts it before all that were given one."""
 NO_WAIT = "timeout=0, and it would have to wait"
 
 
@@ -322,7 +324,9 @@ class Dispatch:
         job.phase = _WAITING
         self._watch_locked(job)
         lane = job.lane
-        if lane is None:
+        if lane is None and self._is_awaited_locked(job):
+            self._put_first_locked(job)
+        elif lane is None:
             self._lines.add(job)
         elif lane.busy or not lane.admit(job):
             lane.waiting.append(job)
@@ -430,7 +434,34 @@ class Dispatch:
             return False
         if job.kind is _LANE:
             return self._pause is _NOT or not self._is_stopped_locked(job)
-        return self._pause is Pause.NOT and self._room.allows(job)
+        goes = self._pause is _NOT or self._is_awaited_locked(job)
+        return goes and self._room.allows(job)
+
+    def _is_awaited_locked(self, job: Job) -> bool:
+        """Whether the officer waits for its caller, who holds a session.
+
+        If the caller waited for the officer, too, neither would come to his end.
+        """
+        return (
+            self._pause is Pause.NEW
+            and job.holder is not None
+            and any(
+                lease.holder == job.holder and not lease.lone and not lease.closing
+                for lease in self._room.leases
+            )
+        )
+
+    def _put_first_locked(self, job: Job) -> None:
+        """Put it before all who must wait for the officer."""
+        job.number -= _FIRST
+        self._lines.insert(job)
+
+    def _let_holders_pass_locked(self) -> None:
+        """The officer begins to wait: whom he waits for must not stand in line."""
+        for job in [*self._lines]:
+            if job.lane is None and self._is_awaited_locked(job):
+                self._lines.remove(job)
+                self._put_first_locked(job)
 
     def _is_stopped_locked(self, job: Job) -> bool:
         """Whether a part of a chain must not start: it would keep the officer out.

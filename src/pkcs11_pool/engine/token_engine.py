@@ -154,6 +154,7 @@ class TokenEngine(Work):
                 return False
             if self._pause is Pause.NOT and leases:
                 self._pause = Pause.NEW
+                self._let_holders_pass_locked()
             before = self._pause if self._outage is None else self._outage.before
             if not leases:
                 self._pause = Pause.ALL

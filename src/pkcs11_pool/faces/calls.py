@@ -160,7 +160,7 @@ class Calls(Making):
             timeout: Seconds for each operation.
 
         Returns:
-            To iterate over: ``async for``, or ``aclose()`` to break off.
+            To iterate over with ``async for``; ``aclose()`` breaks off.
 
         Cancellation:
             As for :class:`Results`: what is under way is finished and dropped; with

@@ -144,7 +144,7 @@ class KeyRef(KeyMaker):
             timeout: Seconds for each item.
 
         Returns:
-            To iterate over: ``async for``, or ``aclose()`` to break off.
+            To iterate over with ``async for``; ``aclose()`` breaks off.
 
         Cancellation:
             As for :class:`Results`: what is under way is finished and dropped.
@@ -336,7 +336,7 @@ class KeyRef(KeyMaker):
             timeout: Seconds for the whole of it, from the first output asked for.
 
         Returns:
-            To iterate over: ``async for``, or ``aclose()`` to break off.
+            To iterate over with ``async for``; ``aclose()`` breaks off.
 
         Cancellation:
             The caller goes at once, and the stream is over.
@@ -377,7 +377,7 @@ class KeyRef(KeyMaker):
             timeout: Seconds for the whole of it, from the first output asked for.
 
         Returns:
-            To iterate over: ``async for``, or ``aclose()`` to break off.
+            To iterate over with ``async for``; ``aclose()`` breaks off.
 
         Cancellation:
             The caller goes at once, and the stream is over.

@@ -554,7 +554,7 @@ class TokenPool(Calls):
             **options: As for :meth:`map`, by name.
 
         Returns:
-            To iterate over: ``for``, or ``close()`` to break off.
+            To iterate over with ``for``; ``close()`` breaks off.
 
         Raises:
             WouldBlockLoop: At the first result: this thread runs an event loop.

@@ -11,7 +11,7 @@ from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.errors import OutcomeUnknown, PoolClosed, WouldDeadlock
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
 from pkcs11_pool.faces.pooled_session import PooledSession
-from pkcs11_pool.faces.waiting import checkpoint, current_waiter
+from pkcs11_pool.faces.waiting import checkpoint, current_waiter, loop_runs_here
 from pkcs11_pool.jobs import Job, Kind
 from pkcs11_pool.login.pin_guard import SO, USER, check_length
 
@@ -173,8 +173,9 @@ class SecurityOfficerBlock:
             PinRefused, PKCS11Error: The login could not be restored: the pool is
                 ``PUBLIC``. Not raised over an error of the block.
         """
-        if kind is GeneratorExit:
-            # Forgotten with its loop: nothing can be awaited any more.
+        if kind is GeneratorExit or not loop_runs_here():
+            # Forgotten with its loop: nothing can be awaited any more. What the block
+            # awaited may have made another error of that.
             if self._lane is not None:
                 self._engine.forget_so_lane(self._lane)
             return

@@ -196,6 +196,8 @@ class Envelope:
         """
         message, aad = octets(data, "data"), _aad(context)
         kek = self._keks[self._current]
+        # Some HSMs choose the nonce themselves and write it over this one, into these
+        # very bytes: so it is an object of its own, and stored after it was used.
         nonce = os.urandom(_NONCE)
         async with _pool(kek).session() as session:
             key = await session.generate_key(

@@ -82,7 +82,7 @@ class PoolSigner(Signer):
 
     @property
     def uri(self) -> str:
-        """The private key URI: token and name of the key; no secret is in it.
+        """The private key URI, with token and name of the key; no secret is in it.
 
         Raises:
             InvalidOption: The key is named by what a URI does not hold.

@@ -1,0 +1,286 @@
+"""The mistakes. Plain data: which text of which file, what instead, who must notice.
+
+``old`` is short and stands once in its file. ``tests`` are what must turn red; the
+model machine is tried on each as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One mistake."""
+
+    name: str
+    """What a command calls it."""
+    file: str
+    """Below ``src/pkcs11_pool``."""
+    old: str
+    """Text of the file, there exactly once."""
+    new: str
+    """What stands there instead."""
+    breaks: str
+    """Which promise."""
+    tests: tuple[str, ...]
+    """Tests of which one at least must fail; none: the model machine must notice."""
+
+
+CATALOGUE = (
+    Mutation(
+        "no-drain",
+        "engine/token_engine.py",
+        "return not self._busy and not (leases",
+        "return not (leases",
+        "A logout and the SO wait until no call is inside the module.",
+        ("test_login.py::test_logout_waits_for_the_call_inside_or_changes_nothing",),
+    ),
+    Mutation(
+        "no-epoch-check",
+        "cryptoki/keys.py",
+        "            and entry.epoch == session.epoch\n",
+        "",
+        "A number is never used in another login than its own.",
+        ("test_keys.py::test_a_number_is_never_used_in_another_login_than_its_own",),
+    ),
+    Mutation(
+        "no-new-generation",
+        "cryptoki/module.py",
+        "        session.forget()\n    module.live.clear()",
+        "        pass\n    module.live.clear()",
+        "A session of an older generation never reaches the module again.",
+        (
+            "test_module.py::test_nothing_of_an_older_generation_enters_the_module",
+            "test_module.py::test_a_session_that_was_open_at_the_end_of_its_generation",
+        ),
+    ),
+    Mutation(
+        "close-twice",
+        "engine/workers.py",
+        "        # Behind the caller's back.\n",
+        "        session.functions.C_CloseSession(session.handle)\n",
+        "Nothing is closed twice.",
+        ("test_engine.py::test_each_session_that_is_opened_is_closed_once",),
+    ),
+    Mutation(
+        "hand-over-twice",
+        "engine/room.py",
+        "return self.ahead.popleft(), None",
+        "return self.ahead[0], None",
+        "A session is handed to one operation.",
+        ("test_engine.py::test_no_session_serves_two_operations",),
+    ),
+    Mutation(
+        "keep-used-session",
+        "engine/workers.py",
+        "        session.close()\n        if opens and not self.lost:",
+        "        if opens and not self.lost:\n            return session\n"
+        "        session.close()\n        if opens and not self.lost:",
+        "Every one-shot operation has a fresh session.",
+        ("test_engine.py::test_no_session_serves_two_operations",),
+    ),
+    Mutation(
+        "forget-cancelled",
+        "engine/dispatch.py",
+        "                job.phase = Phase.SETTLED\n"
+        "                self._take_out_locked(job)\n",
+        "                job.phase = Phase.SETTLED\n",
+        "A caller who is cancelled while waiting is out of the line.",
+        ("test_engine_cancellation.py::test_cancelled_while_waiting_nothing_happened",),
+    ),
+    Mutation(
+        "lose-wake-up",
+        "engine/dispatch.py",
+        "            if at_once:\n                self._wake_one_locked()",
+        "            if at_once:\n                pass",
+        "Who finds a free session and an idle worker is served at once.",
+        ("test_engine.py::test_a_signature_costs_four_calls",),
+    ),
+    Mutation(
+        "no-trust-mark",
+        "cryptoki/keys.py",
+        "if entry.mark != self._mark or self._changing:",
+        "if self._changing:",
+        "A number is verified after objects may have changed.",
+        (
+            (
+                "test_keys_reuse.py::"
+                "test_no_signature_is_made_with_another_key_than_the_one_it_names"
+            ),
+            (
+                "test_keys_reuse.py::"
+                "test_an_old_number_signs_for_nobody_when_it_is_another_keys"
+            ),
+        ),
+    ),
+    Mutation(
+        "leak-lease",
+        "engine/leasing.py",
+        "            self.end_lease(result.lease, NOBODY)",
+        "            pass",
+        "A lease for a caller who was just cancelled goes back whole, at once.",
+        (
+            (
+                "test_leases_lost.py::"
+                "test_a_lease_for_a_caller_just_cancelled_is_given_back"
+            ),
+            "test_leases_lost.py::test_a_lease_cancelled_while_it_is_opened_is_closed",
+        ),
+    ),
+    Mutation(
+        "pin-twice",
+        "login/pin_guard.py",
+        "            self._refused[who] |= {pin.fingerprint()}",
+        "            pass",
+        "A rejected PIN is not sent again.",
+        ("test_login.py::test_a_rejected_pin_is_not_sent_again",),
+    ),
+    Mutation(
+        "pin-to-a-stranger",
+        "login/attachment.py",
+        "if fresh.identity != known.identity:",
+        "if fresh.identity == ():",
+        "To another token no PIN is sent.",
+        ("test_login.py::test_another_token_is_sent_no_pin",),
+    ),
+    Mutation(
+        "owner-goes-on",
+        "cryptoki/keys.py",
+        "            self.closed = True",
+        "            pass",
+        "A session object is of no use after its owner.",
+        (
+            (
+                "test_session_objects.py::"
+                "test_after_its_owner_a_session_object_is_refused_here"
+            ),
+        ),
+    ),
+    Mutation(
+        "private-goes-on",
+        "cryptoki/keys.py",
+        "if self.entry.private and epoch != self.entry.epoch:",
+        "if epoch < self.entry.epoch:",
+        "A private session object ends with its login.",
+        ("test_session_objects.py::test_a_private_session_object_ends_with_its_login",),
+    ),
+    Mutation(
+        "guessed-state",
+        "cryptoki/session.py",
+        "state=SessionState(raw.state)",
+        "state=SessionState(1 + 2 * self.rw)",
+        "The state of a session is told by the token.",
+        ("test_states.py::test_each_state_is_reached_and_told_by_the_token",),
+    ),
+    Mutation(
+        "so-beside-ro",
+        "login/attachment.py",
+        "            if old is not None:\n                old.close()",
+        "            if old is not None and not rw:\n                old.close()",
+        "No R/O session is open when the SO logs in.",
+        ("test_security_officer.py::test_inside_the_officer_is_logged_in",),
+    ),
+    Mutation(
+        "officer-deadlock",
+        "engine/dispatch.py",
+        "            self._pause is Pause.NEW\n            and job.holder is not None",
+        "            self._pause is Pause.NOT\n            and job.holder is not None",
+        "Whoever holds a session comes to his end while the SO waits for it.",
+        (
+            (
+                "test_security_officer.py::"
+                "test_who_holds_a_session_comes_to_his_end_while_the_officer_waits"
+            ),
+        ),
+    ),
+    Mutation(
+        "copy-left-behind",
+        "cryptoki/objects.py",
+        "        _undo(session, cache, made)\n        raise\n\n\ndef make(",
+        "        raise\n\n\ndef make(",
+        "Who is told that the key is not found has made nothing with it.",
+        (
+            (
+                "test_keys_reuse.py::"
+                "test_what_a_destroyed_key_made_is_not_left_on_the_token"
+            ),
+        ),
+    ),
+    Mutation(
+        "two-wake-ups",
+        "engine/token_engine.py",
+        "        if not settled or not job.waiter.wake():",
+        "        if not settled or not (job.waiter.wake() and job.waiter.wake()):",
+        "Every waiter ends once.",
+        (),
+    ),
+    Mutation(
+        "ahead-survives",
+        "login/attachment.py",
+        "        self._gate.close_ahead()",
+        "        pass",
+        "A session opened ahead is closed at every change of the login.",
+        (),
+    ),
+    Mutation(
+        "gauge-drifts",
+        "engine/room.py",
+        "        self.open_all -= len(taken)",
+        "        self.open_all -= 0",
+        "Sessions open are those running, ahead and leased.",
+        ("test_engine.py::test_an_idle_pool_holds_no_session",),
+    ),
+    Mutation(
+        "last-come-first-served",
+        "engine/lines.py",
+        "        self._lines[job.kind].append(job)",
+        "        self._lines[job.kind].appendleft(job)",
+        "First come, first served.",
+        ("test_engine.py::test_first_come_first_served",),
+    ),
+    Mutation(
+        "no-deadline",
+        "engine/deadlines.py",
+        "if tick * TICK <= now",
+        "if tick * TICK <= now - 1000",
+        "A deadline passes in time.",
+        ("test_engine_deadlines.py::test_a_deadline_while_waiting_sends_nothing",),
+    ),
+    Mutation(
+        "lend-the-last",
+        "engine/room.py",
+        "max(1, self.limit.total - 1)",
+        "max(1, self.limit.total)",
+        "Leases never take the last session, unless there is only one.",
+        ("test_leases.py::test_leases_leave_one_session_for_operations",),
+    ),
+    Mutation(
+        "kept-is-alive",
+        "faces/calls.py",
+        "                        session.disarm()",
+        "                        pass",
+        "A session kept beyond its call is harmless.",
+        ("test_engine_run.py::test_what_it_returned_is_harmless_at_once",),
+    ),
+    Mutation(
+        "change-unwatched",
+        "engine/dispatch.py",
+        "(job.changes and runs)",
+        "(job.changes and not runs)",
+        "Who changes the token waits for the outcome.",
+        (
+            (
+                "test_engine_cancellation.py::"
+                "test_a_call_that_changes_waits_for_its_outcome"
+            ),
+        ),
+    ),
+    Mutation(
+        "owner-cuts-off",
+        "engine/leasing.py",
+        "        lease.owner.wait_unused(self.options.close_timeout)\n",
+        "",
+        "Calls inside with a session object finish before its owner is closed.",
+        ("test_session_objects.py::test_closing_the_owner_lets_calls_inside_finish",),
+    ),
+)

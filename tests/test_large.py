@@ -1,0 +1,221 @@
+"""Large files, long batches and full tokens: in bounded memory, and in order.
+
+``PKCS11_POOL_TEST_ITEMS=1000000`` makes the batches as long as that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography.hazmat.primitives import padding
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
+
+from keykit import hmac_sha256, make_secret
+from pkcs11_pool import ObjectRef, softhsm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from conftest import MakePool
+    from pkcs11_pool import TokenPool
+    from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken
+
+_MIB = 1024 * 1024
+_FILE = 200 * _MIB
+_ITEMS = int(os.environ.get("PKCS11_POOL_TEST_ITEMS", "20000"))
+_HMAC = Mechanism.SHA256_HMAC
+_MANY = 3000
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """What is large is so on every loop: one is enough."""
+    return "asyncio"
+
+
+# -- A file that is larger than what the process may take --------------------------
+
+_STREAM = """
+import hashlib, resource, sys
+import anyio
+from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
+from pkcs11_pool import TokenPool
+
+module, pin, file, size = sys.argv[1:]
+
+
+def memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+async def chunks(data, left):
+    while left:
+        chunk = data.read(min(left, 1 << 20))
+        left -= len(chunk)
+        yield chunk
+
+
+async def run(pool, key, size):
+    with open(file, "rb") as data:
+        digest = await pool.digest(chunks(data, size), mechanism=Mechanism.SHA256)
+    sealed = hashlib.sha256()
+    how = {"mechanism": Mechanism.AES_CBC_PAD, "mechanism_param": bytes(16)}
+    with open(file, "rb") as data:
+        async for piece in key.encrypt_stream(chunks(data, size), **how):
+            sealed.update(piece)
+    return digest.hex(), sealed.hexdigest()
+
+
+async def main():
+    async with TokenPool(module, token_label="demo", pin=pin) as pool:
+        async with pool.session() as session:
+            key = await session.create_object({
+                Attribute.CLASS: ObjectClass.SECRET_KEY,
+                Attribute.KEY_TYPE: KeyType.AES,
+                Attribute.VALUE: bytes(32),
+                Attribute.ENCRYPT: True,
+            })
+            await run(pool, key, 4 << 20)
+            before = memory()
+            print(*await run(pool, key, int(size)))
+            print(memory() - before)
+
+
+anyio.run(main)
+"""
+
+
+def test_a_file_of_200_mb_takes_no_memory(
+    token: ThrowawayToken, tmp_path: Path
+) -> None:
+    """Digested and encrypted in a process of its own: that grows by 16 MiB at most.
+
+    Decrypted it would: SoftHSM2 keeps all data of a decryption until its end.
+    """
+    file = tmp_path / "large"
+    with file.open("wb") as data:
+        data.truncate(_FILE)
+        data.seek(_FILE // 2)
+        data.write(b"not only zeros")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", _STREAM, str(token.module), token.user_pin),
+            *(str(file), str(_FILE)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    digest, sealed, more = done.stdout.split()
+    assert (digest, sealed) == _by_others(file)
+    assert int(more) < 16
+
+
+def _by_others(file: Path) -> tuple[str, str]:
+    """The digest, and that of the ciphertext, as others make them."""
+    digest, sealed = hashlib.sha256(), hashlib.sha256()
+    padder = padding.PKCS7(128).padder()
+    encryptor = Cipher(algorithms.AES(bytes(32)), modes.CBC(bytes(16))).encryptor()
+    with file.open("rb") as data:
+        while chunk := data.read(_MIB):
+            digest.update(chunk)
+            sealed.update(encryptor.update(padder.update(chunk)))
+    sealed.update(encryptor.update(padder.finalize()) + encryptor.finalize())
+    return digest.hexdigest(), sealed.hexdigest()
+
+
+# -- Batches ----------------------------------------------------------------------
+
+
+class _Counted:
+    """Numbered items, that know how many of them were taken and not yet answered.
+
+    Attributes:
+        most: The most that were ever under way.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.taken = self.answered = self.most = 0
+        self._count = count
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Each is taken when it is asked for."""
+        for number in range(self._count):
+            self.taken += 1
+            self.most = max(self.most, self.taken - self.answered)
+            yield b"%d" % number
+
+    async def compare(self, results: Any, expected: Any) -> None:
+        """Take all results; each is that of its item."""
+        async for result in results:
+            assert result == expected(self.answered)
+            self.answered += 1
+        assert self.answered == self.taken == self._count
+
+
+async def test_a_long_batch_of_signatures_is_in_order_and_in_a_window(
+    pool: TokenPool,
+) -> None:
+    """However many there are, twice ``max_sessions`` of them are there at once."""
+    mac = await make_secret(pool, KeyType.GENERIC_SECRET)
+    items = _Counted(_ITEMS)
+    await items.compare(
+        mac.sign_many(items, mechanism=_HMAC),
+        lambda number: hmac_sha256(b"%d" % number),
+    )
+    assert items.most == 2 * pool.stats().sessions_max
+
+
+async def test_a_long_map_is_in_order_and_in_a_window(pool: TokenPool) -> None:
+    """The same for any function, with a window that the caller gave."""
+    items = _Counted(_ITEMS)
+    results = pool.map(lambda _, item: int(item) + 1, items, limit=5)
+    await items.compare(results, lambda number: number + 1)
+    assert items.most == 5
+
+
+# -- A full token -----------------------------------------------------------------
+
+
+@pytest.fixture
+def token(soft_hsm: SoftHSM, tmp_path: Path) -> Iterator[ThrowawayToken]:
+    """A token in memory, if there is such a place: each object is a file of its own."""
+    memory = Path("/dev/shm")  # noqa: S108  # a directory of our own in it
+    parent = memory if os.access(memory, os.W_OK) else tmp_path
+    with softhsm.token_directory(parent, softhsm=soft_hsm) as directory:
+        yield directory.add_token("demo")
+
+
+async def test_thousands_of_objects_are_found(make_pool: MakePool) -> None:
+    """All of them, once each; and one by its name among them."""
+
+    def fill(session: Any) -> None:
+        for number in range(_MANY):
+            session.create_object(
+                {
+                    Attribute.CLASS: ObjectClass.DATA,
+                    Attribute.TOKEN: True,
+                    Attribute.PRIVATE: False,
+                    Attribute.LABEL: f"data {number}",
+                }
+            )
+
+    async with make_pool() as pool:
+        await pool.run(fill, rw=True, timeout=100)
+        found = await pool.find({Attribute.CLASS: ObjectClass.DATA})
+        assert {type(ref) for ref in found} == {ObjectRef}
+        assert len(found) == len(set(found)) == _MANY
+        for number in (0, 2345, _MANY - 1):
+            (one,) = await pool.find({Attribute.LABEL: f"data {number}"})
+            assert await one.attributes([Attribute.LABEL]) == {
+                Attribute.LABEL: f"data {number}"
+            }
