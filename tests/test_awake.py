@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.jobs import Job
 
 _PROCESSORS = max(2, os.cpu_count() or 1)
-_LIKE_16 = 16
+_WINDOW = 8
 """Calls that are measured before anything is concluded from them."""
 
 
@@ -41,7 +41,7 @@ class _Worker:
 
 def _measured(duration: float, computing: float = 0.0) -> Awake:
     awake = Awake()
-    for _ in range(_LIKE_16):
+    for _ in range(_WINDOW):
         awake.took(duration, computing)
     return awake
 
@@ -80,7 +80,7 @@ def test_calls_that_compute_need_no_more_workers_than_processors() -> None:
 def test_what_is_not_known_to_compute_may_be_waiting() -> None:
     """Of most operations it is not measured."""
     awake = Awake()
-    for _ in range(_LIKE_16):
+    for _ in range(_WINDOW):
         awake.took(0.005)
     assert _at_work(awake, 0.0) >= 20
 
@@ -88,7 +88,7 @@ def test_what_is_not_known_to_compute_may_be_waiting() -> None:
 def test_some_long_calls_among_short_ones_change_nothing() -> None:
     """The shortest tells how fast the token is; the machine makes others longer."""
     awake = Awake()
-    for i in range(_LIKE_16):
+    for i in range(_WINDOW):
         awake.took(80e-6 if i == 7 else 0.05)
     assert 2 <= _at_work(awake, 0.0) <= 4
 

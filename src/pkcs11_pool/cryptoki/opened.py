@@ -32,8 +32,8 @@ class OpenedList:
         given = self._given = threading.local()
 
         def open_(slot: int, flags: int, *rest: Any) -> int:
-            handle = getattr(given, "handle", 0)
-            if not handle:
+            handle: int | None = getattr(given, "handle", None)
+            if handle is None:
                 # A caller's function opens a session of its own.
                 return functions.C_OpenSession(slot, flags, *rest)
             rest[-1][0] = handle
@@ -48,11 +48,14 @@ class OpenedList:
         place.value = c.cast(self._open, _P).value
 
     def session(self, token: pkcs11.Token, handle: int, *, rw: bool) -> pkcs11.Session:
-        """The object of an open session. Nothing is asked of the module."""
+        """The object of an open session. Nothing is asked of the module.
+
+        Also of one that is over and has the number 0: that is given, and none opened.
+        """
         # A token has its list where a session has it.
         _P.from_address(id(token) + HEADER).value = c.addressof(self._list)
         self._given.handle = handle
         try:
             return token.open(rw=rw, attribute_mapper=MAPPER)
         finally:
-            self._given.handle = 0
+            self._given.handle = None
