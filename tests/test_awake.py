@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +12,8 @@ from pkcs11_pool.engine.awake import Awake
 if TYPE_CHECKING:
     from pkcs11_pool.jobs import Job
 
-_LIKE_16 = 16
+_PROCESSORS = max(2, os.cpu_count() or 1)
+_WINDOW = 8
 """Calls that are measured before anything is concluded from them."""
 
 
@@ -22,7 +24,8 @@ class _Worker:
     busy = False
     counted: bool | None = None
     lost = False
-    awake = 0
+    since = 0.0
+    spent: float | None = None
     coming = False
     opened = 0
 
@@ -36,10 +39,10 @@ class _Worker:
         raise NotImplementedError
 
 
-def _measured(duration: float) -> Awake:
+def _measured(duration: float, computing: float = 0.0) -> Awake:
     awake = Awake()
-    for _ in range(_LIKE_16):
-        awake.took(duration)
+    for _ in range(_WINDOW):
+        awake.took(duration, computing)
     return awake
 
 
@@ -68,13 +71,26 @@ def test_the_longer_the_calls_the_more_are_awake(duration: float, least: int) ->
     assert _at_work(_measured(duration), 0.0) >= least
 
 
+def test_calls_that_compute_need_no_more_workers_than_processors() -> None:
+    """And one that has its next call ready; those that wait need many."""
+    assert 2 <= _at_work(_measured(0.005, computing=0.0049), 0.0) <= 1 + _PROCESSORS
+    assert _at_work(_measured(0.005, computing=0.0001), 0.0) >= 20
+
+
+def test_what_is_not_known_to_compute_may_be_waiting() -> None:
+    """Of most operations it is not measured."""
+    awake = Awake()
+    for _ in range(_WINDOW):
+        awake.took(0.005)
+    assert _at_work(awake, 0.0) >= 20
+
+
 def test_some_long_calls_among_short_ones_change_nothing() -> None:
     """The shortest tells how fast the token is; the machine makes others longer."""
     awake = Awake()
-    for i in range(_LIKE_16):
+    for i in range(_WINDOW):
         awake.took(80e-6 if i == 7 else 0.05)
     assert 2 <= _at_work(awake, 0.0) <= 4
-    assert awake.fast
 
 
 def test_a_worker_inside_a_long_call_does_not_count() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -44,6 +44,12 @@ class Kind(Enum):
     """The login actor's thread: no session, no worker."""
 
 
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_LEASE: Final = Kind.LEASE
+_ACTOR: Final = Kind.ACTOR
+_NEVER: Final = math.inf
+
+
 class Waiter(Protocol):
     """The caller, as the threads below the faces see it."""
 
@@ -62,12 +68,14 @@ class Thread(Protocol):
     counted: bool | None
     #: Its call was given up on.
     lost: bool
-    #: Not 0 while it counts as awake; see ``awake``.
-    awake: int
+    #: When it took its last job, or was woken.
+    since: float
     #: It was woken, and is not there yet.
     coming: bool
     #: How many sessions it opened, not yet counted.
     opened: int
+    #: Seconds on a processor for its last job, where that was measured.
+    spent: float | None
 
     def wake(self) -> None:
         """End its sleep."""
@@ -100,35 +108,24 @@ class Job:
         away: Its caller is elsewhere just now and cannot be sent for a PIN.
     """
 
-    __slots__ = (
-        "attempts",
-        "away",
-        "chain",
-        "changes",
-        "deadline",
-        "dropped",
-        "errand",
-        "error",
-        "holder",
-        "is_operation",
-        "kind",
-        "lane",
-        "nowait",
-        "number",
-        "phase",
-        "repeats",
-        "restart",
-        "result",
-        "rw",
-        "since",
-        "stays",
-        "target",
-        "wait_seconds",
-        "waited",
-        "waiter",
-        "work",
-        "worker",
-    )
+    # What every job begins with. Attributes of the class, because a job is made for
+    # each operation, and most of these stay as they are.
+    away = False
+    phase = Phase.NEW
+    errand: PinCallable | None = None
+    #: The caller has gone; the result is dropped when it comes.
+    dropped = False
+    result: Any = None
+    error: BaseException | None = None
+    attempts = 0
+    number = 0
+    since = 0.0
+    #: When its deadline is looked at; see ``deadlines``.
+    tick = 0
+    waited = False
+    #: How long it was in line: until it started, or was given up.
+    wait_seconds = 0.0
+    worker: Thread | None = None
 
     def __init__(  # the fields of a job, given once by the faces
         self,
@@ -156,25 +153,11 @@ class Job:
         self.repeats = repeat or (restart and not changes)
         self.stays = stays
         self.nowait = nowait
-        self.deadline = None if deadline == math.inf else deadline
+        self.deadline = None if deadline == _NEVER else deadline
         self.lane = lane
         self.target = target
         self.holder = holder
         self.chain = chain
-        self.away = False
         self.waiter = waiter
         #: Whether it counts in the statistics: a lease or a request does not.
-        self.is_operation = not stays and kind not in (Kind.LEASE, Kind.ACTOR)
-        self.phase = Phase.NEW
-        self.errand: PinCallable | None = None
-        #: The caller has gone; the result is dropped when it comes.
-        self.dropped = False
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.attempts = 0
-        self.number = 0
-        self.since = 0.0
-        self.waited = False
-        #: How long it was in line: until it started, or was given up.
-        self.wait_seconds = 0.0
-        self.worker: Thread | None = None
+        self.is_operation = not (stays or kind is _LEASE or kind is _ACTOR)

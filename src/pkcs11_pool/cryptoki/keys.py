@@ -189,6 +189,12 @@ class Entry:
     object_class: int = field(init=False)
     key_type: Any = field(init=False)
     private: bool = field(init=False)
+    #: Whether each use wants a login of its own (``CKA_ALWAYS_AUTHENTICATE``).
+    always_authenticate: bool = field(init=False)
+    #: Mechanisms packed for uses that the key allows; see ``operations.way``.
+    ways: dict[tuple[Any, Any], tuple[object, int]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         """Unpack what every operation asks."""
@@ -202,16 +208,13 @@ class Entry:
         except ValueError:
             self.key_type = interface.unpack_ulong(packed or b"")
         self.private = self.seen.get(Attribute.PRIVATE) == _TRUE
+        always = self.seen.get(Attribute.ALWAYS_AUTHENTICATE)
+        self.always_authenticate = always == _TRUE
 
     @property
     def identity(self) -> dict[int, bytes]:
         """The attributes that tell this object from others."""
         return {k: v for k, v in self.seen.items() if k in _IDENTITY}
-
-    @property
-    def always_authenticate(self) -> bool:
-        """Whether each use wants a login of its own (``CKA_ALWAYS_AUTHENTICATE``)."""
-        return self.seen.get(Attribute.ALWAYS_AUTHENTICATE) == _TRUE
 
     def require(self, capability: Attribute | None, what: object) -> None:
         """Refuse an operation that the key's attributes rule out.
@@ -348,8 +351,10 @@ class HandleCache:
         #: Held from looking a number up to destroying it: no other call of this
         #: process can free the number in between.
         self.destroying = threading.Lock()
+        #: The present mark, or -1 while a change is under way (nothing is sure).
+        self.mark = 0
         # Moves with everything that may hand out numbers or change objects.
-        self._mark = 0
+        self._changes = 0
         # How many such calls are under way: while one is, no number is sure.
         self._changing = 0
 
@@ -362,17 +367,15 @@ class HandleCache:
         """
         with self._lock:
             self._changing += 1
-            self._mark += 1
+            self._changes += 1
+            self.mark = -1
         try:
             yield
         finally:
             with self._lock:
                 self._changing -= 1
-                self._mark += 1
-
-    def mark(self) -> int:
-        """The present mark, or -1 while a change is under way (nothing is sure)."""
-        return -1 if self._changing else self._mark
+                self._changes += 1
+                self.mark = -1 if self._changing else self._changes
 
     def entry(
         self,
@@ -388,14 +391,22 @@ class HandleCache:
             LoginRequired: Nothing matches, nobody is logged in, and the key may be
                 private.
         """
-        spec = narrowed(target, classes)
-        entry = self._known(spec)
+        spec = target
+        if target.classes is None:
+            spec = target._narrowed.get(classes) or narrowed(target, classes)  # noqa: SLF001
+        origin = spec.origin
+        entry = self._entries.get(spec) if origin is None else origin.entry
         if (
             entry is not None
             and entry.epoch == session.epoch
             and entry.generation == session.generation
         ):
-            if self._sure(entry) or self.verify(session, entry):
+            age = self._max_age
+            if entry.mark == self.mark >= 0 and (
+                age is None or time.monotonic() - entry.checked_at < age
+            ):
+                return entry
+            if self.verify(session, entry):
                 return entry
             if spec.origin is not None:
                 raise KeyNotFound(f"{spec} is gone from the token")
@@ -404,15 +415,9 @@ class HandleCache:
             raise KeyNotFound(f"{spec} was destroyed")
         return self._find(session, spec)
 
-    def _sure(self, entry: Entry) -> bool:
-        if entry.mark != self._mark or self._changing:
-            return False
-        age = self._max_age
-        return age is None or time.monotonic() - entry.checked_at < age
-
     def verify(self, session: Session, entry: Entry) -> bool:
         """Ask the token whether the number still names the same object."""
-        mark, now = self.mark(), time.monotonic()
+        mark, now = self.mark, time.monotonic()
         try:
             seen = session.attributes(entry.handle, _IDENTITY)
         except p11.PKCS11Error as error:
@@ -426,12 +431,9 @@ class HandleCache:
 
     def describe(self, session: Session, handle: int) -> Entry:
         """What the token says of one object, as an entry."""
-        mark, now = self.mark(), time.monotonic()
+        mark, now = self.mark, time.monotonic()
         seen = session.attributes(handle, _DESCRIBED)
         return Entry(handle, seen, session.epoch, session.generation, mark, now)
-
-    def _known(self, spec: KeySpec) -> Entry | None:
-        return self._entries.get(spec) if spec.origin is None else spec.origin.entry
 
     def remember(self, spec: KeySpec, entry: Entry) -> None:
         """Keep an entry for later operations."""
@@ -455,7 +457,8 @@ class HandleCache:
         """Forget everything, at a change of token or module."""
         with self._lock:
             self._entries.clear()
-            self._mark += 1
+            self._changes += 1
+            self.mark = -1 if self._changing else self._changes
 
     def _find(self, session: Session, spec: KeySpec) -> Entry:
         for _ in range(_TRIES):

@@ -20,6 +20,7 @@ from pkcs11.constants import TokenFlag
 from pkcs11_pool import events
 from pkcs11_pool.cryptoki import interface, rv
 from pkcs11_pool.cryptoki.lent import LentList
+from pkcs11_pool.cryptoki.opened import OpenedList
 from pkcs11_pool.errors import (
     ForkedProcess,
     ModuleError,
@@ -57,12 +58,9 @@ class Turn:
     """
 
     def __init__(self, *, serialized: bool) -> None:
+        #: Whether it lets one thread in at a time.
+        self.serialized = serialized
         self._lock = threading.Lock() if serialized else None
-
-    @property
-    def serialized(self) -> bool:
-        """Whether it lets one thread in at a time."""
-        return self._lock is not None
 
     def __enter__(self) -> None:
         """Wait for the turn."""
@@ -99,6 +97,8 @@ class Module:
     def __init__(self, path: str, library: interface.Library) -> None:
         self.path = path
         self.library = library
+        #: The module's function list.
+        self.functions = library.functions
         self.users = 0
         self.initialized = False
         self.generation = Generation(0)
@@ -110,6 +110,8 @@ class Module:
         self.live: dict[int, Session] = {}
         #: For sessions in the hands of a caller's function.
         self.lent_list = LentList(library.functions, self._closes)
+        #: For the ``pkcs11.Session`` of a session that is open.
+        self.opened_list = OpenedList(library.functions)
         self._in_use: dict[tuple[str, bytes, str, str], str] = {}
         #: The pools on it.
         self.members: list[Member] = []
@@ -121,11 +123,6 @@ class Module:
         session = self.live.pop(handle, None)
         if session is not None:
             session.forget()
-
-    @property
-    def functions(self) -> interface.FunctionList:
-        """The module's function list."""
-        return self.library.functions
 
     @property
     def is_blocked(self) -> bool:

@@ -62,6 +62,20 @@ _WRONG_SIGNATURE: Final = frozenset(
 _WRITTEN_BY_THE_MODULE: Final = frozenset({Mechanism.AES_GCM, Mechanism.AES_CCM})
 """Mechanisms into whose parameter some HSMs write, so it is packed for each call."""
 
+
+class _Use:
+    """What a key must allow, and the mechanisms that its type has for it."""
+
+    def __init__(self, capability: Attribute, mechanisms: Mapping[Any, Any]) -> None:
+        self.capability = capability
+        self.mechanisms = mechanisms
+
+
+_SIGN: Final = _Use(Attribute.SIGN, defaults.DEFAULT_SIGN_MECHANISMS)
+_VERIFY: Final = _Use(Attribute.VERIFY, defaults.DEFAULT_SIGN_MECHANISMS)
+_ENCRYPT: Final = _Use(Attribute.ENCRYPT, defaults.DEFAULT_ENCRYPT_MECHANISMS)
+_DECRYPT: Final = _Use(Attribute.DECRYPT, defaults.DEFAULT_ENCRYPT_MECHANISMS)
+
 PRIVATE_OR_SECRET: Final = (int(ObjectClass.PRIVATE_KEY), int(ObjectClass.SECRET_KEY))
 PUBLIC_OR_SECRET: Final = (int(ObjectClass.PUBLIC_KEY), int(ObjectClass.SECRET_KEY))
 
@@ -72,6 +86,7 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.buffer = c.create_string_buffer(_ROOM)
         self.address = c.addressof(self.buffer)
+        self.view = memoryview(self.buffer)
         self.length = c.c_ulong()
         self.length_ref = c.byref(self.length)
 
@@ -101,6 +116,28 @@ def packed(
     return pair
 
 
+def way(
+    entry: Entry, target: object, use: _Use, mechanism: Any, param: Any
+) -> tuple[object, int]:
+    """The packed mechanism for a use of a key, and its address.
+
+    Kept with the key where there is no parameter: that it may be used so is known
+    then, too.
+
+    Raises:
+        KeyFunctionNotPermitted: Its attributes say no.
+    """
+    if param is None:
+        kept = entry.ways.get((use, mechanism))
+        if kept is not None:
+            return kept
+    entry.require(use.capability, target)
+    pair = packed(entry.key_type, use.mechanisms, mechanism, param)
+    if param is None and mechanism not in _WRITTEN_BY_THE_MODULE:
+        entry.ways[use, mechanism] = pair
+    return pair
+
+
 def with_object(
     session: Session,
     cache: HandleCache,
@@ -118,7 +155,8 @@ def with_object(
         return _with_session_object(session, target, call)
     for attempt in range(_TRIES):
         entry = cache.entry(session, target, classes)
-        mark = cache.mark()
+        # As of when it was sure, not of now: what comes in between is noticed, too.
+        mark = entry.mark
         try:
             result = call(entry)
         except p11.PKCS11Error as error:
@@ -128,12 +166,12 @@ def with_object(
             if recovery.is_stateful(entry.key_type):
                 _check_used_up(target, entry, error)
             dead = code in _DEAD
-            if not dead and (_unmoved(cache, mark) or cache.verify(session, entry)):
+            if not dead and (mark == cache.mark >= 0 or cache.verify(session, entry)):
                 raise
             if attempt == _TRIES - 1:
                 raise
         else:
-            if _unmoved(cache, mark) or cache.verify(session, entry):
+            if mark == cache.mark >= 0 or cache.verify(session, entry):
                 return result
         cache.drop(narrowed(target, classes))
     message = f"{target} changes on the token faster than it can be used"
@@ -164,10 +202,6 @@ def _check_used_up(target: Target, entry: Entry, error: p11.PKCS11Error) -> None
             "signatures that it can make; whoever wants another one asks again"
         )
         raise OutcomeUnknown(message) from error
-
-
-def _unmoved(cache: HandleCache, mark: int) -> bool:
-    return mark >= 0 and mark == cache.mark()
 
 
 def _with_session_object(
@@ -202,13 +236,13 @@ def sign(
     """``C_SignInit``, ``C_Sign``."""
 
     def call(entry: Entry) -> bytes:
-        entry.require(Attribute.SIGN, target)
-        check_login(entry, target, login)
+        if entry.always_authenticate:
+            check_login(entry, target, login)
         f = session.functions
-        kept, address = packed(
-            entry.key_type, defaults.DEFAULT_SIGN_MECHANISMS, mechanism, param
-        )
-        rv.check(f.C_SignInit(session.handle, address, entry.handle), "C_SignInit")
+        kept, address = way(entry, target, _SIGN, mechanism, param)
+        code = f.C_SignInit(session.handle, address, entry.handle)
+        if code:
+            raise rv.error_of(code, "C_SignInit")
         if login is not None:
             _log_in(login, session, entry, f.C_Sign)
         raw = _output(f.C_Sign, "C_Sign", session.handle, data, _ROOM)
@@ -232,15 +266,14 @@ def verify(
     """``C_VerifyInit``, ``C_Verify``."""
 
     def call(entry: Entry) -> bool:
-        entry.require(Attribute.VERIFY, target)
         raw = coder(entry.key_type).decode(signature) if der else signature
         if raw is None:
             return False
         f = session.functions
-        kept, address = packed(
-            entry.key_type, defaults.DEFAULT_SIGN_MECHANISMS, mechanism, param
-        )
-        rv.check(f.C_VerifyInit(session.handle, address, entry.handle), "C_VerifyInit")
+        kept, address = way(entry, target, _VERIFY, mechanism, param)
+        code = f.C_VerifyInit(session.handle, address, entry.handle)
+        if code:
+            raise rv.error_of(code, "C_VerifyInit")
         code = f.C_Verify(session.handle, data, len(data), raw, len(raw))
         del kept
         return is_right(code, "C_Verify")
@@ -267,13 +300,11 @@ def encrypt(
     """``C_EncryptInit``, ``C_Encrypt``."""
 
     def call(entry: Entry) -> bytes:
-        entry.require(Attribute.ENCRYPT, target)
         f = session.functions
-        kept, address = packed(
-            entry.key_type, defaults.DEFAULT_ENCRYPT_MECHANISMS, mechanism, param
-        )
+        kept, address = way(entry, target, _ENCRYPT, mechanism, param)
         code = f.C_EncryptInit(session.handle, address, entry.handle)
-        rv.check(code, "C_EncryptInit")
+        if code:
+            raise rv.error_of(code, "C_EncryptInit")
         room = len(data) + _OVERHEAD
         raw = _output(f.C_Encrypt, "C_Encrypt", session.handle, data, room)
         del kept
@@ -295,14 +326,13 @@ def decrypt(
     """``C_DecryptInit``, ``C_Decrypt``."""
 
     def call(entry: Entry) -> bytes:
-        entry.require(Attribute.DECRYPT, target)
-        check_login(entry, target, login)
+        if entry.always_authenticate:
+            check_login(entry, target, login)
         f = session.functions
-        kept, address = packed(
-            entry.key_type, defaults.DEFAULT_ENCRYPT_MECHANISMS, mechanism, param
-        )
+        kept, address = way(entry, target, _DECRYPT, mechanism, param)
         code = f.C_DecryptInit(session.handle, address, entry.handle)
-        rv.check(code, "C_DecryptInit")
+        if code:
+            raise rv.error_of(code, "C_DecryptInit")
         if login is not None:
             _log_in(login, session, entry, f.C_Decrypt)
         room = len(data) + _OVERHEAD
@@ -317,7 +347,9 @@ def digest(session: Session, data: bytes, mechanism: Mechanism, param: Any) -> b
     """``C_DigestInit``, ``C_Digest``."""
     f = session.functions
     kept, address = packed(None, {}, mechanism, param)
-    rv.check(f.C_DigestInit(session.handle, address), "C_DigestInit")
+    code = f.C_DigestInit(session.handle, address)
+    if code:
+        raise rv.error_of(code, "C_DigestInit")
     raw = _output(f.C_Digest, "C_Digest", session.handle, data, _OVERHEAD)
     del kept
     return raw
@@ -335,19 +367,32 @@ def _output(
     function: Callable[..., int], name: str, handle: int, data: bytes, room: int
 ) -> bytes:
     """A call with an output, without asking its size first."""
+    if room > _ROOM:
+        return _large_output(function, name, handle, data, room)
     scratch = _scratch
     length = scratch.length
-    buffer: Any = scratch.address
-    if room > _ROOM:
-        buffer = c.create_string_buffer(room)
-    length.value = max(room, _ROOM)
-    code = function(handle, data, len(data), buffer, scratch.length_ref)
+    length.value = _ROOM
+    code = function(handle, data, len(data), scratch.address, scratch.length_ref)
     if code == _TOO_SMALL:
         # The operation is still active, and the length that it needs is told.
         room = max(length.value, room * 2)
-        buffer = c.create_string_buffer(room)
-        length.value = room
-        code = function(handle, data, len(data), buffer, scratch.length_ref)
+        return _large_output(function, name, handle, data, room)
+    if code:
+        raise rv.error_of(code, name)
+    return scratch.view[: length.value].tobytes()
+
+
+def _large_output(
+    function: Callable[..., int], name: str, handle: int, data: bytes, room: int
+) -> bytes:
+    """The same with a buffer of its own."""
+    length = c.c_ulong(room)
+    buffer = c.create_string_buffer(room)
+    code = function(handle, data, len(data), buffer, c.byref(length))
+    if code == _TOO_SMALL:
+        length.value = max(length.value, room * 2)
+        buffer = c.create_string_buffer(length.value)
+        code = function(handle, data, len(data), buffer, c.byref(length))
     rv.check(code, name)
     return c.string_at(buffer, length.value)
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _ROOM: Final = 512
 """Bytes for an attribute at the first try; a longer one costs a second call."""
 _BATCH: Final = 256
+_RO: Final = interface.CKF_SERIAL_SESSION
+_RW: Final = interface.CKF_SERIAL_SESSION | interface.CKF_RW_SESSION
 _PARTLY: Final = {
     0,
     rv.CODES["CKR_ATTRIBUTE_SENSITIVE"],
@@ -39,7 +41,6 @@ class Session:
     """A session of this process with one token.
 
     Attributes:
-        p11: The ``pkcs11.Session``.
         handle: Its number.
         rw: Whether it is read-write.
         epoch: The login epoch in which it was opened.
@@ -47,13 +48,14 @@ class Session:
     """
 
     __slots__ = (
+        "_p11",
+        "_token",
         "epoch",
         "functions",
         "generation",
         "handle",
         "lent",
         "module",
-        "p11",
         "rw",
     )
 
@@ -61,11 +63,19 @@ class Session:
         self, module: Module, token: pkcs11.Token, *, rw: bool, epoch: Epoch
     ) -> None:
         """``C_OpenSession``, without a login: all sessions share the actor's."""
-        self.p11 = token.open(rw=rw, attribute_mapper=interface.MAPPER)
         self.module = module
-        self.functions = module.functions
+        self.functions = functions = module.functions
+        flags = _RW if rw else _RO
+        number = c.c_ulong()
+        code = functions.C_OpenSession(
+            token.slot.slot_id, flags, None, None, c.byref(number)
+        )
+        if code:
+            raise rv.error_of(code, "C_OpenSession")
         self.generation = module.generation
-        self.handle = interface.handle_of(self.p11)
+        self.handle = number.value
+        self._token = token
+        self._p11: pkcs11.Session | None = None
         # The number is new, so whoever had it before was closed behind our back, by
         # the token. It must not close this one, too.
         if before := module.live.get(self.handle):
@@ -74,6 +84,14 @@ class Session:
         self.rw = rw
         self.epoch = epoch
         self.lent = False
+
+    @property
+    def p11(self) -> pkcs11.Session:
+        """The ``pkcs11.Session``; made when it is needed, which is seldom."""
+        if self._p11 is None:
+            opened = self.module.opened_list
+            self._p11 = opened.session(self._token, self.handle, rw=self.rw)
+        return self._p11
 
     def lend(self) -> pkcs11.Session:
         """The ``pkcs11.Session``, for a caller's function, which may close it."""
@@ -86,8 +104,9 @@ class Session:
 
         The session itself stays open, for its worker to close.
         """
-        interface.take_handle(self.p11)
-        bury(self.p11)
+        if self._p11 is not None:
+            interface.take_handle(self._p11)
+            bury(self._p11)
 
     def close(self) -> int:
         """``C_CloseSession``; the code that it returned, 0 if it was closed before.
@@ -96,18 +115,19 @@ class Session:
         who kept it cannot reach the session that gets the number next.
         """
         handle = self.forget()
-        if not handle or self.generation != self.module.generation:
+        module = self.module
+        if not handle or self.generation != module.generation:
             return 0
-        self.module.live.pop(handle, None)
+        module.live.pop(handle, None)
         return self.functions.C_CloseSession(handle)
 
     def forget(self) -> int:
         """Make this session harmless without closing it; its number so far."""
         handle, self.handle = self.handle, 0
-        if handle:
-            interface.take_handle(self.p11)
+        if handle and self._p11 is not None:
+            interface.take_handle(self._p11)
             if self.lent:
-                bury(self.p11)
+                bury(self._p11)
         return handle
 
     def info(self) -> SessionInfo:

@@ -9,39 +9,43 @@ they wait for a network or compute for themselves, many may be inside.
 
 from __future__ import annotations
 
+import math
 import os
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pkcs11_pool.jobs import Thread
 
-_WAKING: Final = 70e-6
-"""Seconds that it takes, at best, until a worker that is woken is at work."""
+_OURS: Final = 100e-6
+"""Seconds of the interpreter that an operation costs. More workers than fit into the
+time of an operation at this rate only wait for each other."""
 _SHORT: Final = 0.0005
-"""Seconds. Results of calls that are shorter may wait for each other."""
-_WINDOW: Final = 16
-"""Calls of which the shortest tells how fast the token is: the machine's load makes
-some longer than they are, none shorter."""
+"""Seconds. Who is inside for longer than this, and than usual, counts no more."""
+_WINDOW: Final = 8
+"""Operations of which the shortest tells how fast the token is: the machine's load
+makes some longer than they are, none shorter."""
 
 
 class Awake:
     """The workers that are at work, and not inside one call for very long."""
 
     def __init__(self) -> None:
-        self._least = max(2, min(4, os.cpu_count() or 1))
+        self._processors = os.cpu_count() or 1
+        self._least = max(2, min(4, self._processors))
         #: How many may be awake; as many as want to before anything was measured.
         self.most = 1 << 30
-        #: Whether calls are short.
-        self.fast = False
-        self._long = _SHORT
-        self._count = 0
+        #: Who is, but for those who are inside one call for very long.
+        self.at_work: set[Thread] = set()
         # Woken, and not there yet: behind a busy processor that takes long, and
         # those who are at work take the jobs meanwhile.
         self._coming = 0
-        self._number = 0
-        self._recent: deque[tuple[float, Thread, int]] = deque()
-        self._shortest = 0.0
+        self._long = _SHORT
+        # When it was last looked who is inside for long.
+        self._looked = 0.0
+        # The shortest of the last operations, tidying included, and what it took of a
+        # processor.
+        self._shortest = math.inf
+        self._spent = math.inf
         self._seen = 0
 
     def woken(self, worker: Thread, now: float) -> None:
@@ -58,44 +62,40 @@ class Awake:
 
     def started(self, worker: Thread, now: float) -> None:
         """A worker takes a job."""
-        self._forget_long(now)
-        self._number += 1
-        self._count += not worker.awake
-        worker.awake = self._number
-        self._recent.append((now, worker, self._number))
+        worker.since = now
+        self.at_work.add(worker)
 
     def ended(self, worker: Thread) -> None:
         """It found nothing to do, is done, or lost."""
-        if worker.awake:
-            worker.awake = 0
-            self._count -= 1
+        self.at_work.discard(worker)
 
-    def took(self, duration: float) -> None:
-        """So long a job was inside the module."""
-        if not self._seen or duration < self._shortest:
-            self._shortest = duration
+    def took(self, duration: float, spent: float = math.inf) -> None:
+        """So long a worker was busy, and so long on a processor where that is known."""
+        self._shortest = min(self._shortest, duration)
+        self._spent = min(self._spent, spent)
         self._seen += 1
-        if self._seen < _WINDOW:
-            return
-        self._seen = 0
-        self.fast = self._shortest < _SHORT
-        self.most = max(self._least, int(self._shortest / _WAKING))
+        if self._seen >= _WINDOW:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        most = int(self._shortest / _OURS)
+        if self._shortest / 2 < self._spent < math.inf:
+            # They compute for themselves: one more has its next call ready.
+            most = min(most, self._processors + 1)
+        self.most = max(self._least, most)
         # One long call among short ones must not keep others from starting.
         self._long = max(_SHORT, 4 * self._shortest)
+        self._shortest = self._spent = math.inf
+        self._seen = 0
 
     def is_full(self, now: float) -> bool:
         """Whether no more should be woken."""
         if self._coming >= self._least:
             return True
-        if self._count < self.most:
+        if len(self.at_work) < self.most:
             return False
-        self._forget_long(now)
-        return self._count >= self.most
-
-    def _forget_long(self, now: float) -> None:
-        recent = self._recent
-        while recent and now - recent[0][0] > self._long:
-            _, worker, number = recent.popleft()
-            if worker.awake == number:
-                worker.awake = 0
-                self._count -= 1
+        if now - self._looked > self._long:
+            self._looked = now
+            for worker in [w for w in self.at_work if now - w.since > self._long]:
+                self.at_work.discard(worker)
+        return len(self.at_work) >= self.most

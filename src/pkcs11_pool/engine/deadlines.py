@@ -20,29 +20,39 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._buckets: dict[int, set[Job]] = {}
+        # The tick of the job that came last: that bucket stays when it is empty, for
+        # the next one.
+        self._last = 0
+        # When it is looked next.
+        self._planned = math.inf
 
     def watch(self, job: Job) -> float | None:
-        """Heed a job's deadline; a time to look, if none was planned for its tick."""
-        if job.deadline is None:
+        """Heed a job's deadline; a time to look, if none so early was planned."""
+        deadline = job.deadline
+        if deadline is None:
             return None
-        tick = math.ceil(job.deadline / TICK)
+        job.tick = tick = math.ceil(deadline / TICK)
         bucket = self._buckets.get(tick)
         if bucket is not None:
             bucket.add(job)
             return None
+        if not self._buckets.get(self._last, True):
+            del self._buckets[self._last]
+        self._last = tick
         self._buckets[tick] = {job}
-        return tick * TICK
+        look = tick * TICK
+        if look >= self._planned:
+            return None
+        self._planned = look
+        return look
 
     def unwatch(self, job: Job) -> None:
         """Its deadline does not matter any more."""
-        if job.deadline is None:
-            return
-        tick = math.ceil(job.deadline / TICK)
-        bucket = self._buckets.get(tick)
+        bucket = self._buckets.get(job.tick)
         if bucket is not None:
             bucket.discard(job)
-            if not bucket:
-                del self._buckets[tick]
+            if not bucket and job.tick != self._last:
+                del self._buckets[job.tick]
 
     def due(self, now: float) -> list[Job]:
         """The jobs whose deadline has passed. They stay until ``unwatch``."""
@@ -50,5 +60,7 @@ class Deadlines:
         return [job for tick in ticks for job in self._buckets[tick]]
 
     def next(self) -> float:
-        """When the next one is due; ``inf`` for never."""
-        return min(self._buckets, default=math.inf) * TICK
+        """When the next one is due, and it will be looked; ``inf`` for never."""
+        used = (tick for tick, bucket in self._buckets.items() if bucket)
+        self._planned = min(used, default=math.inf) * TICK
+        return self._planned

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11_pool.cryptoki import rv
 from pkcs11_pool.engine.awake import Awake
@@ -41,6 +41,14 @@ if TYPE_CHECKING:
     from pkcs11_pool.engine.leases import Chain, Lease
     from pkcs11_pool.jobs import Thread, Waiter
 
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_READ: Final = Kind.READ
+_LANE: Final = Kind.LANE
+_ACTOR: Final = Kind.ACTOR
+_READY: Final = PoolState.READY
+_WAITING: Final = Phase.WAITING
+_RUNNING: Final = Phase.RUNNING
+_SETTLED: Final = Phase.SETTLED
 _WHY_CLOSED = {
     PoolState.NEW: "the pool is not open: use `async with pool:`",
     PoolState.OPENING: "the pool is not open yet",
@@ -49,8 +57,6 @@ _WHY_CLOSED = {
 
 IDLE = 0.3
 """Seconds without work after which sessions opened ahead are closed."""
-_LATE = 0.0005
-"""Seconds that a result may wait for others, so that one wake-up serves all."""
 _LOOK = 0.005
 """Seconds after which it is looked at jobs for which nobody was woken."""
 RECENT = 20
@@ -88,6 +94,9 @@ class Pause(Enum):
     """Nothing, but the jobs of a period of the security officer."""
 
 
+_NOT: Final = Pause.NOT
+
+
 class Dispatch:
     """Lines, room, deadlines and idle workers of one token.
 
@@ -120,6 +129,8 @@ class Dispatch:
         self._awake = Awake()
         # Whether the timekeeper comes to look at jobs for which nobody was woken.
         self._looked_after = False
+        # One more than sessions: closing a lease needs a thread and no session.
+        self._most_workers = options.max_sessions + 1
         # When an idle worker is sent to look for sessions that should go, and whether
         # one was sent.
         self._look_at: float | None = None
@@ -127,6 +138,9 @@ class Dispatch:
         # Callers whose results are there and who are woken together, in a moment.
         self._held: list[Waiter] = []
         self._held_since = 0.0
+        # When the last result was there, and when the last worker was done tidying.
+        self._last_result = 0.0
+        self._last_work = 0.0
         # The one that went idle last is the last.
         self._idle: list[Thread] = []
         self._workers: set[Thread] = set()
@@ -152,23 +166,47 @@ class Dispatch:
             TokenUnavailable: It was not taken; nothing happens.
             PoolTimeout: It would have to wait, and must not.
         """
-        self.check_process()
+        if _process.pid != self.pid:
+            self.check_process()
         if self.orphans or self._ending.locked():
             self.end_orphans()
-        job.since = time.monotonic()
+        job.since = now = time.monotonic()
+        lines, room = self._lines, self._room
         with self._lock:
-            if self.state is not PoolState.READY or self._stuck:
-                self._check_open_locked()
-            if job.lane is not None:
-                job.lane.check()
-            at_once = self._can_start_at_once_locked(job)
-            if not at_once:
-                self._admit_locked(job)
-            self._enqueue_locked(job)
-            if at_once:
-                self._wake_one_locked()
-            elif self._login_awaited:
-                self._send_one_locked()
+            if (
+                job.kind is _READ
+                and self._pause is _NOT
+                and self.state is _READY
+                and not (self._stuck or self._login_awaited or lines.others)
+                and len(lines.reads)
+                < room.limit.total - room.open_all + len(room.ahead)
+                and (self._idle or len(self._workers) < self._most_workers)
+            ):
+                # The usual case: it finds a session and a thread. As `_submit_locked`
+                # does for every job, in short.
+                self._number = job.number = self._number + 1
+                job.phase = _WAITING
+                look = self._deadlines.watch(job)
+                if look is not None:
+                    timekeeper.call_at(self, look)
+                lines.reads.append(job)
+                self._wake_one_locked(now)
+            else:
+                self._submit_locked(job, now)
+
+    def _submit_locked(self, job: Job, now: float) -> None:
+        if self.state is not _READY or self._stuck:
+            self._check_open_locked()
+        if job.lane is not None:
+            job.lane.check()
+        at_once = self._can_start_at_once_locked(job)
+        if not at_once:
+            self._admit_locked(job)
+        self._enqueue_locked(job)
+        if at_once:
+            self._wake_one_locked(now)
+        elif self._login_awaited:
+            self._send_one_locked()
 
     def check_open(self) -> None:
         """Refuse a pool that is not open.
@@ -206,7 +244,7 @@ class Dispatch:
         Raises:
             ForkedProcess: This is such a child.
         """
-        if self.is_forked:
+        if _process.pid != self.pid and self.is_forked:
             message = (
                 f"this pool belongs to process {self.pid}: use the start method spawn "
                 "or forkserver, or open a pool after the fork"
@@ -283,7 +321,7 @@ class Dispatch:
         """Put a job in its line, or behind the running job of its lease."""
         self._number += 1
         job.number = self._number
-        job.phase = Phase.WAITING
+        job.phase = _WAITING
         self._watch_locked(job)
         lane = job.lane
         if lane is None and self._is_awaited_locked(job):
@@ -351,11 +389,13 @@ class Dispatch:
         self, job: Job, result: Any, error: BaseException | None
     ) -> bool:
         """Set what became of a job; whether there is somebody to wake."""
-        self._deadlines.unwatch(job)
-        self._requests.discard(job)
-        if job.phase is Phase.SETTLED:
+        if job.tick:
+            self._deadlines.unwatch(job)
+        if job.kind is _ACTOR:
+            self._requests.discard(job)
+        if job.phase is _SETTLED:
             return False
-        job.phase = Phase.SETTLED
+        job.phase = _SETTLED
         job.result, job.error = result, error
         if job.errand is not None:
             self._errand_dropped_locked(job)
@@ -382,17 +422,19 @@ class Dispatch:
     # -- Who may start ------------------------------------------------------------
 
     def _waiting_locked(self) -> int:
-        lanes = sum(len(lease.waiting) for lease in self._room.leases)
-        return len(self._lines) + len(self._parked) + lanes
+        waiting = len(self._lines) + len(self._parked)
+        for lease in self._room.leases:
+            waiting += len(lease.waiting)
+        return waiting
 
     def _can_start_locked(self, job: Job) -> bool:
         if self._pause is Pause.ALL:
             return job.lane is not None and job.lane is self._so_lane
         if self._login_awaited and not job.restart and not job.stays:
             return False
-        if job.kind is Kind.LANE:
-            return self._pause is Pause.NOT or not self._is_stopped_locked(job)
-        goes = self._pause is Pause.NOT or self._is_awaited_locked(job)
+        if job.kind is _LANE:
+            return self._pause is _NOT or not self._is_stopped_locked(job)
+        goes = self._pause is _NOT or self._is_awaited_locked(job)
         return goes and self._room.allows(job)
 
     def _is_awaited_locked(self, job: Job) -> bool:
@@ -433,26 +475,20 @@ class Dispatch:
 
     def _can_start_at_once_locked(self, job: Job) -> bool:
         """Whether a new job finds a session and a thread that nobody waits for."""
+        if not self._idle and len(self._workers) >= self._most_workers:
+            return False
         if not self._can_start_locked(job):
             return False
-        threads = len(self._idle) + self._most_workers - len(self._workers)
         if job.lane is not None:
-            return threads > 0 and job.lane.is_free_for(job)
-        before = self._lines.want_sessions(self._room)
-        return threads > 0 and before < self._room.free
+            return bool(job.lane.is_free_for(job))
+        return self._lines.want_sessions(self._room) < self._room.free
 
-    @property
-    def _most_workers(self) -> int:
-        # One more than sessions: closing a lease needs a thread and no session.
-        return self.options.max_sessions + 1
-
-    def _wake_one_locked(self) -> bool:
+    def _wake_one_locked(self, now: float) -> bool:
         """Wake the worker that went idle last, or start one; False if enough are.
 
         The next of those takes the job then. Should all be inside long calls, the
         timekeeper comes and wakes more.
         """
-        now = time.monotonic()
         if self._awake.is_full(now):
             self._look_later_locked(now)
             return False
@@ -472,24 +508,15 @@ class Dispatch:
             self._looked_after = True
             timekeeper.call_at(self, now + _LOOK)
 
-    def _hold_locked(self, waiter: Waiter, now: float) -> None:
-        """Put off waking a caller whose result is there."""
-        if not self._held:
-            self._held_since = now
-            self._look_later_locked(now)
-        self._held.append(waiter)
-
-    def _held_locked(self, now: float, *, idle: bool) -> list[Waiter] | tuple[()]:
-        """Those whose time has come."""
-        if not self._held or not (idle or now - self._held_since > _LATE):
-            return ()
+    def _held_locked(self) -> list[Waiter]:
+        """Those whose results were held back, to be woken now."""
         held, self._held = self._held, []
         return held
 
     def _wake_for_next_locked(self) -> bool:
         if self._lines.first(self._can_start_locked) is None:
             return False
-        return self._wake_one_locked()
+        return self._wake_one_locked(time.monotonic())
 
     def _wake_many_locked(self) -> None:
         """Many jobs may be able to start at once."""
@@ -497,40 +524,60 @@ class Dispatch:
             if not self._wake_for_next_locked():
                 break
 
-    def _claim_locked(self, worker: Thread, now: float) -> Job | None:
-        """The next job, now running on this worker; None: the worker is idle."""
-        came = self._awake.came(worker)
-        job = self._lines.first(self._can_start_locked)
-        if job is not None and not worker.awake and self._awake.is_full(now):
-            # It comes back from a call, and the others do without it.
-            self._wake_one_locked()
-            job = None
+    def _claim_locked(self, worker: Thread, now: float, *, came: bool) -> Job | None:
+        """The next job, now running on this worker; None: the worker is idle.
+
+        Args:
+            worker: Whose.
+            now: The time.
+            came: Whether it was woken, so that there may be more jobs than this one.
+        """
+        awake, lines = self._awake, self._lines
+        job = self._first_locked(worker, now)
         if job is None:
-            self._awake.ended(worker)
-            if worker in self._workers:
-                self._idle.append(worker)
-            if self._look_at is None and (self._room.ahead or self._room.leases):
-                self._look_at = now + IDLE
-                timekeeper.call_at(self, self._look_at)
+            self._goes_idle_locked(worker, now)
             return None
-        self._lines.pop(job)
-        self._awake.started(worker, now)
-        if came and self._lines:
+        lines.pop(job)
+        awake.started(worker, now)
+        if came and (lines.reads or lines.others):
             # There may be more for whom nobody was woken.
             self._wake_for_next_locked()
+        self._start_locked(worker, job, now)
+        return job
+
+    def _start_locked(self, worker: Thread, job: Job, now: float) -> None:
         job.wait_seconds = waited = now - job.since
         self._wait_times.add(waited, not job.stays)
         if job.waited:
             self._counters.wait_seconds_total += waited
         job.since = now
-        if job.phase is Phase.WAITING:
-            job.phase = Phase.RUNNING
+        if job.phase is _WAITING:
+            job.phase = _RUNNING
         job.worker = worker
         worker.job = job
         worker.busy = True
         self._busy += 1
         self._running += 1
-        return job
+
+    def _first_locked(self, worker: Thread, now: float) -> Job | None:
+        """The job that a worker should take, still in line."""
+        lines, awake = self._lines, self._awake
+        if not (lines.reads or lines.others):
+            return None
+        job = lines.first(self._can_start_locked)
+        if job is None or worker in awake.at_work or not awake.is_full(now):
+            return job
+        # It comes back from a long call, and the others do without it.
+        self._look_later_locked(now)
+        return None
+
+    def _goes_idle_locked(self, worker: Thread, now: float) -> None:
+        self._awake.ended(worker)
+        if worker in self._workers:
+            self._idle.append(worker)
+        if self._look_at is None and (self._room.ahead or self._room.leases):
+            self._look_at = now + IDLE
+            timekeeper.call_at(self, self._look_at)
 
     def _let_go_locked(self, job: Job) -> bool:
         """Take a job from its worker to start it again; False if nobody wants it."""
@@ -567,7 +614,7 @@ class Dispatch:
         with self._lock:
             due = self._deadlines.due(now)
             wake = [job for job in due if self._expire_locked(job, now)]
-            held = self._held_locked(now, idle=True)
+            held = self._held_locked()
             again = self._deadlines.next()
             if self._look_at is not None and now >= self._look_at:
                 self._look_at = None

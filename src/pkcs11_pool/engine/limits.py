@@ -19,6 +19,8 @@ class SessionLimit:
         self.total, self.rw = self._most
         self._learnt = self.total
         self._retry_after = FIRST_RETRY
+        #: Whether the token ever had fewer sessions for us than we thought.
+        self.was_refused = False
         #: When the limit that was learnt is forgotten again, or None.
         self.retry_at: float | None = None
 
@@ -32,6 +34,7 @@ class SessionLimit:
         What was refused lowers its limit to what is open; zero is possible when
         others hold every session. The old limit comes back at ``retry_at``.
         """
+        self.was_refused = True
         if rw:
             # It may be the R/W limit alone; a R/O session will tell of the other.
             self.rw = min(self.rw, open_rw)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pkcs11_pool.jobs import Kind
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pkcs11_pool.engine.room import SessionRoom
     from pkcs11_pool.jobs import Job
 
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_READ: Final = Kind.READ
+
 
 class Lines:
     """The lines of one engine."""
@@ -27,12 +30,15 @@ class Lines:
         self._lines: dict[Kind, deque[Job]] = {
             kind: deque() for kind in Kind if kind is not Kind.ACTOR
         }
-        self._count = 0
+        #: The line that nearly all jobs stand in: R/O operations.
+        self.reads = self._lines[Kind.READ]
+        #: How many stand in the others.
+        self.others = 0
 
     def add(self, job: Job) -> None:
         """Put a job at the end of its line."""
         self._lines[job.kind].append(job)
-        self._count += 1
+        self.others += job.kind is not _READ
 
     def insert(self, job: Job) -> None:
         """Put a job that started in vain back where it stood.
@@ -44,7 +50,7 @@ class Lines:
             (i for i, j in enumerate(line) if j.number > job.number), len(line)
         )
         line.insert(place, job)
-        self._count += 1
+        self.others += job.kind is not _READ
 
     def remove(self, job: Job) -> bool:
         """Take a job out; whether it was in."""
@@ -52,14 +58,12 @@ class Lines:
             self._lines[job.kind].remove(job)
         except (KeyError, ValueError):
             return False
-        self._count -= 1
+        self.others -= job.kind is not _READ
         return True
 
     def first(self, can_start: Callable[[Job], bool]) -> Job | None:
         """The first job that can start. It stays in its line."""
         found: Job | None = None
-        if not self._count:
-            return None
         for line in self._lines.values():
             if line:
                 head = line[0]
@@ -70,12 +74,10 @@ class Lines:
     def pop(self, job: Job) -> None:
         """Take out the job that ``first`` gave."""
         self._lines[job.kind].popleft()
-        self._count -= 1
+        self.others -= job.kind is not _READ
 
     def want_sessions(self, room: SessionRoom) -> int:
         """How many wait for a session that they may have now."""
-        if not self._count:
-            return 0
         lines = self._lines
         wanted = len(lines[Kind.READ])
         if lines[Kind.WRITE]:
@@ -86,7 +88,7 @@ class Lines:
 
     def __len__(self) -> int:
         """How many jobs wait."""
-        return self._count
+        return len(self.reads) + self.others
 
     def __iter__(self) -> Iterator[Job]:
         """All of them, line by line."""

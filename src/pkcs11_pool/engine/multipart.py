@@ -195,7 +195,7 @@ class MultiPart(Chain):
             # The number was another key's: what it began ends first.
             self.stop(session)
             entry.require(plan.operation.capability, plan.target)
-            self._mark = plan.cache.mark()
+            self._mark = plan.cache.mark
             self._entry, self.private = entry, entry.private
             if plan.der:
                 self._coder = operations.coder(entry.key_type)
@@ -297,7 +297,7 @@ class MultiPart(Chain):
                     raise SessionObjectDestroyed(GONE)
                 return result
         result = call()
-        mark = plan.cache.mark()
+        mark = plan.cache.mark
         if self._entry is not None and (mark < 0 or mark != self._mark):
             if not plan.cache.verify(session, self._entry):
                 self.key_gone = True

@@ -6,7 +6,7 @@ Decides and counts; opens and closes nothing. Called under the engine's lock.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pkcs11_pool.jobs import Job, Kind
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.leases import Lease
     from pkcs11_pool.engine.limits import SessionLimit
+
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_LEASE: Final = Kind.LEASE
 
 
 class SessionRoom:
@@ -66,7 +69,7 @@ class SessionRoom:
 
     def allows(self, job: Job) -> bool:
         """Whether there is a session for this job, or may be one."""
-        if job.kind is Kind.LEASE and not self.more_leases:
+        if job.kind is _LEASE and not self.more_leases:
             return False
         if self.ahead and not job.rw:
             return True
@@ -82,7 +85,7 @@ class SessionRoom:
         A session opened ahead; or None: open one, that is counted now; and one to
         close before, where room had to be made.
         """
-        self.leasing += job.kind is Kind.LEASE
+        self.leasing += job.kind is _LEASE
         if self.ahead and not job.rw:
             return self.ahead.popleft(), None
         victim = None

@@ -7,7 +7,8 @@ The way of an operation: ``submit`` puts it in a line; a worker takes it, with a
 session opened ahead or one that it opens now; the result is posted first, then
 the used session is closed and the next one opened, behind the caller's back.
 
-The top layer: on :class:`~pkcs11_pool.engine.outage.Outages`, which is on
+The top layer: on :class:`~pkcs11_pool.engine.work.Work`, which is on
+:class:`~pkcs11_pool.engine.outage.Outages`, which is on
 :class:`~pkcs11_pool.engine.leasing.Leasing`, which is on
 :class:`~pkcs11_pool.engine.dispatch.Dispatch`. It runs workers and serves the actor.
 """
@@ -18,39 +19,32 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pkcs11 import exceptions as p11
-
-from pkcs11_pool import events
-from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.engine.dispatch import IDLE, NO_WAIT, Pause
-from pkcs11_pool.engine.leases import Loan
 from pkcs11_pool.engine.leasing import NOBODY
 from pkcs11_pool.engine.limits import SessionLimit
-from pkcs11_pool.engine.outage import Outages
 from pkcs11_pool.engine.timekeeper import timekeeper
+from pkcs11_pool.engine.work import Work
 from pkcs11_pool.engine.workers import Worker
 from pkcs11_pool.errors import (
-    LoginRequired,
     PoolClosed,
     PoolTimeout,
     StreamInterrupted,
 )
 from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.login.actor import LoginActor
-from pkcs11_pool.state import LoginState, PoolState
+from pkcs11_pool.state import PoolState
 from pkcs11_pool.stats import Counters, PoolStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.cryptoki.module import Module, Turn
-    from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.leases import Lease
     from pkcs11_pool.pins import Pin, PinCallable
 
 
-class TokenEngine(Outages):
+class TokenEngine(Work):
     """Queue, workers, limits and sessions of one token."""
 
     def __init__(self, options: PoolOptions) -> None:
@@ -59,7 +53,6 @@ class TokenEngine(Outages):
         # A PIN source that must be awaited, and the caller who was sent for it.
         self._source: PinCallable | None = None
         self._runner: Job | None = None
-        self._last_work = 0.0
 
     @property
     def _module(self) -> Module:
@@ -72,9 +65,12 @@ class TokenEngine(Outages):
         label = options.token_label if info is None else info.label
         return options.name or label or "pkcs11"
 
-    def turn(self) -> Turn:
+    def turn(self) -> Turn | None:
         """Held around each job where the module takes one call at a time."""
-        return self._module.turn
+        module = self.actor.module
+        if module is None or not module.turn.serialized:
+            return None
+        return module.turn
 
     # -- Work: called by the workers ----------------------------------------------
 
@@ -83,167 +79,6 @@ class TokenEngine(Outages):
         self._workers.add(worker)
         worker.start()
         return worker
-
-    def claim(
-        self, worker: Worker, ahead: Session | None
-    ) -> tuple[Job, Session | None, Session | None] | None:
-        """The next job, with a session opened ahead, or one to close first.
-
-        None: nothing to do; the worker is on the list of the idle then. ``ahead`` is
-        the session that it opened behind its last job.
-        """
-        session: Session | None = None
-        victim: Session | None = None
-        if ahead is not None and not self._keep_ahead(worker, ahead):
-            # While the worker still counts as busy: a pause waits for this, too.
-            ahead.close()
-        with self._lock:
-            if worker.lost:
-                return None
-            now = time.monotonic()
-            if worker.busy:
-                self._tidied_locked(worker, now)
-            job = self._claim_locked(worker, now)
-            held = self._held_locked(now, idle=job is None)
-            if job is None:
-                pass
-            elif job.kind is Kind.LANE:
-                session = job.lane.session
-            else:
-                session, victim = self._room.reserve(job)
-                worker.counted = job.rw
-        for waiter in held:
-            waiter.wake()
-        return None if job is None else (job, session, victim)
-
-    def _keep_ahead(self, worker: Worker, session: Session) -> bool:
-        """Whether a session opened behind a job may wait for the next one."""
-        with self._lock:
-            wanted = (
-                self._pause is Pause.NOT
-                and self.state is PoolState.READY
-                and session.epoch == self.actor.login.epoch
-                and not worker.lost
-            )
-            if wanted:
-                self._room.ahead.append(session)
-                worker.counted = None
-        return wanted
-
-    def _tidied_locked(self, worker: Worker, now: float) -> None:
-        """A worker has closed what it used."""
-        self._last_work = now
-        worker.busy = False
-        self._busy -= 1
-        self._awake.ended(worker)
-        if worker.opened:
-            self._opened_locked(worker)
-        if worker.counted is not None:
-            self._room.closed(rw=worker.counted)
-            worker.counted = None
-        if self._pause is not Pause.NOT:
-            self._quiet.notify_all()
-
-    def _opened_locked(self, worker: Worker) -> None:
-        self._counters.sessions_opened_total += worker.opened
-        worker.opened = 0
-        self._room.limit.opened(self._room.open_all)
-
-    def open_session(self, worker: Worker, *, rw: bool) -> Session:
-        """``C_OpenSession``, for a session that is counted already."""
-        session = self.actor.new_session(rw=rw)
-        worker.opened += 1
-        return session
-
-    def no_session(self, worker: Worker, job: Job, error: Exception) -> None:
-        """Opening failed: it is the caller's error, or the job waits for another try.
-
-        ``CKR_SESSION_COUNT`` is no error of the caller.
-        """
-        room, again = self._room, False
-        fault = recovery.classify(error)
-        if fault.tells_of_outage:
-            # First of all: the job must not start again at once.
-            self.doubt(error)
-        close: list[Session] = []
-        with self._lock:
-            if worker.lost:
-                return
-            room.closed(rw=job.rw)
-            worker.counted = None
-            room.leasing -= job.kind is Kind.LEASE
-            if fault is recovery.Fault.SESSION_COUNT:
-                close = room.take_ahead()
-                room.limit.refused(
-                    rw=job.rw,
-                    open_all=room.open_all,
-                    open_rw=room.open_rw,
-                    now=time.monotonic(),
-                )
-                if room.limit.retry_at is not None:
-                    timekeeper.call_at(self, room.limit.retry_at)
-                again = not job.nowait and self._let_go_locked(job)
-                if again:
-                    self._lines.insert(job)
-            elif fault.tells_of_outage:
-                again = self._not_opened_locked(job)
-        self._close_all(close)
-        events.warning(
-            events.SESSION_REFUSED,
-            error=str(error),
-            sessions=room.limit.total,
-            rw_sessions=room.limit.rw,
-        )
-        if not again:
-            full = fault is recovery.Fault.SESSION_COUNT
-            failure = PoolTimeout(NO_WAIT, "waiting") if full and job.nowait else error
-            self.deliver(worker, job, None, failure)
-
-    def deliver(
-        self, worker: Worker, job: Job, result: Any, error: BaseException | None
-    ) -> bool:
-        """Settle a job that ran, and wake its caller; whether to open the next session.
-
-        Before the session is closed: the caller waits for neither.
-        """
-        if error is not None:
-            error = _login_required(error, self.actor.login.state)
-            if isinstance(error, p11.PKCS11Error):
-                rv.explain(error)
-        with self._lock:
-            if worker.lost:
-                return False
-            worker.job = None
-            self._running -= 1
-            now = time.monotonic()
-            duration = now - job.since
-            self._counters.run_seconds_total += duration
-            self._run_times.add(duration, job.is_operation)
-            self._awake.took(duration)
-            if isinstance(result, Loan):
-                self._room.lent(result.lease)
-                worker.counted = None
-            elif job.kind is Kind.LEASE and error is None:
-                self._room.leasing -= 1
-            if worker.opened:
-                self._opened_locked(worker)
-            settled = self._settle_locked(job, result, error)
-            if job.lane is not None:
-                self._next_in_lane_locked(job.lane)
-            opens = (
-                job.kind is Kind.READ
-                and not self._lines
-                and self._pause is Pause.NOT
-                and self.state is PoolState.READY
-                # A spare for each busy worker.
-                and len(self._room.ahead) < self._busy
-            )
-            if settled and self._awake.fast and job.kind is not Kind.LEASE:
-                self._hold_locked(job.waiter, now)
-                return opens
-        if not settled or not job.waiter.wake():
-            self._give_back(result)
-        return opens
 
     def look_around(self) -> None:
         """Called by a worker that goes idle; to the point when the timekeeper asks.
@@ -258,10 +93,6 @@ class TokenEngine(Outages):
             if self._busy or time.monotonic() - self._last_work < IDLE:
                 return
         self.close_ahead()
-
-    def _close_all(self, sessions: Iterable[Session]) -> None:
-        for session in sessions:
-            session.close()
 
     # -- The gate: called by the actor --------------------------------------------
 
@@ -550,15 +381,3 @@ def _cut_off() -> StreamInterrupted:
     return StreamInterrupted(
         "the security officer came in the middle of the data: begin again"
     )
-
-
-def _login_required(error: BaseException, state: LoginState) -> BaseException:
-    """The pool's own error for a login that is missing, whoever noticed."""
-    if isinstance(error, LoginRequired) or not isinstance(error, p11.UserNotLoggedIn):
-        return error
-    message = "nobody is logged in: await pool.login(pin)"
-    if state is LoginState.SO:
-        message = "private objects are not for the security officer: end the period"
-    wrapped = LoginRequired(message)
-    wrapped.__cause__ = error
-    return wrapped

@@ -7,19 +7,22 @@ on is *lost*: when the call returns after all, it closes its session and ends.
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import exceptions as p11
 
 from pkcs11_pool.engine.leases import Lease, Loan
 from pkcs11_pool.errors import PoolClosed
-from pkcs11_pool.jobs import Kind
 
 if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.token_engine import TokenEngine
     from pkcs11_pool.jobs import Job
+
+_MEASURED: Final = 4
+"""Of so many jobs it is measured how long one is on a processor."""
 
 
 class Worker:
@@ -30,9 +33,10 @@ class Worker:
         busy: It may be inside the module. Written under the engine's lock.
         counted: The kind of session that is counted for it. Written there, too.
         lost: Its call was given up on. Written under the engine's lock.
-        awake: Not 0 while it counts as awake. Written there, too.
+        since: When it took its last job, or was woken. Written there, too.
         coming: It was woken and is not there yet. Written there, too.
         opened: How many sessions it opened since the engine last looked.
+        spent: Seconds on a processor for its last job, where that was measured.
     """
 
     def __init__(self, engine: TokenEngine) -> None:
@@ -45,9 +49,10 @@ class Worker:
         self.busy = False
         self.counted: bool | None = None
         self.lost = False
-        self.awake = 0
+        self.since = 0.0
         self.coming = False
         self.opened = 0
+        self.spent: float | None = None
         self._thread = threading.Thread(
             target=self._run, name="pkcs11-pool worker", daemon=True
         )
@@ -74,12 +79,20 @@ class Worker:
     def _run(self) -> None:
         engine = self._engine
         ahead: Session | None = None
+        # Held where no turn is needed: nobody else takes it.
+        free = threading.RLock()
         while True:
-            with engine.turn():
+            with engine.turn() or free:
                 claimed = engine.claim(self, ahead)
                 ahead = None
                 if claimed is not None:
-                    ahead = self._do(*claimed)
+                    if claimed[0].number % _MEASURED:
+                        ahead = self._do(*claimed)
+                        self.spent = None
+                    else:
+                        began = time.thread_time()
+                        ahead = self._do(*claimed)
+                        self.spent = time.thread_time() - began
                     if self.lost:
                         engine.returned(ahead)
                         return
@@ -108,9 +121,18 @@ class Worker:
                 engine.no_session(self, job, error)
                 return None
         session.epoch = engine.actor.login.epoch
-        result, failure = self._call(job, session)
+        work = job.work
+        result: Any = None
+        failure: BaseException | None = None
+        if work is None or job.dropped or self.lost:
+            result, failure = self._call(job, session)
+        else:
+            try:
+                result = work(session)
+            except BaseException as error:  # noqa: BLE001  # raised again at the caller
+                failure = error
         again = False
-        if isinstance(failure, Exception):
+        if failure is not None and isinstance(failure, Exception):
             failure = engine.finished(job, session, failure)
             again = failure is None
         opens = not again and engine.deliver(self, job, result, failure)
@@ -129,13 +151,13 @@ class Worker:
         if self.lost or (job.dropped and not job.stays):
             # Its caller went while the session was opened: nothing happened.
             return None, None
-        engine = self._engine
-        if job.kind is Kind.LEASE:
+        work = job.work
+        if work is None:
+            # Only leases have none.
             lease = Lease(session, job.holder)
             lease.chain, lease.lone = job.chain, job.chain is not None
-            return Loan(lease, engine.orphans), None
-        assert job.work is not None  # noqa: S101  # only leases have none
+            return Loan(lease, self._engine.orphans), None
         try:
-            return job.work(session), None
+            return work(session), None
         except BaseException as error:  # noqa: BLE001  # raised again at the caller
             return None, error

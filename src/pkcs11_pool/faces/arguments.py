@@ -68,7 +68,9 @@ def octets(value: object, name: str) -> bytes:
 
 def mechanism(value: object) -> Mechanism | None:
     """A mechanism, or None for the key's default one."""
-    return None if value is None else needed_mechanism(value)
+    if value is None or type(value) is Mechanism:
+        return value
+    return needed_mechanism(value)
 
 
 def needed_mechanism(value: object) -> Mechanism:

@@ -18,7 +18,7 @@ from pkcs11_pool.faces.sync import SyncKey
 from pkcs11_pool.login.reaffirm import Reaffirm
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Iterable
+    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 
     from pkcs11.mechanisms import Mechanism
 
@@ -106,7 +106,7 @@ class KeyRef(KeyMaker):
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
             "param": mechanism_param,
-            "login": self._login(pin),  # type: ignore[arg-type]
+            "login": None if pin is None else self._login(pin),  # type: ignore[arg-type]
             "der": arguments.der(signature_format),
         }
         result: bytes = await self._with_data(
@@ -160,7 +160,7 @@ class KeyRef(KeyMaker):
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
             "param": mechanism_param,
-            "login": self._login(pin),  # type: ignore[arg-type]
+            "login": None if pin is None else self._login(pin),  # type: ignore[arg-type]
             "der": arguments.der(signature_format),
         }
         calls, target = self._calls, self._target
@@ -312,7 +312,7 @@ class KeyRef(KeyMaker):
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
             "param": mechanism_param,
-            "login": self._login(pin),  # type: ignore[arg-type]
+            "login": None if pin is None else self._login(pin),  # type: ignore[arg-type]
         }
         result: bytes = await self._with_data(
             DECRYPT, operations.decrypt, data, timeout, options
@@ -393,15 +393,13 @@ class KeyRef(KeyMaker):
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
             "param": mechanism_param,
-            "login": self._login(pin),  # type: ignore[arg-type]
+            "login": None if pin is None else self._login(pin),  # type: ignore[arg-type]
         }
         task = self._task(DECRYPT, operations.decrypt, timeout, options)
         return CryptStream(task, data)
 
-    def _login(self, pin: Pin | NoPin | None) -> Reaffirm | None:
+    def _login(self, pin: Pin | NoPin) -> Reaffirm:
         """The login for a use of this key, with a PIN that is out of sight."""
-        if pin is None:
-            return None
         engine = self._calls._engine  # noqa: SLF001  # one package
         return Reaffirm(engine.actor, pins.checked(pin))
 
@@ -426,15 +424,16 @@ class KeyRef(KeyMaker):
         self._check_alive((self._target,))
         return Task(calls, plan, in_one_call, timeout=timeout, home=self._home)
 
-    async def _with_data(
+    def _with_data(
         self,
         operation: Operation,
         whole: Callable[..., Any],
         data: Data,
         timeout: Timeout,
         options: dict[str, Any],
-    ) -> Any:
+    ) -> Awaitable[Any]:
         """An operation on data: in one call, or in parts."""
-        if (given := arguments.whole(data)) is not None:
-            return await self._perform(whole, given, timeout=timeout, **options)
-        return await consume(self._task(operation, whole, timeout, options), data)
+        given = arguments.whole(data)
+        if given is not None:
+            return self._perform(whole, given, timeout=timeout, **options)
+        return consume(self._task(operation, whole, timeout, options), data)

@@ -15,7 +15,7 @@ from pkcs11_pool.faces import arguments
 from pkcs11_pool.faces.arguments import DEFAULT, Template, Timeout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from pkcs11.constants import Attribute
 
@@ -176,7 +176,7 @@ class ObjectRef:
         token = not isinstance(self._target, SessionObject)
         await self._perform(objects.destroy, timeout=timeout, rw=token, changes=True)
 
-    async def _perform(
+    def _perform(
         self,
         operation: Callable[..., Any],
         *arguments_: Any,
@@ -184,7 +184,7 @@ class ObjectRef:
         rw: bool = False,
         changes: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> Awaitable[Any]:
         calls, target = self._calls, self._target
         cache = calls._engine.cache  # noqa: SLF001  # one package
         used = target if isinstance(target, SessionObject) else None
@@ -193,18 +193,18 @@ class ObjectRef:
         def work(session: Any) -> Any:
             return operation(session, cache, target, *arguments_, **options)
 
-        return await calls._perform(  # noqa: SLF001
+        # Not awaited here: each coroutine on the way is passed twice.
+        return calls._perform(  # noqa: SLF001
             work, timeout, rw=rw, changes=changes, home=self._home, target=used
         )
 
     def _check_alive(self, items: tuple[object, ...]) -> None:
         """At the door: where a session object is gone, nothing is opened or sent."""
-        objects = [item for item in items if isinstance(item, SessionObject)]
-        if objects:
-            engine = self._calls._engine  # noqa: SLF001  # one package
-            engine.check_open()
-            actor = engine.actor
-            for item in objects:
+        for item in items:
+            if isinstance(item, SessionObject):
+                engine = self._calls._engine  # noqa: SLF001  # one package
+                engine.check_open()
+                actor = engine.actor
                 item.check(actor.login.epoch, actor.attached.generation)
 
     def __eq__(self, other: object) -> bool:

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_READ: Final = Kind.READ
+_WRITE: Final = Kind.WRITE
 # Options of the pool, and where an open token tells the same of itself.
 _TOLD: Final = {
     "token_label": "label",
@@ -626,10 +629,12 @@ class TokenPool(Calls):
         repeat: bool = False,
         target: SessionObject | None = None,
     ) -> Job:
-        limit = arguments.timeout(timeout, self._engine.options.timeout)
+        limit = self._engine.options.timeout
+        if timeout is not DEFAULT:
+            limit = arguments.timeout(timeout, limit)
         return Job(
             work,
-            Kind.WRITE if rw else Kind.READ,
+            _WRITE if rw else _READ,
             waiter=waiter,
             deadline=time.monotonic() + limit if limit else None,
             changes=changes,
@@ -654,7 +659,8 @@ class TokenPool(Calls):
         target: SessionObject | None = None,
     ) -> T:
         engine = self._engine
-        arguments.timeout(timeout, None)
+        if timeout is not DEFAULT:
+            arguments.timeout(timeout, None)
         engine.check_process()
         if changes:
             await checkpoint()

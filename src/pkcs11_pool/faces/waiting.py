@@ -22,7 +22,7 @@ import time
 import weakref
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_SETTLED: Final = Phase.SETTLED
 LATE = 0.05
 """Seconds that a blocking caller allows the engine to give out a deadline."""
 _HIGH = 512
@@ -53,9 +55,11 @@ _HIGH = 512
 class _Port:
     """The way from the workers into one event loop: many results, one wake-up."""
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[], bool]) -> None:
         self._ready: deque[_LoopWaiter] = deque()
         self._scheduled = False
+        # Whether the loop has ended.
+        self._ended = ended
 
     def post(self, waiter: _LoopWaiter) -> bool:
         """Resume a waiter on its loop; False if the loop has ended."""
@@ -81,20 +85,14 @@ class _Port:
         while ready:
             ready.popleft().resume()
 
-    def _ended(self) -> bool:
-        raise NotImplementedError
-
     def _schedule(self) -> None:
         raise NotImplementedError
 
 
 class _AsyncioPort(_Port):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__()
+        super().__init__(loop.is_closed)
         self.loop = loop
-
-    def _ended(self) -> bool:
-        return self.loop.is_closed()
 
     def _schedule(self) -> None:
         self.loop.call_soon_threadsafe(self._drain)
@@ -166,11 +164,8 @@ def _asyncio_port(loop: asyncio.AbstractEventLoop) -> _AsyncioPort:
 
 class _TrioPort(_Port):
     def __init__(self, token: Any) -> None:
-        super().__init__()
+        super().__init__(lambda: False)
         self.loop = token
-
-    def _ended(self) -> bool:
-        return False
 
     def _schedule(self) -> None:
         self.loop.run_sync_soon(self._drain)
@@ -194,13 +189,14 @@ class FaceWaiter(Protocol):
 class _LoopWaiter:
     """One caller on an event loop."""
 
+    # Around a PIN source that this caller awaits, and the job that it is for.
+    _errand: tuple[Job, anyio.CancelScope] | None = None
+
     def __init__(self, port: Callable[[], _Port | None], holder: Hashable) -> None:
         # A call away, because it goes with its loop, and the waiter may stay: the
         # traceback of an error keeps it.
         self._port = port
         self.holder = holder
-        # Around a PIN source that this caller awaits, and the job that it is for.
-        self._errand: tuple[Job, anyio.CancelScope] | None = None
 
     def wake(self) -> bool:
         """Called by any thread."""
@@ -225,15 +221,18 @@ class _LoopWaiter:
 
 
 class _AsyncioWaiter(_LoopWaiter):
+    _future: asyncio.Future[None] | None = None
+
     def __init__(
         self,
         port: Callable[[], _Port | None],
         holder: Hashable,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        super().__init__(port, holder)
+        # As its base class: a call less for each operation.
+        self._port = port
+        self.holder = holder
         self._loop = loop
-        self._future: asyncio.Future[None] | None = None
 
     def resume(self) -> None:
         if self._errand is not None:
@@ -250,7 +249,7 @@ class _AsyncioWaiter(_LoopWaiter):
 
     async def result(self, engine: TokenEngine, job: Job) -> Any:
         try:
-            while job.phase is not Phase.SETTLED:
+            while job.phase is not _SETTLED:
                 if job.errand is not None:
                     await self._run_errand(engine, job)
                 else:
@@ -262,13 +261,13 @@ class _AsyncioWaiter(_LoopWaiter):
             if not engine.cancel(job):
                 await self.outlast(job)
             raise
-        return outcome(job)
+        return job.result if job.error is None else outcome(job)
 
     async def outlast(self, *jobs: Job) -> None:
         cancelled: asyncio.CancelledError | None = None
         with anyio.CancelScope(shield=True):
             for job in jobs:
-                while job.phase is not Phase.SETTLED:
+                while job.phase is not _SETTLED:
                     try:
                         await self._wait()
                     except asyncio.CancelledError as error:
@@ -309,7 +308,7 @@ class _TrioWaiter(_LoopWaiter):
 
     async def result(self, engine: TokenEngine, job: Job) -> Any:
         try:
-            while job.phase is not Phase.SETTLED:
+            while job.phase is not _SETTLED:
                 if job.errand is not None:
                     await self._run_errand(engine, job)
                 else:
@@ -327,7 +326,7 @@ class _TrioWaiter(_LoopWaiter):
 
     async def outlast(self, *jobs: Job) -> None:
         for job in jobs:
-            while job.phase is not Phase.SETTLED:
+            while job.phase is not _SETTLED:
                 await self._wait(None, job)
 
 
@@ -344,7 +343,7 @@ class _ThreadWaiter:
 
     async def result(self, engine: TokenEngine, job: Job) -> Any:
         try:
-            while job.phase is not Phase.SETTLED:
+            while job.phase is not _SETTLED:
                 if job.errand is not None:
                     # No loop runs on this thread, so one may be run for the PIN.
                     _run_errand_here(engine, job)
@@ -357,7 +356,7 @@ class _ThreadWaiter:
 
     async def outlast(self, *jobs: Job) -> None:
         for job in jobs:
-            while job.phase is not Phase.SETTLED:
+            while job.phase is not _SETTLED:
                 self._woken.acquire()
 
 
@@ -455,8 +454,9 @@ def current_waiter() -> FaceWaiter:
     local = _local
     if local.blocking:
         return _ThreadWaiter()
-    trio = _trio()
-    if trio is not None and trio.lowlevel.in_trio_task():
+    trio: Any = sys.modules.get("trio")
+    # While another thread still imports it, no loop of it runs.
+    if hasattr(trio, "lowlevel") and trio.lowlevel.in_trio_task():
         token = trio.lowlevel.current_trio_token()
         port = local.trio()
         if port is None or port.loop is not token:

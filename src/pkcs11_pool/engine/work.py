@@ -1,0 +1,300 @@
+"""What the workers ask for: the next job, and what becomes of its result.
+
+A layer of the engine, on :class:`~pkcs11_pool.engine.outage.Outages`. Nearly all jobs
+are R/O operations of a pool in its usual state. Their way is written out here at full
+length, because every step of it counts in each operation; for all other jobs the
+layers below decide.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from pkcs11 import exceptions as p11
+
+from pkcs11_pool import events
+from pkcs11_pool.cryptoki import recovery, rv
+from pkcs11_pool.cryptoki.session import Session
+from pkcs11_pool.engine.dispatch import NO_WAIT, Pause
+from pkcs11_pool.engine.leases import Loan
+from pkcs11_pool.engine.outage import Outages
+from pkcs11_pool.engine.timekeeper import timekeeper
+from pkcs11_pool.errors import LoginRequired, PoolClosed, PoolTimeout
+from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.state import LoginState, PoolState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pkcs11_pool.engine.workers import Worker
+
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_READ: Final = Kind.READ
+_LANE: Final = Kind.LANE
+_LEASE: Final = Kind.LEASE
+_NOT: Final = Pause.NOT
+_READY: Final = PoolState.READY
+_LATE: Final = 0.0005
+"""Seconds that a result may wait for others, so that one wake-up serves all."""
+_ENOUGH: Final = 4
+"""Jobs in line that keep the workers busy while the loop makes new ones."""
+
+
+class Work(Outages):
+    """Jobs go out to the workers, and results come back."""
+
+    # -- The next job -------------------------------------------------------------
+
+    def claim(
+        self, worker: Worker, ahead: Session | None
+    ) -> tuple[Job, Session | None, Session | None] | None:
+        """The next job, with a session opened ahead, or one to close first.
+
+        None: nothing to do; the worker is on the list of the idle then. ``ahead`` is
+        the session that it opened behind its last job.
+        """
+        with self._lock:
+            usual = (
+                self._pause is _NOT
+                and self.state is _READY
+                and not (worker.lost or self._login_awaited)
+            )
+            if ahead is not None and usual and ahead.epoch == self.actor.login.epoch:
+                self._room.ahead.append(ahead)
+                worker.counted = ahead = None
+            if ahead is None:
+                claimed = self._next_locked(worker, usual=usual)
+                held = self._held
+                if held:
+                    if claimed and worker.since - self._held_since < _LATE:
+                        # They go on waiting: this worker goes on working.
+                        held = []
+                    else:
+                        self._held = []
+        if ahead is not None:
+            # Not wanted any more. The worker counts as busy still: a pause waits for
+            # this, too.
+            ahead.close()
+            return self.claim(worker, None)
+        for waiter in held:
+            waiter.wake()
+        return claimed
+
+    def _next_locked(
+        self, worker: Worker, *, usual: bool
+    ) -> tuple[Job, Session | None, Session | None] | None:
+        if worker.lost:
+            return None
+        now = time.monotonic()
+        room, lines, awake = self._room, self._lines, self._awake
+        if worker.busy:
+            self._tidied_locked(worker, now)
+        came = worker.coming and awake.came(worker)
+        session: Session | None
+        if (
+            usual
+            and lines.reads
+            and not lines.others
+            and worker in awake.at_work
+            and (room.ahead or room.open_all < room.limit.total)
+        ):
+            # As `_claim_locked` and `reserve` do for every job, in short.
+            job = lines.reads.popleft()
+            worker.since = now
+            self._start_locked(worker, job, now)
+            worker.counted = False
+            session = room.ahead.popleft() if room.ahead else None
+            room.open_all += session is None
+            if came and lines.reads:
+                self._wake_for_next_locked()
+            return job, session, None
+        found = self._claim_locked(worker, now, came=came)
+        if found is None:
+            return None
+        if found.kind is _LANE:
+            return found, found.lane.session, None
+        session, victim = room.reserve(found)
+        worker.counted = found.rw
+        return found, session, victim
+
+    def _tidied_locked(self, worker: Worker, now: float) -> None:
+        """A worker has closed what it used."""
+        self._last_work = now
+        if worker.spent is not None:
+            self._awake.took(now - worker.since, worker.spent)
+        worker.busy = False
+        self._busy -= 1
+        if worker.opened:
+            self._opened_locked(worker)
+        if worker.counted is not None:
+            self._room.open_all -= 1
+            self._room.open_rw -= worker.counted
+            worker.counted = None
+        if self._pause is not _NOT:
+            self._quiet.notify_all()
+
+    # -- Sessions -----------------------------------------------------------------
+
+    def _opened_locked(self, worker: Worker) -> None:
+        self._counters.sessions_opened_total += worker.opened
+        worker.opened = 0
+        limit = self._room.limit
+        if limit.was_refused:
+            limit.opened(self._room.open_all)
+
+    def open_session(self, worker: Worker, *, rw: bool) -> Session:
+        """``C_OpenSession``, for a session that is counted already."""
+        actor = self.actor
+        module, token = actor.module, actor.token
+        if module is None or token is None:
+            raise PoolClosed("the pool is not open")
+        session = Session(module, token, rw=rw, epoch=actor.login.epoch)
+        worker.opened += 1
+        return session
+
+    def no_session(self, worker: Worker, job: Job, error: Exception) -> None:
+        """Opening failed: it is the caller's error, or the job waits for another try.
+
+        ``CKR_SESSION_COUNT`` is no error of the caller.
+        """
+        room, again = self._room, False
+        fault = recovery.classify(error)
+        if fault.tells_of_outage:
+            # First of all: the job must not start again at once.
+            self.doubt(error)
+        close: list[Session] = []
+        with self._lock:
+            if worker.lost:
+                return
+            room.closed(rw=job.rw)
+            worker.counted = None
+            room.leasing -= job.kind is Kind.LEASE
+            if fault is recovery.Fault.SESSION_COUNT:
+                close = room.take_ahead()
+                room.limit.refused(
+                    rw=job.rw,
+                    open_all=room.open_all,
+                    open_rw=room.open_rw,
+                    now=time.monotonic(),
+                )
+                if room.limit.retry_at is not None:
+                    timekeeper.call_at(self, room.limit.retry_at)
+                again = not job.nowait and self._let_go_locked(job)
+                if again:
+                    self._lines.insert(job)
+            elif fault.tells_of_outage:
+                again = self._not_opened_locked(job)
+        self._close_all(close)
+        events.warning(
+            events.SESSION_REFUSED,
+            error=str(error),
+            sessions=room.limit.total,
+            rw_sessions=room.limit.rw,
+        )
+        if not again:
+            full = fault is recovery.Fault.SESSION_COUNT
+            failure = PoolTimeout(NO_WAIT, "waiting") if full and job.nowait else error
+            self.deliver(worker, job, None, failure)
+
+    def _close_all(self, sessions: Iterable[Session]) -> None:
+        for session in sessions:
+            session.close()
+
+    # -- Results ------------------------------------------------------------------
+
+    def deliver(
+        self, worker: Worker, job: Job, result: Any, error: BaseException | None
+    ) -> bool:
+        """Settle a job that ran, and wake its caller; whether to open the next session.
+
+        Before the session is closed: the caller waits for neither.
+        """
+        if error is not None:
+            error = self._explained(error)
+        with self._lock:
+            if worker.lost:
+                return False
+            worker.job = None
+            self._running -= 1
+            now = time.monotonic()
+            duration = now - job.since
+            self._counters.run_seconds_total += duration
+            self._run_times.add(duration, job.is_operation)
+            kind = job.kind
+            if kind is _LEASE:
+                self._lent_locked(worker, result, error)
+            if worker.opened:
+                self._opened_locked(worker)
+            settled = self._settle_locked(job, result, error)
+            if job.lane is not None:
+                self._next_in_lane_locked(job.lane)
+            waiting = len(self._lines.reads) + self._lines.others
+            opens = (
+                kind is _READ
+                and not waiting
+                and self._pause is _NOT
+                and self.state is _READY
+                # A spare for each busy worker.
+                and len(self._room.ahead) < self._busy
+            )
+            if settled and waiting > _ENOUGH and self._hold_locked(job, now):
+                return opens
+            held = self._held
+            if held:
+                self._held = []
+        for waiter in held:
+            waiter.wake()
+        if not settled or not job.waiter.wake():
+            self._give_back(result)
+        return opens
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """An error with a text that says what to do."""
+        error = _login_required(error, self.actor.login.state)
+        if isinstance(error, p11.PKCS11Error):
+            rv.explain(error)
+        return error
+
+    def _lent_locked(
+        self, worker: Worker, result: Any, error: BaseException | None
+    ) -> None:
+        """The job that opens a lease is done."""
+        if isinstance(result, Loan):
+            self._room.lent(result.lease)
+            worker.counted = None
+        elif error is None:
+            self._room.leasing -= 1
+
+    def _hold_locked(self, job: Job, now: float) -> bool:
+        """Whether a result is held back for the next one, which will be there soon.
+
+        While workers have enough to do without its caller, and results come faster
+        than one in half a millisecond: then one wake-up of the loop serves several,
+        and none is late. Where all workers are inside all the same, the timekeeper
+        comes.
+        """
+        if job.kind is _LEASE or now - self._last_result > _LATE:
+            self._last_result = now
+            return False
+        self._last_result = now
+        held = self._held
+        if not held:
+            self._held_since = now
+            self._look_later_locked(now)
+        elif now - self._held_since > _LATE:
+            return False
+        held.append(job.waiter)
+        return True
+
+
+def _login_required(error: BaseException, state: LoginState) -> BaseException:
+    """The pool's own error for a login that is missing, whoever noticed."""
+    if isinstance(error, LoginRequired) or not isinstance(error, p11.UserNotLoggedIn):
+        return error
+    message = "nobody is logged in: await pool.login(pin)"
+    if state is LoginState.SO:
+        message = "private objects are not for the security officer: end the period"
+    wrapped = LoginRequired(message)
+    wrapped.__cause__ = error
+    return wrapped
