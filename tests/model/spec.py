@@ -100,11 +100,13 @@ class Token:
     )
     #: How many C_Login calls there were.
     logins: int = 0
+    #: Files of objects that were not made after all.
+    debris: int = 0
 
     @property
     def stored(self) -> int:
-        """How many objects are on it, for whoever may see them."""
-        return sum(thing.token for thing in self.things.values())
+        """How many objects are on it, for whoever may see them; with the debris."""
+        return self.debris + sum(thing.token for thing in self.things.values())
 
 
 @dataclass

@@ -33,6 +33,18 @@ KINDS = (
 _RELOGIN = (steps.Login, steps.Logout, steps.Officer)
 
 
+class _LeftBehind:
+    """SoftHSM2 2.6.1 failed to make an object, and left a file that nobody sees."""
+
+    def __init__(self, step: Step) -> None:
+        self.step: Any = step
+
+    def expect(self, model: Model) -> None:
+        """One file more."""
+        life = getattr(self.step, "life", None) or model.refs[self.step.ref].life
+        model.token_of(life).debris += 1
+
+
 class Part:
     """One of several steps that are made at once."""
 
@@ -55,16 +67,18 @@ class Part:
         return self.running.cancelled or failed
 
     @property
-    def choices(self) -> list[Step | None]:
+    def choices(self) -> list[Step | _LeftBehind | None]:
         """What may have happened."""
         if not self.is_in_doubt:
             return [self.step]
+        if self.running.outcome == "GeneralError":
+            return [None, self.step, _LeftBehind(self.step)]
         if isinstance(self.step, steps.Officer):
             # His period may have begun and ended, and he did nothing in it.
             return [None, self.step, replace(self.step, init_pin=None, new=None)]
         return [None, self.step]
 
-    def explains(self, model: Model, chosen: Step | None) -> bool:
+    def explains(self, model: Model, chosen: Step | _LeftBehind | None) -> bool:
         """Whether its result is right, if it is its turn now."""
         if not self.is_in_doubt:
             return judge(self.step, self.running, model) is None
