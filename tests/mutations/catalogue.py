@@ -91,16 +91,16 @@ CATALOGUE = (
     Mutation(
         "lose-wake-up",
         "engine/dispatch.py",
-        "            if at_once:\n                self._wake_one_locked()",
-        "            if at_once:\n                pass",
+        "                lines.reads.append(job)\n                self._wake_one_locked(now)",
+        "                lines.reads.append(job)",
         "Who finds a free session and an idle worker is served at once.",
         ("test_engine.py::test_a_signature_costs_four_calls",),
     ),
     Mutation(
         "no-trust-mark",
         "cryptoki/keys.py",
-        "if entry.mark != self._mark or self._changing:",
-        "if self._changing:",
+        "            if entry.mark == self.mark >= 0 and (",
+        "            if self.mark >= 0 and (",
         "A number is verified after objects may have changed.",
         (
             (
@@ -208,7 +208,7 @@ CATALOGUE = (
     ),
     Mutation(
         "two-wake-ups",
-        "engine/token_engine.py",
+        "engine/work.py",
         "        if not settled or not job.waiter.wake():",
         "        if not settled or not (job.waiter.wake() and job.waiter.wake()):",
         "Every waiter ends once.",
