@@ -91,8 +91,8 @@ CATALOGUE = (
     Mutation(
         "lose-wake-up",
         "engine/dispatch.py",
-        "                lines.reads.append(job)\n                self._wake_one_locked(now)",
-        "                lines.reads.append(job)",
+        "                self._wake_one_locked(now)\n            else:",
+        "                pass\n            else:",
         "Who finds a free session and an idle worker is served at once.",
         ("test_engine.py::test_a_signature_costs_four_calls",),
     ),
