@@ -194,3 +194,16 @@ def test_an_old_python_is_refused_with_a_reason(
 def test_words_it_does_not_know_are_refused(dev: ModuleType, words: list[str]) -> None:
     """Nothing is installed for a command that does not exist."""
     assert dev.main(words) == 2
+
+
+def test_every_extra_that_an_error_names_is_one_of_the_project() -> None:
+    """Who lacks a package is told what to install, and can."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    source = ROOT / "src" / "pkcs11_pool"
+    told = {
+        name
+        for path in source.rglob("*.py")
+        for name in re.findall(r'missing\("(\w+)"', path.read_text())
+    }
+    assert "starlette" in told
+    assert told <= set(project["optional-dependencies"])

@@ -20,7 +20,7 @@ from pkcs11_pool.integrations.starlette import get_pool, handle_errors, lifespan
 try:
     from fastapi import Depends
 except ModuleNotFoundError as error:
-    raise extras.missing("asgi", error) from error
+    raise extras.missing("fastapi", error) from error
 
 __all__ = ["Pool", "get_pool", "handle_errors", "lifespan", "open_pool"]
 

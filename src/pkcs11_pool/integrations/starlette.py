@@ -26,7 +26,7 @@ try:
     )
     from starlette.responses import Response
 except ModuleNotFoundError as error:
-    raise extras.missing("asgi", error) from error
+    raise extras.missing("starlette", error) from error
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
