@@ -397,8 +397,11 @@ async def test_aclose_takes_back_what_waits(make_pool: MakePool) -> None:
 
 
 async def test_cancelled_while_the_token_is_changed(make_pool: MakePool) -> None:
-    """``rw``: what is inside is waited for; what waits never happens."""
-    async with make_pool(max_sessions=2) as pool:
+    """``rw``: what is inside is waited for; what waits never happens.
+
+    Of three sessions one is always left to what changes nothing.
+    """
+    async with make_pool(max_sessions=3) as pool:
         with Hold() as hold:
             results = pool.map(hold, range(100), rw=True, limit=10)
             gone = anyio.Event()
@@ -427,7 +430,7 @@ async def test_a_native_cancellation_waits_for_changes_too(
     make_pool: MakePool,
 ) -> None:
     """``Task.cancel()``, however often: the outcome of each call inside first."""
-    async with make_pool(max_sessions=2) as pool:
+    async with make_pool(max_sessions=3) as pool:
         with Hold() as hold:
             task = asyncio.create_task(_all(pool.map(hold, range(100), rw=True)))
             await hold.entered(2)

@@ -112,11 +112,22 @@ class Module:
         self.lent_list = LentList(library.functions, self._closes)
         #: For the ``pkcs11.Session`` of a session that is open.
         self.opened_list = OpenedList(library.functions)
+        # Never destroyed: what was made through them goes on pointing there.
+        self._former: list[tuple[LentList, OpenedList]] = []
         self._in_use: dict[tuple[str, bytes, str, str], str] = {}
         #: The pools on it.
         self.members: list[Member] = []
         #: Held by the one that has it initialised anew.
         self.renewing = threading.Lock()
+
+    def take_functions(self) -> None:
+        """Call through the library's present list; another may stand in front now."""
+        functions = self.library.functions
+        if functions is not self.functions:
+            self._former.append((self.lent_list, self.opened_list))
+            self.functions = functions
+            self.lent_list = LentList(functions, self._closes)
+            self.opened_list = OpenedList(functions)
 
     def _closes(self, handle: int) -> None:
         """A caller closes the session that it was given: it is not ours to close."""
@@ -347,6 +358,7 @@ def _initialized(module: Module) -> None:
     for session in module.live.values():
         session.forget()
     module.live.clear()
+    module.take_functions()
     module.initialized = True
     events.info(
         events.MODULE_INITIALIZED, module=module.path, generation=module.generation

@@ -1,8 +1,7 @@
 """How many ``C_`` functions are called: counted, not reckoned.
 
 The pool calls the module through one object, its function list. Here another takes
-its place that counts what passes. One call does not pass there: ``C_OpenSession``,
-which python-pkcs11 makes; the pool's own statistics count that one.
+its place that counts what passes.
 
 ``tests/test_demo.py`` holds these counts against those of a module that counts for
 itself.
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pkcs11_pool.cryptoki.interface import Library
-    from pkcs11_pool.faces.pool import TokenPool
 
 
 class CountingFunctions(FunctionList):
@@ -52,18 +50,14 @@ class CountingFunctions(FunctionList):
 
 
 class CallCount:
-    """The calls of one pool from now on."""
+    """The calls from now on."""
 
-    def __init__(self, pool: TokenPool, functions: CountingFunctions) -> None:
-        self._pool = pool
+    def __init__(self, functions: CountingFunctions) -> None:
         self._functions = functions
         self._before = self._total()
 
     def _total(self) -> Counter[str]:
-        calls = Counter(self._functions.snapshot())
-        # Not added: it would count twice if the pool should call it itself one day.
-        calls.setdefault("C_OpenSession", self._pool.stats().sessions_opened_total)
-        return calls
+        return Counter(self._functions.snapshot())
 
     def snapshot(self) -> dict[str, int]:
         """Return how often each function was called, those never called left out."""

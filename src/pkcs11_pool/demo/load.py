@@ -152,7 +152,7 @@ async def run(
 ) -> Outcome:
     """Put an open pool under load, then check all results."""
     load = Load(Bench(pool, material), orders.operations, bars[0])
-    calls = CallCount(pool, orders.functions)
+    calls = CallCount(orders.functions)
     seconds = await load.run(orders.tasks)
     counted, stats = calls.snapshot(), pool.stats()
     return Outcome(
