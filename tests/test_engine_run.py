@@ -19,6 +19,8 @@ from pkcs11.util.ec import encode_ec_public_key, encode_named_curve_parameters
 
 from faultmodule import CKR
 from pkcs11_pool import LoginState, SessionClosed
+from pkcs11_pool.engine import outage
+from pkcs11_pool.state import Epoch
 from poolkit import (
     LAST_RESORT,
     Hold,
@@ -29,6 +31,7 @@ from poolkit import (
     hangs,
     make_ec_key,
     settled,
+    wait_for,
 )
 
 if TYPE_CHECKING:
@@ -710,3 +713,26 @@ async def test_it_is_not_called_again_for_ever(
         assert 1 < len(calls) < 10
         assert len(set(calls)) == len(calls)
         assert await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+
+
+async def test_a_login_that_is_restored_while_the_token_is_asked_is_seen(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not found, then restored by others: it is found, and not told as missing."""
+    asked = outage._is_logged_out  # noqa: SLF001  # no other moment would do
+
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        assert await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+        before = pool.login_epoch
+
+        def restored_first(session: Any) -> bool:
+            if pool.login_epoch == before:
+                pool._engine.actor.need_login(Epoch(before))  # noqa: SLF001
+            wait_for(lambda: pool.login_epoch > before + 1)
+            return asked(session)
+
+        monkeypatch.setattr(outage, "_is_logged_out", restored_first)
+        fault.lose_login()
+        assert await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+        assert pool.stats().logins_total == 2

@@ -140,8 +140,11 @@ class Outages(Leasing):
         if login.state is LoginState.SO:
             return False
         if login.state is LoginState.USER and not _is_logged_out(session):
-            # It may have started under the login before this one.
-            return session.epoch != login.epoch and self._again(job, wait=False)
+            # Looked at anew: while the token was asked, a login that was lost may have
+            # been restored. The job started under the one before, then.
+            login = self.actor.login
+            if login.state is LoginState.USER:
+                return session.epoch != login.epoch and self._again(job, wait=False)
         if login.state is LoginState.PUBLIC and login.wanted is LoginState.PUBLIC:
             return False
         again = self._again(job, wait=True)
