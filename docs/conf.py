@@ -104,7 +104,7 @@ PROJECTS = {
         r"(object|type|bool|int|float|str|bytes|bytearray|memoryview|tuple|list|dict|set"
         r"|frozenset|None|BaseException|Exception|[A-Z]\w*Error|StopAsyncIteration"
         r"|StopIteration|GeneratorExit|KeyboardInterrupt|contextlib\..*|asyncio\..*"
-        r"|collections\..*|enum\..*|functools\..*|logging\..*|os\..*|pathlib\..*"
+        r"|collections\..*|datetime\..*|enum\..*|functools\..*|logging\..*|os\..*|pathlib\..*"
         r"|threading\..*|types\..*|typing\..*|Any|Literal|Self|PathLike|os.PathLike"
         r"|Enum|IntEnum|Path|AsyncIterable|AsyncIterator|Awaitable|Callable|Iterable"
         r"|Iterator|Mapping|Sequence|TracebackType|Generic|~?T)",
