@@ -22,6 +22,7 @@ from pkcs11_pool import LoginState, PoolState, faces, init_token, list_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
+    from types import ModuleType
 
     from faultmodule import FaultModule
     from pkcs11_pool import KeyRef, PooledSession, TokenPool
@@ -235,9 +236,11 @@ async def _closed(ground: Ground) -> None:
 
 
 def _another(ground: Ground, **options: Any) -> TokenPool:
-    pool = ground.make_pool(
-        token_label=ground.other.label, pin=ground.other.user_pin, **options
-    )
+    other: dict[str, Any] = {
+        "token_label": ground.other.label,
+        "pin": ground.other.user_pin,
+    }
+    pool = ground.make_pool(**(other | options))
     ground.state["pool"] = pool
     return pool
 
@@ -384,6 +387,13 @@ async def _sign(ground: Ground) -> bytes:
     signature: bytes = await ground.key("mac").sign(_DATA, **_HMAC)
     assert signature == hmac_sha256(_DATA)
     return signature
+
+
+async def _sign_each_time(ground: Ground) -> bytes:
+    pin = ground.token.user_pin
+    return await ground.key("each time").sign(
+        _DATA, pin=pin, mechanism=Mechanism.SHA256_RSA_PKCS
+    )
 
 
 def _write(session: pkcs11.Session, template: dict[Attribute, Any]) -> None:
@@ -646,6 +656,8 @@ CASES = [
     ),
     # Keys
     Case("KeyRef.sign", _sign, "C_Sign", in_session=True),
+    # The PIN goes between C_SignInit and C_Sign.
+    Case("KeyRef.sign", _sign_each_time, "C_Login", in_session=True),
     Case("KeyRef.sign KeyRef.verify", _sign_parts, in_session=True),
     Case(
         "KeyRef.verify",
@@ -722,6 +734,13 @@ CASES = [
 
 ASYNC_PIN = [
     Case(
+        "TokenPool.open",
+        lambda g: _another(g, pin=awaited_pin(g.other.user_pin)).open(),
+        "C_Login",
+        after=_closed,
+        alone=True,
+    ),
+    Case(
         "TokenPool.login",
         lambda g: g.pool.login(),
         "C_Login",
@@ -775,20 +794,26 @@ _NOT_FOR_USERS = {
 
 def public_coroutines() -> set[str]:
     """All that a user can await, found by looking."""
-    found = set()
+    found: set[str] = set()
     for info in pkgutil.iter_modules(faces.__path__):
-        module = importlib.import_module(f"{faces.__name__}.{info.name}")
-        for name, thing in vars(module).items():
-            mine = getattr(thing, "__module__", "") == module.__name__
-            if not mine or name.startswith("_") or name in _NOT_FOR_USERS:
-                continue
-            if inspect.iscoroutinefunction(thing):
-                found.add(name)
-            elif inspect.isclass(thing):
-                found |= {f"{name}.{method}" for method in _coroutines(thing)}
+        found |= coroutines_of(importlib.import_module(f"{faces.__name__}.{info.name}"))
     for name in pkcs11_pool.__all__:
         if inspect.iscoroutinefunction(getattr(pkcs11_pool, name)):
             found.add(name)
+    return found
+
+
+def coroutines_of(module: ModuleType) -> set[str]:
+    """Those of one module: its functions, and the methods of its classes."""
+    found = set()
+    for name, thing in vars(module).items():
+        mine = getattr(thing, "__module__", "") == module.__name__
+        if not mine or name.startswith("_") or name in _NOT_FOR_USERS:
+            continue
+        if inspect.iscoroutinefunction(thing):
+            found.add(name)
+        elif inspect.isclass(thing):
+            found |= {f"{name}.{method}" for method in _coroutines(thing)}
     return found
 
 

@@ -17,8 +17,9 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
 )
-from pkcs11 import KeyType, Mechanism
+from pkcs11 import Attribute, KeyType, Mechanism
 
+from cancellation_integrations import INTEGRATIONS, integration_coroutines
 from cancellation_table import (
     ASYNC_PIN,
     CASES,
@@ -42,7 +43,7 @@ _SIGN: dict[str, Any] = {"mechanism": Mechanism.ECDSA, "signature_format": "der"
 _PREHASHED = ec.ECDSA(utils.Prehashed(hashes.SHA256()))
 _HOMES = [
     pytest.param(case, home, id=f"{case}-{number}-{home}")
-    for number, case in enumerate(CASES)
+    for number, case in enumerate((*CASES, *INTEGRATIONS))
     for home in ("pool", "session")
     if case.in_session or home == "pool"
     if home == "session" or case.covers != "PooledSession.info"
@@ -83,6 +84,14 @@ class _Shared:
             signer = await make_ec_key(pool)
             self.signer_der = await signer.public_key_der()
             secret = await make_secret(pool, wrap=True, unwrap=True)
+            await make_secret(pool, label="kek", wrap=True, unwrap=True)
+            await pool.generate_keypair(
+                KeyType.RSA,
+                1024,
+                label="each time",
+                store=True,
+                private_template={Attribute.ALWAYS_AUTHENTICATE: True},
+            )
             await make_secret(pool, KeyType.GENERIC_SECRET, "mac")
             plain = await make_secret(pool, label="plain", extractable=True)
             self.wrapped = await secret.wrap_key(
@@ -113,7 +122,11 @@ def shared(
 @asynccontextmanager
 async def _ground(shared: _Shared, case: Case, home: str) -> AsyncIterator[Ground]:
     pin = shared.token.user_pin
-    pool = shared.pool(pin=awaited_pin(pin) if case in ASYNC_PIN else pin)
+    pool = shared.pool(
+        pin=awaited_pin(pin) if case in ASYNC_PIN else pin,
+        # So long a session block waits for the call inside with its session object.
+        close_timeout=0.2 if case in INTEGRATIONS else 2.0,
+    )
     async with AsyncExitStack() as stack:
         session = None
         if not case.alone:
@@ -321,3 +334,9 @@ def test_every_public_coroutine_is_in_the_table() -> None:
     """What is added to the pool is cancelled here, too."""
     covered = {name for case in CASES for name in case.covers.split()}
     assert covered == public_coroutines()
+
+
+def test_every_coroutine_of_an_integration_is_in_the_table() -> None:
+    """And what is added to them."""
+    covered = {name for case in INTEGRATIONS for name in case.covers.split()}
+    assert covered == integration_coroutines()
