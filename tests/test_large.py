@@ -40,7 +40,7 @@ def anyio_backend() -> str:
 # -- A file that is larger than what the process may take --------------------------
 
 _STREAM = """
-import hashlib, resource, sys
+import hashlib, sys
 import anyio
 from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
 from pkcs11_pool import TokenPool
@@ -49,7 +49,10 @@ module, pin, file, size = sys.argv[1:]
 
 
 def memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # Not ru_maxrss: that begins with what the parent had when it started this.
+    with open("/proc/self/status") as status:
+        (line,) = (line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) // 1024
 
 
 async def chunks(data, left):
@@ -133,7 +136,7 @@ def _by_others(file: Path) -> tuple[str, str]:
 # -- Batches ----------------------------------------------------------------------
 
 _BATCH = """
-import hmac, resource, sys
+import hmac, sys
 import anyio
 from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
 from pkcs11_pool import TokenPool
@@ -152,7 +155,10 @@ def items():
 
 
 def memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # Not ru_maxrss: that begins with what the parent had when it started this.
+    with open("/proc/self/status") as status:
+        (line,) = (line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) // 1024
 
 
 async def results(pool, session):
@@ -207,7 +213,7 @@ def _batch(token: ThrowawayToken, what: str) -> tuple[int, int]:
     assert done.returncode == 0, done.stderr
     answered, taken, most, sessions, more = map(int, done.stdout.split())
     assert answered == taken == _ITEMS
-    assert more < 16
+    assert more < 8
     return most, sessions
 
 
