@@ -1,7 +1,8 @@
 """The real pool never disagrees with the model.
 
-More steps, and other ones: ``pytest tests/model --long --model-seed 7``. A failure shows all the steps of its run. With the same options they are made again, though threads may
-do them in another order.
+More steps, and other ones: ``pytest tests/model --long --model-seed 7``. A failure
+shows all the steps of its run. With the same options they are made again, though
+threads may do them in another order.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ _MANY_RUNS = 1_000
 """More than one test can make for one seed; so no two tests have the same seed."""
 _LONG = 100_000
 """Steps in all, with ``--long``."""
-# hypothesis' own way would make much the same run again and again: what begins at random
-# and ends as the simplest, then copies of what was made before with little changed. What
-# it takes for another's backend makes each run at random.
+# hypothesis' own way would make much the same run again and again: what begins at
+# random and ends as the simplest, then copies of what was made before, with little
+# changed. What it takes for another's backend makes each run at random.
 _BACKEND = "each-at-random"
 AVAILABLE_PROVIDERS[_BACKEND] = HypothesisProvider
 
