@@ -45,7 +45,8 @@ ALL_PINS = "constraints.txt"
 DEMO_PINS = "constraints-demo.txt"
 
 PAGES = "docs/_build/html"
-BUILD_PAGES = ("sphinx-build", "-n", "-W", "--keep-going", "-q", "docs", PAGES)
+# All pages each time: one that has not changed would keep its warnings to itself.
+BUILD_PAGES = ("sphinx-build", "-E", "-n", "-W", "--keep-going", "-q", "docs", PAGES)
 
 NO_PIP = """\
 pip is missing for {python}.
@@ -298,6 +299,7 @@ def docs(arguments: Sequence[str]) -> int:
     tools = environment(ALL_PINS).parent
     built = subprocess.run([tools / name, *rest], cwd=ROOT, check=False)
     if built.returncode:
+        say(f"the pages have errors, see above; what could be made is in {PAGES}")
         return built.returncode
     first = ROOT / PAGES / "index.html"
     say(f"open {first.relative_to(ROOT)}")

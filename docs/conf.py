@@ -7,6 +7,7 @@ listed here, so that the build passes on any machine. Our own names must always 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,7 +105,7 @@ PROJECTS = {
         r"(object|type|bool|int|float|str|bytes|bytearray|memoryview|tuple|list|dict|set"
         r"|frozenset|None|BaseException|Exception|[A-Z]\w*Error|StopAsyncIteration"
         r"|StopIteration|GeneratorExit|KeyboardInterrupt|contextlib\..*|asyncio\..*"
-        r"|collections\..*|enum\..*|functools\..*|logging\..*|os\..*|pathlib\..*"
+        r"|collections\..*|datetime\..*|enum\..*|functools\..*|logging\..*|os\..*|pathlib\..*"
         r"|threading\..*|types\..*|typing\..*|Any|Literal|Self|PathLike|os.PathLike"
         r"|Enum|IntEnum|Path|AsyncIterable|AsyncIterator|Awaitable|Callable|Iterable"
         r"|Iterator|Mapping|Sequence|TracebackType|Generic|~?T)",
@@ -225,7 +226,25 @@ def house_name(
     return None
 
 
+def say_what_is_needed(_app: Sphinx, _page: str, source: list[str]) -> None:
+    """Say below the title of a page which keys its code finds."""
+    found = re.search(r"<!-- page:.*?keys=(\S+)", source[0])
+    if found is None:
+        return
+    keys = ", ".join(f"`{key}`" for key in found[1].split(","))
+    note = (
+        "\n```{admonition} What the code here needs\n:class: note\n"
+        f"A token `demo` with {keys}. Where `pool` is used and not made, it is an open "
+        "one, inside of an `async def`. {ref}`How to make them <what-pages-need>`\n"
+        "```\n"
+    )
+    source[0] = re.sub(
+        r"(?m)^(# .*\n)", lambda title: title[1] + note, source[0], count=1
+    )
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
+    app.connect("source-read", say_what_is_needed)
     app.connect("missing-reference", house_name, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

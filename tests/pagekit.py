@@ -10,6 +10,7 @@ All blocks of a page share their names, and a token that is thrown away:
 - ``<!-- save: NAME -->`` right before a block: a file that later commands use.
 - ``<!-- invisible-code-block: python`` up to ``-->``: runs, and does not show.
 - ``<!-- skip: next "reason" -->``: is not run; the tests count these.
+- any other language: is not run; the tests count these, too.
 - ``<!-- page: keys=signer,p256 cwd=checkout -->``: which keys the page finds on the
   token, and that its commands are for the root of a checkout. ``pool=new``: its pool
   is not open yet.
@@ -31,7 +32,9 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from unittest import SkipTest
@@ -66,6 +69,18 @@ _SETTINGS: Final = re.compile(r"<!-- page:(.*?)-->")
 _SAVE: Final = re.compile(r"<!-- save: (\S+) -->\s*\Z")
 _MAKES_A_POOL: Final = re.compile(r"\b(TokenPool\(|from_uri\(|asyncio\.run\(main)")
 _CHECKER: Final = doctest.OutputChecker()
+_RUN: Final = {"console", "python", "text"}
+_BLOCK: Final = re.compile(
+    r"(?m)^( *)\.\. code-block::.*\n(?:(?:\1 +.*)?\n)*(?=\1\S|\S|\Z)"
+)
+_CODE: Final = (
+    ast.Assign,
+    ast.AsyncFunctionDef,
+    ast.Await,
+    ast.FunctionDef,
+    ast.Import,
+    ast.ImportFrom,
+)
 _LOOSE: Final = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -90,6 +105,34 @@ def spy() -> str | None:
 def skipped(page: Path) -> int:
     """How many blocks of a page are not run."""
     return len(re.findall(r"<!-- skip: ", page.read_text()))
+
+
+def foreign(page: Path) -> dict[str, int]:
+    """How many blocks of a page are in a language that is not run, by language."""
+    found = re.findall(r"(?m)^ *```(\w+)$", page.read_text())
+    return dict(Counter(kind for kind in found if kind not in _RUN))
+
+
+def unmarked(source: Path) -> list[str]:
+    """Code in the docstrings of a file that is not in a block, so does not run."""
+    tree = ast.parse(source.read_text())
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docs = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, kinds)]
+    found = []
+    for doc in docs:
+        prose = _BLOCK.sub("\n\n", (doc or "") + "\n")
+        found += [part for part in re.split(r"\n\s*\n", prose) if _is_code(part)]
+    return found
+
+
+def _is_code(part: str) -> bool:
+    """Whether it assigns, defines, imports or awaits: words of prose do not."""
+    flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    try:
+        tree: Any = compile(textwrap.dedent(part).strip(), "docstring", "exec", flags)
+    except SyntaxError:
+        return False
+    return any(isinstance(node, _CODE) for node in ast.walk(tree))
 
 
 class Page:

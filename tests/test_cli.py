@@ -282,6 +282,24 @@ def test_a_uri_names_module_token_key_and_pin(
     assert len(bytes.fromhex(bare("sign", str(file), *words).out)) == 16
 
 
+def test_standard_input_is_signed_and_verified(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As "-"."""
+    run("keygen", "signer", "--type", "aes", "--bits", "128")
+    words = ("--key", "signer", "--mechanism", "AES_CMAC")
+    data, signature = tmp_path / "data", tmp_path / "signature"
+    data.write_bytes(bytes(16))
+    for command in (
+        ("sign", "-", "--signature", str(signature)),
+        ("verify", "-", str(signature)),
+    ):
+        with data.open() as file:
+            monkeypatch.setattr("sys.stdin", file)
+            run(*command, *words)
+    run("verify", str(data), str(signature), *words)
+
+
 def test_objects_are_listed_with_what_they_may_do(run: Run) -> None:
     """Private ones only after a login."""
     run("keygen", "signer")
@@ -326,6 +344,14 @@ def test_random_octets(run: Run, tmp_path: Path) -> None:
         (["random", "8", "--uri", "pkcs11:token"], 2, "at character 8"),
         (["random", "8", "--uri", "pkcs11:library-version=1"], 2, "take it out"),
         (["random", "8", "--timeout", "-1"], 2, "timeout must be"),
+        (["objects", "--uri", "pkcs11:token=other"], 2, "names the token 'other'"),
+        (
+            ["tokens", "--uri", "pkcs11:?module-path=/b.so"],
+            2,
+            "names the module '/b.so'",
+        ),
+        (["sign", "--frob", "--key", "x"], 2, "Unknown option: --frob"),
+        (["random", "8", "--pin-prompt"], 4, "--pin-env"),
         (["sign", __file__, "--key", "none"], 5, "`pkcs11-pool objects`"),
         (["sign", __file__], 2, "which key?"),
         (["sign", "/no/file", "--key", "x"], 8, "/no/file: No such file"),

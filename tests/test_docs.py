@@ -7,7 +7,9 @@ import asyncio
 import re
 import subprocess
 import sys
+import tomllib
 from typing import TYPE_CHECKING, cast
+from xml.etree import ElementTree as ET
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
@@ -15,7 +17,7 @@ from cryptography.hazmat.primitives.hashes import SHA256, SHA512
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 import pkcs11_pool
-from pagekit import README, ROOT, Page, pages, skipped, sources
+from pagekit import README, ROOT, Page, foreign, pages, skipped, sources, unmarked
 from pkcs11_pool import PoolClosed, PoolState, SessionObjectDestroyed
 
 if TYPE_CHECKING:
@@ -29,9 +31,24 @@ if TYPE_CHECKING:
 SKIPPED = {
     "docs/contributing.md": 4,
     "docs/how-to/fastapi.md": 1,
+    "docs/how-to/index.md": 1,
     "docs/tutorial/first-signature.md": 1,
 }
 """How many blocks of which page are not run; each says why, next to it."""
+
+LANGUAGES = {
+    "ini": "a unit of systemd, which containers do not have",
+    "lua": "for wrk; the tests of the signing service load it with the same lines",
+    "sh": "they install, or run these very tests; CI does both",
+}
+"""The other languages of blocks, and why these are not run."""
+
+FOREIGN = {
+    "README.md": {"sh": 2},
+    "docs/how-to/keep-the-pin.md": {"ini": 1},
+    "docs/how-to/signing-service.md": {"lua": 1},
+}
+"""How many such blocks which page has."""
 
 
 def named(path: Path) -> str:
@@ -56,6 +73,30 @@ def test_only_what_says_why_is_skipped() -> None:
     for page in pages():
         for directive in re.findall(r"(?m)^<!-- skip: .*$", page.read_text()):
             assert re.search(r' ".+" -->$|reason=".+"\) -->$', directive), page
+
+
+def test_only_what_is_no_python_is_in_another_language() -> None:
+    """A block that has no language that runs has a reason."""
+    found = {named(page): foreign(page) for page in pages() if foreign(page)}
+    assert found == FOREIGN
+    assert {kind for kinds in found.values() for kind in kinds} == set(LANGUAGES)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=named)
+def test_code_in_a_docstring_is_in_a_block(path: Path) -> None:
+    """Only blocks are run."""
+    assert unmarked(path) == []
+
+
+def test_every_floor_is_in_the_drawing() -> None:
+    """In the order of the contract, those of one floor on one line."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    (layers,) = [one["layers"] for one in contracts if one["id"] == "floors"]
+    drawing = ET.parse(ROOT / "docs" / "_static" / "floors.svg")  # noqa: S314
+    texts = drawing.iterfind(".//{http://www.w3.org/2000/svg}text[@class='code']")
+    drawn = [(text.text or "").split(" · ") for text in texts]
+    assert drawn == [re.split(r" [|:] ", layer) for layer in layers]
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -511,7 +511,7 @@ async def test_data_objects(pool: TokenPool) -> None:
         await lent.attributes(read)
 
 
-async def test_thousands_are_found_in_a_bounded_number_of_calls(
+async def test_hundreds_are_found_with_one_call_for_each_at_most(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
     """One call for each object at most, and what is in use stays known."""

@@ -19,6 +19,7 @@ from pkcs11_pool import (
     PoolTimeout,
     SessionClosed,
     SessionObjectDestroyed,
+    StreamInterrupted,
     TokenUnavailable,
 )
 from pkcs11_pool.cryptoki.interface import pack_ulong
@@ -35,6 +36,8 @@ from poolkit import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from conftest import MakePool
     from faultmodule import FaultModule
     from pkcs11_pool import KeyRef, TokenPool
@@ -456,6 +459,64 @@ async def test_data_in_parts_begins_anew_where_it_can_be_read_again(
             await _down(pool)
             fault.come_back()
         assert results == [expected]
+
+
+async def test_data_that_comes_once_is_interrupted_with_the_cause(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """An iterator cannot be read again: its caller is told at once, and begins anew."""
+    parts = [b"p" * 70_000] * 3
+    async with make_pool(module=fault.path) as pool:
+        expected = await pool.digest(parts, mechanism=Mechanism.SHA256)
+        before = fault.count("C_DigestInit")
+        fault.on("C_DigestUpdate", nth=3, hang="before", answer=CKR.DEVICE_ERROR)
+        told = anyio.Event()
+
+        async def once() -> None:
+            with pytest.raises(StreamInterrupted, match="begin again") as caught:
+                await pool.digest(iter(parts), mechanism=Mechanism.SHA256)
+            assert isinstance(caught.value.__cause__, pkcs11.DeviceError)
+            told.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(once)
+            await hangs(fault, "C_DigestUpdate")
+            fault.go_down(stays=True)
+            fault.release()
+            with anyio.fail_after(LAST_RESORT):
+                await told.wait()  # the token is still away
+            await _down(pool)
+            fault.come_back()
+        await _back(pool)
+        assert fault.count("C_DigestInit") == before + 1
+        assert await pool.digest(iter(parts), mechanism=Mechanism.SHA256) == expected
+
+
+async def test_data_that_is_still_coming_is_interrupted_with_the_cause(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """No call was inside when the token went; the next part is not sent."""
+    async with make_pool(module=fault.path) as pool:
+        dry, more = anyio.Event(), anyio.Event()
+
+        async def slowly() -> AsyncIterator[bytes]:
+            yield b"p" * 200_000
+            dry.set()
+            await more.wait()
+            yield b"p" * 200_000
+
+        async def once() -> None:
+            with pytest.raises(StreamInterrupted, match="token was lost") as caught:
+                await pool.digest(slowly(), mechanism=Mechanism.SHA256)
+            assert isinstance(caught.value.__cause__, pkcs11.DeviceError)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(once)
+            await dry.wait()
+            async with _Outage(pool, fault, stays=True):
+                sent = fault.count("C_DigestUpdate")
+                more.set()
+        assert fault.count("C_DigestUpdate") == sent
 
 
 # -- What was open ----------------------------------------------------------------

@@ -195,7 +195,7 @@ class SessionClosed(PoolError, p11.SessionClosed):
 
 
 class StreamInterrupted(SessionClosed):
-    """An operation on data in parts was cut off: by the SO, or by a lost login.
+    """Data in parts was cut off: by the SO, by a lost login, or by a lost token.
 
     Begin again, with the data from its start. The pool does that by itself where
     it still has the data: not with an iterator, which cannot be read twice, and not

@@ -44,6 +44,36 @@ CATALOGUE = (
         ("test_keys.py::test_a_number_is_never_used_in_another_login_than_its_own",),
     ),
     Mutation(
+        "no-generation-check",
+        "cryptoki/keys.py",
+        "            and entry.generation == session.generation\n",
+        "",
+        "A number is never used in another generation of the module than its own.",
+        (
+            (
+                "test_keys_trust.py::"
+                "test_a_number_is_never_used_in_another_generation_than_its_own"
+            ),
+        ),
+    ),
+    Mutation(
+        "no-age",
+        "cryptoki/keys.py",
+        "            age = self._max_age\n",
+        "            age = None\n",
+        "A number that is older than handle_max_age is verified.",
+        (
+            (
+                "test_keys_trust.py::"
+                "test_a_number_is_verified_once_when_it_is_older_than_the_age"
+            ),
+            (
+                "test_keys_trust.py::"
+                "test_a_number_that_others_gave_away_is_not_used_beyond_its_age"
+            ),
+        ),
+    ),
+    Mutation(
         "no-new-generation",
         "cryptoki/module.py",
         "        session.forget()\n    module.live.clear()",

@@ -18,6 +18,10 @@ _AS_WORDS: Final = {
     "await list_tokens(module)": "`pkcs11-pool tokens`",
     "list_tokens()": "`pkcs11-pool tokens --json`",
     "wipe=True": "--wipe",
+    "token_serial= or slot_id=": "--token-serial or --slot",
+    "use pins.env, pins.file, pins.systemd_credential or pins.keyring": (
+        "give --pin-env or --pin-file (of the officer: --so-pin-env or --so-pin-file)"
+    ),
     "give another mechanism=": "give another --mechanism",
     "from_uri(…, allow_pin_command=True), or give pin=": (
         "--allow-pin-command, or name another source of the PIN"

@@ -143,8 +143,22 @@ async def _make(
         return await public.public_key_der()
 
 
+File = Annotated[Path, Parameter(allow_leading_hyphen=True)]
+"""A file, or "-" for standard input."""
+
+
+def _named(file: Path) -> None:
+    """Take nothing for a file that was meant as an option.
+
+    Raises:
+        CommandError: It begins with a hyphen and goes on.
+    """
+    if str(file).startswith("-") and str(file) != "-":
+        raise CommandError(f"Unknown option: {file}. A file of that name: ./{file}")
+
+
 def sign(
-    file: Path,
+    file: File,
     /,
     *,
     where: KeyOptions = KeyOptions(),
@@ -170,6 +184,7 @@ def sign(
         encoding: On standard output.
         json: Print JSON.
     """
+    _named(file)
     made = anyio.run(
         _with_file, file, where, Scheme(hash, mechanism, raw_format=raw_format), None
     )
@@ -183,7 +198,7 @@ def sign(
 
 
 def verify(
-    file: Path,
+    file: File,
     signature: Path,
     /,
     *,
@@ -206,6 +221,7 @@ def verify(
         no_login: Do not log in: a public key needs no login on most tokens.
         json: Print JSON.
     """
+    _named(file)
     scheme = Scheme(hash, mechanism, raw_format=raw_format)
     good = False
     for candidate in candidates(signature.read_bytes()):

@@ -67,7 +67,9 @@ class ModuleOptions:
             CommandError: None is named.
         """
         named = self.parsed().module_path
-        if self.module is not None:
+        # An empty variable is none.
+        if self.module is not None and str(self.module) != ".":
+            _agree("module", named, "--module or PKCS11_MODULE", str(self.module))
             return str(self.module)
         if named is not None:
             return named
@@ -178,6 +180,9 @@ class TokenOptions(ModuleOptions, PinOptions):
         uri = self.parsed()
         options: dict[str, Any] = {"module": self.module_path()}
         if self.token_label is not None:
+            # What is signed with another token than the one that was named is lost.
+            given = "--token-label or PKCS11_TOKEN"
+            _agree("token", uri.token, given, self.token_label)
             options["token_label"] = self.token_label
         if self.token_serial is not None:
             options["token_serial"] = self.token_serial.encode()
@@ -213,6 +218,19 @@ class TokenOptions(ModuleOptions, PinOptions):
         if uri.pin_value is not None or uri.pin_source is not None:
             return None
         return by_default("PIN of the user: ")
+
+
+def _agree(what: str, named: str | None, given: str, value: str) -> None:
+    """Let the URI name nothing else than the other words and variables do.
+
+    Raises:
+        CommandError: It does.
+    """
+    if named is not None and named != value:
+        raise CommandError(
+            f"the URI names the {what} {named!r}, and {given} {value!r}: which? Take "
+            "one of them out"
+        )
 
 
 def by_default(text: str) -> Any:

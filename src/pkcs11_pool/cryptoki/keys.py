@@ -396,6 +396,8 @@ class HandleCache:
             spec = target._narrowed.get(classes) or narrowed(target, classes)  # noqa: SLF001
         origin = spec.origin
         entry = self._entries.get(spec) if origin is None else origin.entry
+        # The epoch is not enough: it moves when the token is lost, and a call that is
+        # inside just then may find a number before the module is initialised anew.
         if (
             entry is not None
             and entry.epoch == session.epoch

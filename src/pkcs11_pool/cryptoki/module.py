@@ -348,7 +348,10 @@ def _initialize(library: interface.Library, path: str, how: Any = None) -> None:
                 "the pool first and give pool.lib to that code, or finalise it there"
             )
             raise ModuleInUse(message) from error
-        message = f"{path} cannot be initialised: {error}"
+        message = (
+            f"{path} cannot be initialised: {error}. Has it the configuration that it "
+            "needs (SoftHSM2: SOFTHSM2_CONF)? `pkcs11-pool doctor` looks for the cause"
+        )
         raise ModuleError(message) from error
 
 

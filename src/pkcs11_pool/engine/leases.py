@@ -120,7 +120,9 @@ class Lease:
                 "this session is closed: it is open inside its `async with` block only"
             )
         if isinstance(self.cause, StreamInterrupted):
-            return copy.copy(self.cause)
+            cut = copy.copy(self.cause)
+            cut.__cause__ = self.cause.__cause__  # a copy has none
+            return cut
         error = SessionClosed(f"this session was lost: {self.cause}")
         error.__cause__ = self.cause
         return error

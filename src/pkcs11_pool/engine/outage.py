@@ -353,6 +353,8 @@ def _is_logged_out(session: Session) -> bool:
 
 
 def _cut(cause: BaseException) -> StreamInterrupted:
-    error = StreamInterrupted("the token was lost in the middle of the data")
+    error = StreamInterrupted(
+        "the token was lost in the middle of the data: begin again"
+    )
     error.__cause__ = cause
     return error

@@ -239,7 +239,8 @@ class KeyMaker(ObjectRef):
             ``C_EncapsulateKey`` (PKCS#11 v3.2).
 
         Source:
-            PKCS#11 v3.2, "Key management functions". No module here has it: not run.
+            PKCS#11 v3.2, "Key management functions". Not tried: none of the modules
+            that the tests run on has it.
         """
         given = None if template is None else arguments.template(template)
         kind = arguments.key_type(key_type)
@@ -303,7 +304,8 @@ class KeyMaker(ObjectRef):
             ``C_DecapsulateKey`` (PKCS#11 v3.2).
 
         Source:
-            PKCS#11 v3.2, "Key management functions". No module here has it: not run.
+            PKCS#11 v3.2, "Key management functions". Not tried: none of the modules
+            that the tests run on has it.
         """
         given = None if template is None else arguments.template(template)
         kind = arguments.key_type(key_type)

@@ -176,7 +176,8 @@ class CryptStream:
         """The next output, never empty.
 
         Raises:
-            StreamInterrupted: The SO came, or the login was lost: begin again.
+            StreamInterrupted: The SO came, or the login or the token was lost:
+                begin again.
             LoginRequired: Somebody logged out in the middle.
             PoolTimeout: The time for the whole of it has passed.
 

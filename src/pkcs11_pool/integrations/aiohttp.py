@@ -1,10 +1,6 @@
 """aiohttp: the pool in the application, opened at start-up, closed at clean-up.
 
-app = web.Application(middlewares=[answer_errors])
-app.cleanup_ctx.append(pool_context(lambda: TokenPool(...)))
-
-async def sign(request):
-    signature = await request.config_dict[POOL].key(label="signer").sign(...)
+``docs/how-to/aiohttp.md`` shows it at work.
 """
 
 from __future__ import annotations

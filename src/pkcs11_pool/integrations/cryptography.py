@@ -4,9 +4,7 @@ They are its own abstract classes, over the blocking face: whatever signs with a
 private key of ``cryptography`` signs through the pool (X.509, CSR, CRL and OCSP
 builders, PyJWT, joserfc), from as many worker threads as you like. On a thread that
 runs an event loop each use raises ``WouldBlockLoop``.
-
-    signer = await load_private_key(pool.key(label="ca"))
-    cert = await anyio.to_thread.run_sync(lambda: builder.sign(signer, SHA256()))
+``docs/how-to/sign-certificates.md`` shows them at work.
 
 The public key is read once, and everything that needs no private key is done by
 ``cryptography`` itself.

@@ -1,6 +1,10 @@
 """Envelope encryption: each message under a data key of its own, wrapped on the token.
 
-    envelope = Envelope({"2026": pool.key(label="kek-2026")})
+.. code-block:: python
+
+    from pkcs11_pool.integrations.envelope import Envelope
+
+    envelope = Envelope({"2026": pool.key(label="master")})
     blob = await envelope.encrypt(b"data", {"tenant": "7"})
     data = await envelope.decrypt(blob, {"tenant": "7"})
 

@@ -1,11 +1,6 @@
 """FastAPI: the pool as a dependency.
 
-app = FastAPI(lifespan=lifespan(lambda: TokenPool(...)))
-handle_errors(app)
-
-@app.post("/sign")
-async def sign(data: bytes, pool: Pool) -> ...:
-    signature = await pool.key(label="signer").sign(data)
+``docs/how-to/fastapi.md`` shows it at work.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """JSON Web Signatures and tokens made on the event loop, and the JWKS to check them.
 
-    signer = await load_signer(pool.key(label="jwt"), "ES256")
+.. code-block:: python
+
+    from pkcs11_pool.integrations.jose import jwks, load_signer
+
+    signer = await load_signer(pool.key(label="p256"), "ES256")
     token = await signer.jwt({"sub": "alice"}, expires_in=300)
     key_set = jwks([signer])  # for /.well-known/jwks.json
 

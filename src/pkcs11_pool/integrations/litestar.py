@@ -1,10 +1,6 @@
 """Litestar: a plugin that opens the pool, gives it to handlers, and answers errors.
 
-app = Litestar([sign], plugins=[PoolPlugin(lambda: TokenPool(...))])
-
-@post("/sign")
-async def sign(data: bytes, pool: TokenPool) -> ...:
-    signature = await pool.key(label="signer").sign(data)
+``docs/how-to/litestar.md`` shows it at work.
 """
 
 from __future__ import annotations

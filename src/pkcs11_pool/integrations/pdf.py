@@ -1,8 +1,6 @@
 """PDF and CMS signatures by pyHanko, made on the event loop.
 
-    signer = await load_signer(pool.key(label="pdf"), certificate)
-    meta = signers.PdfSignatureMetadata(field_name="Signature1")
-    await signers.PdfSigner(meta, signer).async_sign_pdf(IncrementalPdfFileWriter(pdf))
+``docs/how-to/sign-pdf.md`` shows it at work.
 
 As many documents at once as you like: the digest of each is made by pyHanko, and what
 reaches the token is one short signature.

@@ -1,11 +1,6 @@
 """Quart: the pool of the current application.
 
-app = Quart(__name__)
-install(app, lambda: TokenPool(...))
-
-@app.post("/sign")
-async def sign():
-    signature = await current_pool().key(label="signer").sign(...)
+``docs/how-to/quart.md`` shows it at work.
 """
 
 from __future__ import annotations

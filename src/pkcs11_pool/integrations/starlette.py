@@ -1,10 +1,6 @@
 """Starlette: the pool is opened at start-up and closed at shutdown.
 
-app = Starlette(lifespan=lifespan(lambda: TokenPool(...)), routes=...)
-handle_errors(app)
-
-async def sign(request):
-    signature = await get_pool(request).key(label="signer").sign(...)
+``docs/how-to/starlette.md`` shows it at work.
 """
 
 from __future__ import annotations

@@ -1,10 +1,16 @@
 """A signer for securesystemslib, and so for TUF and in-toto.
 
+.. code-block:: python
+
+    from securesystemslib.signer import Signer
+
+    from pkcs11_pool.integrations.tuf import load_signer, register
+
     register(pool)  # once; then URIs of the scheme "pkcs11-pool:" find it
-    signer = await load_signer(pool.key(label="root"))
+    signer = await load_signer(pool.key(label="p256"))
     uri, public_key = signer.uri, signer.public_key  # to keep with the metadata
     signer = Signer.from_priv_key_uri(uri, public_key)
-    signature = await asyncio.to_thread(signer.sign, payload)
+    signature = await asyncio.to_thread(signer.sign, b"payload")
 
 securesystemslib's ``sign`` blocks: on a thread that runs an event loop it raises
 ``WouldBlockLoop``. There ``await signer.sign_async(payload)``.

@@ -1,8 +1,12 @@
 """Certificates, requests and CRLs issued on the event loop, with asn1crypto.
 
-    ca = await load_issuer(pool.key(label="ca"), {"common_name": "Example CA"})
+.. code-block:: python
+
+    from pkcs11_pool.integrations.x509 import load_issuer
+
+    ca = await load_issuer(pool.key(label="signer"), {"common_name": "Example CA"})
     root = await ca.self_signed(days=3650)
-    public = await pool.key(label="web").public_key_der()
+    public = await pool.key(label="p256").public_key_der()
     cert = await ca.certificate({"common_name": "web"}, public, days=90)
 
 Nothing waits on a thread: each signature is one awaited operation of the pool. What
