@@ -40,8 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--model-steps",
         type=int,
-        default=6_000,
-        help="steps of the model machine in all, over both backends (default: 6000)",
+        default=12_000,
+        help="steps of the model machine in all, over both backends (default: 12000)",
+    )
+    group.addoption(
+        "--long",
+        action="store_true",
+        help="the model machine makes 100000 steps, if --model-steps does not say more",
     )
     group.addoption(
         "--model-seed", type=int, default=0, help="where its random choices begin"

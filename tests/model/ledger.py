@@ -52,6 +52,8 @@ class _Open:
     #: It is somebody's for longer than one operation: the login's own, or lent.
     kept: bool = False
     searched: bool = False
+    #: Numbers of the keys with which something began here.
+    begun_with: set[int] = field(default_factory=set)
     busy_until: int = 0
     threads: set[int] = field(default_factory=set)
     steps: set[int] = field(default_factory=set)
@@ -238,6 +240,10 @@ class Ledger:
             # Looked at right after a search, or after it was made.
             slot.seen[call.object] = slot.epoch
             return
+        if call.function == "C_GetAttributeValue" and call.object in session.begun_with:
+            # Data in parts goes on after a logout. Whether its key is still the one
+            # that it began with can be asked by that number only.
+            return
         known = slot.seen.get(call.object, -1)
         # What began before a login of this very step may end after it.
         if known < self._began_with.get(session.slot, slot.epoch):
@@ -245,6 +251,8 @@ class Ledger:
                 f"{call.function} with object {call.object}, which was looked up in "
                 f"login {known}; this is login {slot.epoch}"
             )
+        if call.function.endswith("Init") and call.rv == 0:
+            session.begun_with.add(call.object)
 
 
 def _moment(call: Call) -> tuple[int, int]:

@@ -42,6 +42,7 @@ class Machine(Together, Pressure):
     @initialize(target=LIVES, sizes=st.tuples(_SIZE, _SIZE), reused=st.booleans())
     def begin(self, sizes: tuple[int, int], reused: bool) -> MultipleResults[str]:  # noqa: FBT001
         """A pool on each token. The module may hand out freed numbers at once."""
+        self.leave_out_simplest()
         self.world.fault.reuse_numbers(sessions=reused, objects=reused)
         self.journal.append(f"numbers of sessions and objects are reused: {reused}")
         return multiple(

@@ -69,6 +69,7 @@ class Pressure(Bench):
         try:
             for one in inside:
                 assert one.entered.wait(LAST_RESORT), "a free session was not used"
+            self.check_sessions(life, running=free)
             waiting = []
             for number in range(size):
                 waiting.append(

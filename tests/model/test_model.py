@@ -1,8 +1,8 @@
 """The real pool never disagrees with the model.
 
-More steps, and other ones: ``pytest tests/model --model-steps 100000 --model-seed 7``.
-A failure shows all the steps of its run. With the same options they are made again,
-though threads may do them in another order.
+More steps, and other ones: ``pytest tests/model --long --model-seed 7``. A failure
+shows all the steps of its run. With the same options they are made again, though
+threads may do them in another order.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
+from hypothesis.internal.conjecture.providers import (
+    AVAILABLE_PROVIDERS,
+    HypothesisProvider,
+)
 from hypothesis.stateful import run_state_machine_as_test
 
 from faultmodule import FaultModule
@@ -32,6 +36,13 @@ _RUN = 60
 """Steps from the first pool to the last one's end."""
 _MANY_RUNS = 1_000
 """More than one test can make for one seed; so no two tests have the same seed."""
+_LONG = 100_000
+"""Steps in all, with ``--long``."""
+# hypothesis' own way would make much the same run again and again: what begins at
+# random and ends as the simplest, then copies of what was made before, with little
+# changed. What it takes for another's backend makes each run at random.
+_BACKEND = "each-at-random"
+AVAILABLE_PROVIDERS[_BACKEND] = HypothesisProvider
 
 
 @pytest.fixture
@@ -55,12 +66,16 @@ def test_the_pool_and_the_model_agree(
 ) -> None:
     """Whatever hypothesis does to them, from tasks of two loops and from threads."""
     wanted = request.config.getoption("--model-steps")
+    if request.config.getoption("--long"):
+        wanted = max(_LONG, wanted)
     steps = -(-wanted // (len(LOOPS) * len(PARTS)))
     place = list(LOOPS).index(backend) * len(PARTS) + part
     first = (request.config.getoption("--model-seed") * 10 + place) * _MANY_RUNS
     counts = _run(tokens, backend, steps, first)
-    text = f"{counts['steps']} steps, {counts['calls']} calls of the pool"
-    text += f", {counts['module calls']} of the module, {counts['runs']} runs"
+    text = f"{counts['steps']} steps (at least {steps}), "
+    text += f"{counts['calls']} calls of the pool, {counts['module calls']} of the "
+    text += f"module, {counts['runs']} runs, {counts['general errors']} steps that the "
+    text += "token answered with CKR_GENERAL_ERROR and that may have happened or not"
     request.node.user_properties.append(("model machine", text))
     assert counts["steps"] >= steps
 
@@ -80,7 +95,8 @@ def _run(tokens: Tokens, backend: str, steps: int, first: int) -> Counter[str]:
             left = steps - counts["steps"]
             if left <= 0:
                 return counts
-            machine: Any = seed(number)(type("Machine", (Machine,), dict(given)))
+            own = given | {"simplest": [True]}
+            machine: Any = seed(number)(type("Machine", (Machine,), own))
             try:
                 run_state_machine_as_test(machine, settings=_settings(left))
             except Exception:
@@ -93,6 +109,7 @@ def _run(tokens: Tokens, backend: str, steps: int, first: int) -> Counter[str]:
 def _settings(steps: int) -> settings:
     return settings(
         max_examples=max(1, steps // _RUN),
+        backend=_BACKEND,
         stateful_step_count=_RUN,
         deadline=None,
         database=None,

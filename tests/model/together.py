@@ -57,14 +57,18 @@ class Part:
         self.running = callers.start(who, lambda: self.step.act(world))
 
     @property
-    def is_in_doubt(self) -> bool:
-        """Whether nobody knows if it happened.
+    def has_failed_vaguely(self) -> bool:
+        """Whether the token's answer to a change says nothing.
 
         SoftHSM2 2.6.1 sometimes says so of an object that it makes while another
         session searches.
         """
-        failed = self.step.changes and self.running.outcome == "GeneralError"
-        return self.running.cancelled or failed
+        return self.step.changes and self.running.outcome == "GeneralError"
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether nobody knows if it happened."""
+        return self.running.cancelled or self.has_failed_vaguely
 
     @property
     def choices(self) -> list[Step | _LeftBehind | None]:
@@ -178,6 +182,7 @@ class Together(Bench):
                 part.running.cancel()
         for part, pick in zip(parts, picks, strict=False):
             part.running.wait()
+            self.counts["general errors"] += part.has_failed_vaguely
             self.journal.append(f"    {self._name(pick[1])}: {part.step}")
             self._note(part.running)
         self._explain(parts)

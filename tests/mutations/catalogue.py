@@ -313,4 +313,48 @@ CATALOGUE = (
         "Calls inside with a session object finish before its owner is closed.",
         ("test_session_objects.py::test_closing_the_owner_lets_calls_inside_finish",),
     ),
+    Mutation(
+        "change-again",
+        "engine/outage.py",
+        "if not (lost or once) and job.repeats and self._again",
+        "if not (lost or once) and self._again",
+        "What may have changed a token that was lost is not made again.",
+        (
+            "test_recovery.py::test_a_call_that_changes_the_token_is_not_repeated",
+            "test_recovery.py::test_destroying_is_not_repeated",
+        ),
+    ),
+    Mutation(
+        "newcomers-wait",
+        "engine/outage.py",
+        "if self._outage is not None and self._outage.over:",
+        "if self._outage is None and self.state is PoolState.RECOVERING:",
+        "After recovery_timeout newcomers are refused at once.",
+        ("test_recovery.py::test_callers_wait_no_longer_than_recovery_timeout",),
+    ),
+    Mutation(
+        "found-a-stranger",
+        "login/recovering.py",
+        "if info.identity == known.identity:",
+        "if info.identity:",
+        "On the way back no PIN is sent to another token.",
+        (
+            (
+                "test_recovery.py::"
+                "test_another_token_in_its_place_is_named_and_gets_no_pin"
+            ),
+            "test_recovery.py::test_the_token_is_in_another_slot",
+        ),
+    ),
+    Mutation(
+        "login-taken-for-well",
+        "login/recovering.py",
+        "        self._change(LoginEvent.LOST)",
+        "        pass",
+        "After an outage nothing of the old login is used.",
+        (
+            "test_recovery.py::test_who_was_logged_out_stays_out",
+            "test_recovery.py::test_an_async_pin_source_is_awaited_after_an_outage",
+        ),
+    ),
 )

@@ -27,13 +27,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LIMIT = 240.0
-"""Seconds for the tests of one mistake; what hangs has noticed it, too."""
+"""Seconds for the tests of one mistake."""
+TIMED_OUT = "timed out"
+"""Instead of a test's name. What hangs has been noticed, but by no test."""
 _COPIED = ("src", "tests", "examples", "docs", "dev.py", "pyproject.toml", "README.md")
 _FAILED = re.compile(r"^(?:FAILED|ERROR) tests/(\S+)", re.MULTILINE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; 1 if a mistake was found by nobody."""
+    """Run it; 1 if a mistake was found by nobody.
+
+    Raises:
+        SystemExit: Without any mistake the tests are red, and so would tell nothing.
+    """
     parser = argparse.ArgumentParser(prog="dev.py mutations", description=__doc__)
     parser.add_argument("names", nargs="*", help="which; all if none is named")
     parser.add_argument(
@@ -52,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory(prefix="pkcs11-pool-mutations-") as scratch:
         home = copied(Path(scratch))
+        print("without a mistake ...", flush=True)
+        control(home, chosen, given.model_steps)
         for number, mutation in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}] {mutation.name} ...", flush=True)
             began = time.monotonic()
@@ -71,6 +79,26 @@ def copied(home: Path) -> Path:
     return home
 
 
+def control(home: Path, chosen: list[Mutation], steps: int) -> None:
+    """Make sure that all is green without a mistake.
+
+    Raises:
+        SystemExit: It is not.
+    """
+    named = sorted({f"tests/{test}" for mutation in chosen for test in mutation.tests})
+    for words in (named, _model(steps)):
+        red = _first_failure(home, words) if words else ""
+        if red:
+            raise SystemExit(
+                f"without a mistake, {red}: as long as the tests are not green, they "
+                "tell nothing of mistakes"
+            )
+
+
+def _model(steps: int) -> list[str]:
+    return ["tests/model", "--model-steps", str(steps)]
+
+
 def noticed(home: Path, mutation: Mutation, steps: int) -> tuple[str, str]:
     """Which named test and which of the model machine noticed a mistake."""
     file = home / "src" / "pkcs11_pool" / mutation.file
@@ -82,8 +110,7 @@ def noticed(home: Path, mutation: Mutation, steps: int) -> tuple[str, str]:
         named = ""
         if mutation.tests:
             named = _first_failure(home, [f"tests/{test}" for test in mutation.tests])
-        words = ["tests/model", "--model-steps", str(steps)]
-        return named, _first_failure(home, words)
+        return named, _first_failure(home, _model(steps))
     finally:
         file.write_text(before)
 
@@ -112,7 +139,7 @@ def _first_failure(home: Path, words: list[str]) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            return "nothing ended any more"
+            return TIMED_OUT
     found = _FAILED.search(output)
     if found:
         return found[1].partition("[")[0]
@@ -126,6 +153,8 @@ def _first_failure(home: Path, words: list[str]) -> str:
 def _line(mutation: Mutation, named: str, model: str) -> str:
     if not named and not model:
         return f"SURVIVED: {mutation.breaks}"
+    if TIMED_OUT in {named, model}:
+        return f"the tests: {named or 'green'}; the machine: {model or 'green'}"
     return f"noticed by {' and '.join(filter(None, (named, model and 'the machine')))}"
 
 
@@ -135,14 +164,16 @@ def report(rows: list[tuple[Mutation, str, str]]) -> int:
     print(f"|{'-' * 24}|-------------------|------|")
     survived = 0
     for mutation, named, model in rows:
-        # A test that is named must notice by itself.
-        lost = not (named if mutation.tests else model)
+        # A test that is named must notice by itself, and say so in time.
+        lost = (named if mutation.tests else model) in {"", TIMED_OUT}
         survived += lost
         shown = named or ("SURVIVED" if mutation.tests else "-")
-        print(f"| {mutation.name:22} | {'yes' if model else 'no':17} | {shown} |")
-    machine = sum(bool(model) for _, _, model in rows)
+        seen = TIMED_OUT if model == TIMED_OUT else "yes" if model else "no"
+        print(f"| {mutation.name:22} | {seen:17} | {shown} |")
+    machine = sum(model not in {"", TIMED_OUT} for _, _, model in rows)
+    late = sum(TIMED_OUT in row for row in rows)
     print(f"\n{len(rows)} mutations, {survived} survived their tests, ", end="")
-    print(f"{machine} noticed by the model machine")
+    print(f"{machine} noticed by the model machine, {late} timed out")
     return 1 if survived else 0
 
 
