@@ -192,7 +192,8 @@ class Envelope:
             KeyNotFound: The KEK is not on the token.
 
         Cancellation:
-            The caller goes at once; the data key is gone with its session.
+            The caller goes when a call that is inside has returned, at most after
+            ``close_timeout``: the data key goes with its session.
 
         Cryptoki:
             ``C_GenerateKey``, ``C_WrapKey``, ``C_EncryptInit``, ``C_Encrypt``, in a
@@ -230,7 +231,8 @@ class Envelope:
                 a KEK that this envelope does not have.
 
         Cancellation:
-            The caller goes at once; the data key is gone with its session.
+            The caller goes when a call that is inside has returned, at most after
+            ``close_timeout``: the data key goes with its session.
 
         Cryptoki:
             ``C_UnwrapKey``, ``C_DecryptInit``, ``C_Decrypt``, in a session of its own.
@@ -258,7 +260,8 @@ class Envelope:
             InvalidCiphertext: As :meth:`decrypt`, for the wrapped key alone.
 
         Cancellation:
-            The caller goes at once; nothing was changed.
+            The caller goes when a call that is inside has returned, at most after
+            ``close_timeout``; nothing was changed.
 
         Cryptoki:
             ``C_UnwrapKey``, ``C_WrapKey``, in a session of its own.
