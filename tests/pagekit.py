@@ -253,7 +253,7 @@ class Page:
                 check=False,
                 timeout=100,
             )
-            _compare(expected, done.stdout)
+            _compare(expected.replace(MODULE, self._module), done.stdout)
 
     # -- What they find -----------------------------------------------------------
 

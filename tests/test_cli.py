@@ -480,10 +480,12 @@ def test_the_program_runs_on_a_real_token(token: ThrowawayToken) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_who_reads_the_output_may_go(token: ThrowawayToken) -> None:
-    """As `| head` does: no traceback."""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_who_reads_the_output_may_go(token: ThrowawayToken, unbuffered: str) -> None:
+    """As `| head` does: no traceback, whenever Python writes it."""
     with subprocess.Popen(
         [*COMMAND, "tokens", "--json", "--module", str(token.module)],
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:

@@ -172,8 +172,11 @@ def test_a_prompt_without_a_terminal_says_what_to_use() -> None:
 
 def test_a_prompt_does_not_show_what_is_typed() -> None:
     """On a real terminal, with its echo switched off."""
-    pty = pytest.importorskip("pty")
-    child, terminal = pty.fork()
+    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    try:
+        child, terminal = pty.fork()
+    except OSError as error:
+        pytest.skip(f"no pseudo-terminal can be had here: {error}")
     if child == 0:  # pragma: no cover  # another process
         os.execv(sys.executable, [sys.executable, "-c", ASK])  # noqa: S606
     told = b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -26,8 +27,6 @@ from pkcs11_pool.faults import FUNCTIONS, Faults, faults_in
 from poolkit import blocking, digest, make_ec_key
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken, TokenDirectory
 
 
@@ -247,6 +246,7 @@ def test_each_function_stands_where_the_header_has_it(soft_hsm: SoftHSM) -> None
 
 # -- In the tests of others -----------------------------------------------------------
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 THEIRS = """\
 import pytest
 from pkcs11 import Mechanism
@@ -273,6 +273,8 @@ def test_it_works_in_the_tests_of_others(
     """With AnyIO's plugin and no other; warnings are errors."""
     pytester.makepyfile(THEIRS)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    # pytester has a home of its own, and SoftHSM2 may be in our cache.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
     ours = ("-p", "pkcs11_pool.pytest_plugin", "-p", "anyio")
     result = pytester.runpytest_subprocess("-W", "error", *ours)
     result.assert_outcomes(passed=3)

@@ -77,7 +77,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     given = _with_values(sys.argv[1:] if words is None else list(words))
     try:
-        return _run(given)
+        status = _run(given)
+        # Now, not at the interpreter's end: there nothing can be done about it.
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return _say("stopped", Exit.INTERRUPTED)
     except BrokenPipeError:
@@ -87,6 +89,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if told is None:
             raise
         return _say(*told)
+    return status
 
 
 def _run(given: list[str]) -> int:
