@@ -94,9 +94,9 @@ CATALOGUE = (
     ),
     Mutation(
         "hand-over-twice",
-        "engine/room.py",
-        "return self.ahead.popleft(), None",
-        "return self.ahead[0], None",
+        "engine/work.py",
+        "session = room.ahead.popleft() if room.ahead else None",
+        "session = room.ahead[0] if room.ahead else None",
         "A session is handed to one operation.",
         ("test_engine.py::test_no_session_serves_two_operations",),
     ),
