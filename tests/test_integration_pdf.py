@@ -154,7 +154,7 @@ async def test_on_trio_each_awaited_signature_says_what_to_do(pool: TokenPool) -
     own = await certificate_of(pool, "p256")
     signer = await load_signer(pool.key(label="p256"), own)
     before = pool.stats().operations_total
-    with pytest.raises(WrongLoop, match=r"to_thread\.run_sync\(signer\.sign_pdf, writer"):
+    with pytest.raises(WrongLoop, match=r"run_sync\(signer\.sign_pdf, writer"):
         await signed(signer)
     with pytest.raises(WrongLoop, match="asyncio only"):
         await signer.async_sign_general_data(b"data", "sha256")
