@@ -206,7 +206,7 @@ def test_a_digest_longer_than_the_order_is_cut_before_it_is_sent() -> None:
         ("ed448", integration.TokenEd448PrivateKey),
     ],
 )
-def test_eddsa_signatures_verify(threaded: TokenPool, label: str, kind: type) -> None:
+def test_eddsa_signatures_verify(threaded: TokenPool, label: str, kind: Any) -> None:
     """On both curves, of a message of any length."""
     key = loaded(threaded, label)
     assert type(key) is kind
