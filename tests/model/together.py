@@ -81,6 +81,8 @@ class Part:
         if self.running.cancelled and isinstance(self.step, steps.Officer):
             # His period may have begun and ended, and he did nothing in it.
             return [None, self.step, replace(self.step, init_pin=None, new=None)]
+        if self.running.cancelled and isinstance(self.step, steps.Relabel):
+            return [None, replace(self.step, heard=False)]
         # Whoever is cancelled does not hear how it failed.
         failed = [LeftBehind(self.step)] if self.step.changes else []
         return [None, self.step, *failed]
@@ -135,7 +137,7 @@ def _peaceful(life: str, parts: list[Step]) -> list[Step]:
     relogin = any(isinstance(part, _RELOGIN) for part in parts)
     for place, (part, ref) in enumerate(zip(parts, refs, strict=True)):
         if isinstance(part, steps.Relabel) and refs.count(ref) > 1:
-            kept.append(steps.Encrypt(part.ref, part.where))
+            kept.append(steps.Digest(life, "pool"))
         elif copied and isinstance(part, steps.EncryptBy):
             kept.append(steps.Digest(part.life, part.where))
         elif (
@@ -279,13 +281,16 @@ class Together(Bench):
             self._disagree(f"{type(error).__name__}: {error}", error)
 
     def _observe(self, life: str) -> Seen:
-        """Who is logged in, after how many logins; what is there, and to be seen."""
+        """Who is logged in, after how many logins; what is there, and to be seen.
+
+        With the labels: a cancelled step may have written one.
+        """
         pool = self.world.pools[life]
         token = self.model.lives[life].token
         sent = self.world.ledger.logins(self.world.slots[token])
         if pool.state is not PoolState.READY:
             return None, sent, self.world.tokens.objects(token), ()
-        step = steps.Look(life, "pool", repeat=False)
+        step = steps.Look(life, "pool", repeat=False, labels=True)
         running = self.callers.run(0, lambda: step.act(self.world))
         there = self.world.tokens.objects(token)
         return STATES[pool.login_state], sent, there, running.value
@@ -294,5 +299,5 @@ class Together(Bench):
         token = model.token_of(life)
         if not model.lives[life].open:
             return None, token.logins, token.stored, ()
-        ids = tuple(model.visible(life, "pool", None))
-        return token.user, token.logins, token.stored, ids
+        there = tuple(model.visible(life, "pool", None, labels=True))
+        return token.user, token.logins, token.stored, there
