@@ -13,6 +13,7 @@ from aiohttp import web
 from asn1crypto import cms, crl, csr
 from asn1crypto import x509 as asn1
 from pkcs11 import Mechanism
+from pyhanko.sign.signers import Signer
 
 from cancellation_table import Case, Ground, coroutines_of
 from pkcs11_pool import integrations
@@ -232,7 +233,8 @@ INTEGRATIONS = [
 
 _FOREIGN = {
     f"pdf.PoolSigner.{name}"
-    for name, _ in inspect.getmembers(pdf.Signer, inspect.iscoroutinefunction)
+    for name, member in vars(Signer).items()
+    if inspect.iscoroutinefunction(member)
 } - {"pdf.PoolSigner.async_sign", "pdf.PoolSigner.async_sign_raw"}
 """What is pyHanko's own; all of it comes to these two."""
 
