@@ -33,6 +33,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -290,7 +291,7 @@ class Page:
     def _stop_server(self) -> None:
         server, self._server = self._server, None
         if server is not None:
-            server.terminate()
+            server.send_signal(signal.SIGINT)  # as a reader does, who then has a prompt
             try:
                 server.wait(10)
             except subprocess.TimeoutExpired:
