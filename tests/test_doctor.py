@@ -202,6 +202,7 @@ def test_a_token_that_is_not_named_is_only_noted(
     findings = found(run, status=0)
     assert findings[-1]["level"] == "warning"
     assert "which token" in findings[-1]["text"]
+    assert "--token-label" in findings[-1]["advice"]
 
 
 def test_a_user_without_a_pin(
