@@ -71,6 +71,18 @@ async def test_a_token_that_is_not_initialised_has_no_empty_name(
     assert str(info) == f"uninitialised token (slot {info.slot_id})"
 
 
+def test_a_token_that_is_not_initialised_is_not_waited_for(run: Run) -> None:
+    """It does not come by itself: the command that initialises it is named."""
+    (slot,) = [t["slot"] for t in run("tokens", "--json").json if not t["label"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PKCS11_TOKEN")
+        told = run("random", "8", "--slot", str(slot), status=3).err
+    assert told == (
+        f"uninitialised token (slot {slot}): initialise it by "
+        "`pkcs11-pool init-token LABEL`\n"
+    )
+
+
 def test_objects_are_those_that_the_uri_names(run: Run) -> None:
     """Its label, its id, its class; without, all of them."""
     run("keygen", "one", "--id", "01")

@@ -168,7 +168,7 @@ def of_load(text: str) -> Finding:
 def here() -> str:
     """The modules that are on this machine, as the end of an advice."""
     there = [path for path in TYPICAL_MODULES if _exists(Path(path))]
-    return f"; here is {' and '.join(there)}" if there else ""
+    return f"; on this machine: {', '.join(there)}" if there else ""
 
 
 _ELF_OF: Final = {name: made_for for made_for, name in _MACHINES.items()}

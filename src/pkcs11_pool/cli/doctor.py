@@ -6,8 +6,11 @@ on is good. A wrong PIN is sent once; one that could lock the token is not sent.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from signal import Signals
+from subprocess import DEVNULL
 from typing import TYPE_CHECKING
 
 import anyio
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 _MARKS = {"good": ("ok", "green"), "warning": ("note", "yellow"), "bad": ("BAD", "red")}
 _FEW_SESSIONS = 9
+_ANOTHER = (sys.executable, "-m", "pkcs11_pool")
 
 
 def doctor(
@@ -88,6 +92,9 @@ async def _findings(where: TokenOptions, *, login: bool) -> AsyncIterator[Findin
         yield finding
     if any(finding.level == "bad" for finding in before):
         return
+    if (crash := await _tried(path, where.timeout)) is not None:
+        yield crash
+        return
     try:
         tokens = await list_tokens(path)
     except (PoolError, PKCS11Error) as error:
@@ -96,6 +103,29 @@ async def _findings(where: TokenOptions, *, login: bool) -> AsyncIterator[Findin
     yield good(f"the module answers, and shows {counted(len(tokens), 'token')}")
     async for finding in _of_tokens(where, tokens, login=login):
         yield finding
+
+
+async def _tried(path: Path, seconds: float) -> Finding | None:
+    """Whether a process that only lists the tokens lives through it.
+
+    A module that is loaded can bring a process down, or never come back: so another
+    process goes first. What it says otherwise is found out here again.
+    """
+    words = (*_ANOTHER, "tokens", "--json", "--module", str(path))
+    try:
+        with anyio.fail_after(seconds):
+            done = await anyio.run_process(words, check=False, stderr=DEVNULL)
+    except TimeoutError:
+        return bad(
+            f"the module does not come back within {seconds:g} s",
+            "is its server or daemon running, and reachable from here?",
+        )
+    if done.returncode >= 0:
+        return None
+    return bad(
+        f"the module brings the process down ({Signals(-done.returncode).name})",
+        "is the file whole? Install its package anew, for this release of the system",
+    )
 
 
 def _of_module(error: Exception) -> Finding:
