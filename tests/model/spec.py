@@ -446,18 +446,25 @@ class Model:
         del self.token_of(ref.life).things[thing.name]
         ref.destroyed = True
 
-    def relabel(self, ref: Ref, where: str, label: str) -> None:
-        """Change an object's label. The reference that is given knows the new one."""
+    def relabel(self, ref: Ref, where: str, label: str, *, heard: bool = True) -> None:
+        """Change an object's label. The reference that is given knows the new one.
+
+        Whoever was cancelled has not heard of it, and has the old reference.
+        """
         thing = self.resolve(ref, where)
         if thing.token:
             self.check_write(ref.life, where, token=True, private=thing.private)
-        thing.label = ref.label = label
+        thing.label = label
+        if heard:
+            ref.label = label
 
-    def visible(self, life: str, where: str, label: str | None) -> list[str]:
+    def visible(
+        self, life: str, where: str, label: str | None, *, labels: bool = False
+    ) -> list[str]:
         """What a search finds: session objects of every session, too."""
         self.door(life, where)
         return sorted(
-            thing.id
+            f"{thing.id} {thing.label}" if labels else thing.id
             for thing in self.token_of(life).things.values()
             if self.sees(life, thing) and label in (None, thing.label)
         )
