@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from pkcs11_pool.faces.pooled_session import PooledSession
     from pkcs11_pool.faces.security_officer import SecurityOfficer
     from pkcs11_pool.faces.streams import CryptStream, SyncStream
-    from pkcs11_pool.faces.sync import SyncKey
     from pkcs11_pool.state import (
         Access,
         LoginState,
@@ -104,7 +103,6 @@ __all__ = [
     "SessionObjectNeedsSession",
     "SessionState",
     "StreamInterrupted",
-    "SyncKey",
     "SyncResults",
     "SyncStream",
     "TokenAmbiguous",
@@ -134,7 +132,6 @@ _HOMES: Final = {
     "SecurityOfficer": "pkcs11_pool.faces.security_officer",
     "CryptStream": "pkcs11_pool.faces.streams",
     "SyncStream": "pkcs11_pool.faces.streams",
-    "SyncKey": "pkcs11_pool.faces.sync",
     "Access": "pkcs11_pool.state",
     "LoginState": "pkcs11_pool.state",
     "PoolState": "pkcs11_pool.state",
