@@ -6,6 +6,7 @@ import base64
 import getpass
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 
-from pkcs11_pool import cli, pins
+from pkcs11_pool import LoginState, cli, pins
 from pkcs11_pool.cli import app, exits
 from pkcs11_pool.cli.app import main
 
@@ -575,6 +576,21 @@ def test_every_error_of_the_pool_has_a_status() -> None:
     assert exits.explained(pkcs11.exceptions.DeviceError()) == ("DeviceError", 6)
     assert exits.explained(ZeroDivisionError()) is None
     assert cli.__doc__
+
+
+async def test_the_library_reads_none_of_these_variables(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, token: ThrowawayToken
+) -> None:
+    """They are of the command line: a pool is what its code says."""
+    monkeypatch.setenv("PKCS11_MODULE", "/none.so")
+    monkeypatch.setenv("PKCS11_TOKEN", "none")
+    monkeypatch.setenv("PKCS11_PIN", token.user_pin)
+    async with make_pool(pin=None) as pool:
+        assert pool.token.label == token.label
+        assert pool.login_state is LoginState.PUBLIC
+    for path in (Path(cli.__file__).parents[1]).rglob("*.py"):
+        if "cli" not in path.parts:
+            assert not re.search(r"\bPKCS11_(MODULE|TOKEN|PIN)\b", path.read_text())
 
 
 async def test_a_library_call_is_spoken_of_as_a_command(make_pool: MakePool) -> None:

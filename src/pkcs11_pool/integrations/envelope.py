@@ -357,7 +357,7 @@ class Envelope:
                 raise
             raise await self._not_so(error, kek, key, session, time_left) from error
 
-    async def _not_so(
+    async def _not_so(  # all that the failed call had
         self,
         error: PKCS11Error,
         kek: KeyRef,
