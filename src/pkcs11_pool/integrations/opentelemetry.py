@@ -17,9 +17,10 @@ import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
-from pkcs11_pool import PooledSession, SecurityOfficer, TokenPool, pins
+from pkcs11_pool import PooledSession, SecurityOfficer, TokenPool
 from pkcs11_pool.cryptoki import rv
 from pkcs11_pool.engine.token_engine import TokenEngine
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.keyref import KeyRef
 from pkcs11_pool.faces.parameters import ParametersRef
 from pkcs11_pool.integrations import extras
@@ -56,8 +57,6 @@ LABELS: Final = {
     "session_state": "pkcs11.pool.session.state",
 }
 """The attributes that stand for the labels of the table."""
-_PINS: Final = frozenset({"pin", "old", "new", "so_pin"})
-"""What the parameters are called that a PIN may be given as."""
 
 
 class PoolObserver:
@@ -191,7 +190,8 @@ def _operations() -> list[tuple[type, str]]:
         (owner, name)
         for owner in owners
         for name, member in vars(owner).items()
-        if not name.startswith("_") and inspect.iscoroutinefunction(member)
+        if not name.startswith("_")
+        and inspect.iscoroutinefunction(inspect.unwrap(member))
     ]
 
 
@@ -200,13 +200,10 @@ def _traced(
 ) -> Callable[..., Awaitable[Any]]:
     operation = func.__name__
     span_name = f"pkcs11 {operation}"
-    names = list(inspect.signature(func).parameters)[1:]
-    secret = [number for number, name in enumerate(names) if name in _PINS]
 
+    @hides_pins
     @functools.wraps(func)
     async def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # First of all: no frame of ours holds a PIN as text.
-        args, kwargs = _hidden(args, kwargs, secret)
         attributes = {POOL_NAME: _engine_of(self).name, OPERATION: operation}
         mechanism = getattr(kwargs.get("mechanism"), "name", None)
         if mechanism is not None:
@@ -237,21 +234,6 @@ def _traced(
                     span.set_attribute(WAIT_TIME, waited)
 
     return traced
-
-
-def _hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], secret: list[int]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments, with PINs out of sight. What is no PIN is refused later."""
-    positional = tuple(
-        pins.hide(value) if number in secret and isinstance(value, str) else value
-        for number, value in enumerate(args)
-    )
-    named = {
-        name: pins.hide(value) if name in _PINS and isinstance(value, str) else value
-        for name, value in kwargs.items()
-    }
-    return positional, named
 
 
 def _engine_of(caller: Any) -> TokenEngine:

@@ -29,6 +29,7 @@ from asn1crypto import algos, crl, csr, keys, x509
 from pkcs11_pool import pins
 from pkcs11_pool.errors import InvalidOption, InvalidType
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.integrations import algorithms
 
 if TYPE_CHECKING:
@@ -330,6 +331,7 @@ class Issuer:
         return f"<Issuer {self.name.human_friendly!r} {self._key!r}>"
 
 
+@hides_pins
 async def load_issuer(
     key: KeyRef,
     name: NameLike,
@@ -360,7 +362,6 @@ async def load_issuer(
     Cryptoki:
         ``C_GetAttributeValue``, once.
     """
-    pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
     checked = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
     ref, who = algorithms.check_key(key), _name(name)
     public = _public_key(await ref.public_key_der(timeout=timeout))
