@@ -41,7 +41,7 @@ from urllib.parse import quote
 import httpx
 import structlog
 from prometheus_client import CollectorRegistry, generate_latest
-from rich.console import Console
+from pydantic import SecretStr
 from rich.traceback import Traceback as RichTraceback
 from structlog.dev import ConsoleRenderer, RichTracebackFormatter, plain_traceback
 from structlog.tracebacks import ExceptionDictTransformer
@@ -258,8 +258,11 @@ def _everywhere(scene: Scene) -> Iterator[tuple[str, str | bytes]]:
     for name, error in scene.errors.items():
         if name not in scene.rendered:
             scene.rendered.add(name)
+            # One of a scene is really printed: that takes as long as all the rest.
+            first = name == next(iter(scene.errors))
             for way, render in RENDERERS.items():
-                yield f"error of {name!r}, {way}", render(error)
+                if first or way != "structlog, rich":
+                    yield f"error of {name!r}, {way}", render(error)
         # What it hangs on goes on changing.
         for seen in _texts(*_chain(error)):
             yield f"held by the error of {name!r}", seen
@@ -278,7 +281,8 @@ async def _asked(scene: Scene, path: str) -> bytes:
 _NOT_ENTERED: Final = (type, types.ModuleType, Hidden, ThrowawayToken, Searcher, Scene)
 
 
-_WHERE_A_PIN_LIVES: Final = (pins.Secret, getattr(pins, "Source", pins.Secret))
+# The last is pydantic's, for what a program gets its settings in.
+_WHERE_A_PIN_LIVES: Final = (pins.Secret, pins.Source, SecretStr)
 
 
 def reached(*start: Any) -> Iterator[tuple[Any, str]]:
@@ -394,21 +398,18 @@ def _by_logging(error: BaseException) -> str:
 
 
 def _by_rich(error: BaseException) -> str:
-    shown = RichTraceback.from_exception(
-        type(error),
-        error,
-        error.__traceback__,
-        show_locals=True,
-        locals_max_length=100_000,
-        locals_max_string=100_000,
-        locals_hide_dunder=False,
-        locals_hide_sunder=False,
-        extra_lines=0,
+    # What it would print; the printing itself, with colours for every line, is slow.
+    return repr(
+        RichTraceback.extract(
+            type(error),
+            error,
+            error.__traceback__,
+            show_locals=True,
+            locals_max_length=100_000,
+            locals_max_string=100_000,
+            locals_hide_dunder=False,
+        )
     )
-    console = Console(width=10_000, file=io.StringIO(), no_color=True)
-    console.print(shown)
-    out: Any = console.file
-    return str(out.getvalue())
 
 
 def _by_structlog(error: BaseException, *, formatter: Any) -> str:

@@ -173,6 +173,7 @@ async def _make_key(pool: TokenPool) -> KeyRef:
         1024,
         label="each time",
         store=True,
+        timeout=30.0,
         private_template={Attribute.ALWAYS_AUTHENTICATE: True},
     )
     return private
@@ -540,6 +541,7 @@ _GIVE: Final[_Giving] = {
 _URI: Final = "pkcs11:slot-id=0?module-path=/m"
 
 
+@pytest.mark.parametrize("anyio_backend", [_ASYNCIO], ids=["asyncio"])
 @pytest.mark.parametrize("kind", _BAD)
 async def test_what_is_no_pin_is_refused_and_not_shown(
     scene: Scene, way: Way, wrong: Hidden, kind: str
@@ -673,6 +675,7 @@ _ENDS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("anyio_backend", [_ASYNCIO], ids=["asyncio"])
 @pytest.mark.parametrize("end", _ENDS)
 @pytest.mark.parametrize("name", _RIGHT)
 async def test_a_right_pin_shows_in_no_error_of_the_token(
@@ -696,7 +699,7 @@ async def test_a_pin_shows_nowhere_while_its_call_hangs(
 ) -> None:
     """In no thread and no task; and after that in no PoolTimeout."""
     function, call = _RIGHT[name]
-    way.options |= {"timeout": 3.0, "close_timeout": 0.2}
+    way.options |= {"timeout": 0.5, "close_timeout": 0.2}
     async with opened(scene, way) as pool:
         key = await _make_key(pool)
         scene.objects.append(key)
@@ -774,7 +777,7 @@ def _officer_of(pool: TokenPool) -> SecurityOfficer:
 
 
 @pytest.mark.parametrize("anyio_backend", [_ASYNCIO], ids=["asyncio"])
-@pytest.mark.parametrize("instrumented", [True, False], ids=["spans", "no spans"])
+@pytest.mark.parametrize("instrumented", [True, False], ids=["spans", "bare"])
 @pytest.mark.parametrize("name", _NOT_BEGUN)
 async def test_a_pin_does_not_show_where_a_call_was_cancelled_before_it_began(
     scene: Scene, way: Way, wrong: Hidden, name: str, *, instrumented: bool
