@@ -212,6 +212,7 @@ class Scene:
         errors: What was raised, by what was done.
         log: What was logged.
         more: Whatever else was seen, by name.
+        printed: The error that is really printed, with colours, which takes long.
         accidents: What was refused, and not by an error of ours.
         rendered: Names of the errors that were looked at once.
         moments: At how many moments there was a look.
@@ -222,6 +223,7 @@ class Scene:
     errors: dict[str, BaseException] = field(default_factory=dict)
     log: Log = field(default_factory=Log)
     more: dict[str, Callable[[], Seen]] = field(default_factory=dict)
+    printed: str | None = None
     accidents: list[str] = field(default_factory=list)
     rendered: set[str] = field(default_factory=set)
     moments: int = 0
@@ -258,10 +260,8 @@ def _everywhere(scene: Scene) -> Iterator[tuple[str, str | bytes]]:
     for name, error in scene.errors.items():
         if name not in scene.rendered:
             scene.rendered.add(name)
-            # One of a scene is really printed: that takes as long as all the rest.
-            first = name == next(iter(scene.errors))
             for way, render in RENDERERS.items():
-                if first or way != "structlog, rich":
+                if way != "structlog, rich" or name == scene.printed:
                     yield f"error of {name!r}, {way}", render(error)
         # What it hangs on goes on changing.
         for seen in _texts(*_chain(error)):
@@ -322,7 +322,12 @@ def _is_foreign(frame: types.FrameType) -> bool:
 
 
 def _ours(item: Any) -> bool:
-    return str(getattr(type(item), "__module__", "")).startswith("pkcs11")
+    return _is_ours(type(item))
+
+
+@functools.cache
+def _is_ours(kind: type) -> bool:
+    return str(getattr(kind, "__module__", "")).startswith("pkcs11")
 
 
 def _texts(*start: Any) -> Seen:

@@ -250,6 +250,7 @@ async def test_the_searcher_finds_a_leak_in_a_task_a_thread_and_an_error(
             await _leaks(scene, wrong.text)
         except ValueError as error:
             scene.errors["leaks"] = error
+        scene.printed = "leaks"
         found = await look(scene, "now")
         go.set()
     told = {one.split(": ")[1] for one in found}
@@ -468,6 +469,7 @@ async def test_a_refused_pin_shows_in_no_error_of_any_call(
     async with opened(scene, way) as pool:
         key = await _make_key(pool)
         scene.objects.append(key)
+        scene.printed = "sync.sign"
         for name, call in _TAKE_A_PIN.items():
             if name.startswith("login"):
                 await pool.logout()
