@@ -322,7 +322,7 @@ def _is_foreign(frame: types.FrameType) -> bool:
 
 
 def _ours(item: Any) -> bool:
-    return _is_ours(type(item))
+    return _is_ours(type(item))  # type: ignore[arg-type]  # classes can be hashed
 
 
 @functools.cache

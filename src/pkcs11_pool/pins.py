@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import inspect
+import os
 import re
-import secrets
-import shlex
-import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
 
@@ -60,7 +58,7 @@ _HOLD_WHAT_WAS_READ: Final = ("object", "doc", "output")
 
 # Keyed per process: a memory dump of the book of rejected PINs alone does not
 # allow to try PINs against it.
-_KEY: Final = secrets.token_bytes(32)
+_KEY: Final = os.urandom(32)
 
 
 class Secret:
@@ -289,6 +287,8 @@ def from_pin_source(where: str, *, allow_command: bool = False) -> PinCallable:
 
 
 def _words(text: str) -> list[str]:
+    import shlex  # noqa: PLC0415  # for the few who name a program
+
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -328,6 +328,8 @@ def failed(error: BaseException, handled: BaseException | None = None) -> PinRef
         error: What it raised.
         handled: What its caller was dealing with at the time: no error of the source.
     """
+    import traceback  # noqa: PLC0415  # for the few whose source failed
+
     telling = False
     seen: list[BaseException | None] = [None, handled]
     line: list[BaseException | None] = [error]
