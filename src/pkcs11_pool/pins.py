@@ -37,7 +37,6 @@ from pkcs11_pool.pin_sources import (
 __all__ = [
     "PROTECTED_AUTH",
     "Secret",
-    "Source",
     "can_prompt",
     "command",
     "env",
