@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from pkcs11_pool.pins import PinCallable
+    from pkcs11_pool.pins import Source
 
 
 class Phase(Enum):
@@ -112,7 +112,7 @@ class Job:
     # each operation, and most of these stay as they are.
     away = False
     phase = Phase.NEW
-    errand: PinCallable | None = None
+    errand: Source | None = None
     #: The caller has gone; the result is dropped when it comes.
     dropped = False
     result: Any = None

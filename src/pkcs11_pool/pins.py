@@ -13,7 +13,7 @@ import inspect
 import os
 import re
 from collections.abc import Awaitable, Callable
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from pkcs11 import PROTECTED_AUTH
 
@@ -21,6 +21,7 @@ from pkcs11_pool.errors import (
     InvalidOption,
     InvalidType,
     InvalidURI,
+    PinRefused,
     PinSourceError,
 )
 from pkcs11_pool.pin_sources import (
@@ -46,7 +47,13 @@ __all__ = [
     "systemd_credential",
 ]
 
+_NO_COPY: Final = (
+    "a PIN is neither pickled nor copied: give the other process its own PIN source"
+)
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+# Of UnicodeError, of JSONDecodeError, of the errors of subprocess.
+_HOLD_WHAT_WAS_READ: Final = ("object", "doc", "output")
 
 # Keyed per process: a memory dump of the book of rejected PINs alone does not
 # allow to try PINs against it.
@@ -69,8 +76,7 @@ class Secret:
 
     def __reduce_ex__(self, _protocol: object) -> NoReturn:
         """Refuse to be pickled or copied to another process."""
-        message = "a PIN is not pickled; give the other process its own PIN source"
-        raise TypeError(message)
+        raise InvalidType(_NO_COPY)
 
     def __len__(self) -> int:
         """Length in bytes of UTF-8, as ``C_Login`` counts."""
@@ -109,7 +115,42 @@ PIN_PAD: Final = PinPad()
 
 Pin = Secret | PinPad
 PinCallable = Callable[[], "str | Awaitable[str]"]
-PinSource = Pin | PinCallable | None
+
+
+class Source:
+    """A callable that gives a PIN, and shows nothing of itself.
+
+    Its own ``repr`` may tell the PIN: that of a ``functools.partial`` does, and that of
+    a method whose object is a dataclass.
+    """
+
+    __slots__ = ("__call",)
+
+    def __init__(self, call: PinCallable) -> None:
+        self.__call = call
+
+    def __call__(self) -> str | Awaitable[str]:
+        """Ask it."""
+        return self.__call()
+
+    def __repr__(self) -> str:
+        """Nothing of what is called."""
+        return "<PIN source>"
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        """Refuse to be pickled or copied: it may hold the PIN."""
+        raise InvalidType(_NO_COPY)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether it must be awaited, as far as it shows before the call."""
+        asked: Any = self.__call
+        return inspect.iscoroutinefunction(asked) or inspect.iscoroutinefunction(
+            getattr(asked, "__call__", None)  # noqa: B004  # the method itself is asked
+        )
+
+
+PinSource = Pin | Source | None
 
 
 class NoPin:
@@ -126,7 +167,7 @@ class NoPin:
 
 def hide(value: object) -> Pin | NoPin:
     """Take a PIN out of sight. Never raises: put the result in the place of the PIN."""
-    if isinstance(value, (Secret, PinPad)):
+    if isinstance(value, (Secret, PinPad, NoPin)):
         return value
     if value is PROTECTED_AUTH:
         return PIN_PAD
@@ -146,8 +187,10 @@ def hide(value: object) -> Pin | NoPin:
 
 def hide_source(value: object) -> PinSource | NoPin:
     """Take what may give a PIN out of sight. Never raises."""
-    if value is None or (callable(value) and not isinstance(value, type)):
+    if value is None or isinstance(value, (Source, NoPin)):
         return value
+    if callable(value) and not isinstance(value, type):
+        return Source(value)
     hidden = hide(value)
     if isinstance(hidden, NoPin) and not isinstance(value, str):
         return NoPin(
@@ -254,28 +297,54 @@ def _words(text: str) -> list[str]:
     return words
 
 
-def is_async(value: PinSource) -> bool:
-    """Whether the source must be awaited, as far as it shows before the call."""
-    return inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(
-        getattr(value, "__call__", None)  # noqa: B004  # the method itself is asked
-    )
-
-
-def ask(asked: PinCallable) -> Pin:
+def ask(source: Source) -> Pin:
     """Call a plain PIN source, and drop what it gave.
 
     Raises:
         PinSourceError: It raised, or gave no PIN. The cause is attached.
     """
+    given: Pin | PinRefused
     try:
-        given = answer(asked())
-    except PinSourceError:
-        raise
-    except Exception as error:
-        raise PinSourceError(f"the PIN source raised {type(error).__name__}") from error
-    if isinstance(given, PinSourceError):
-        raise given
+        given = answer(source())
+    except BaseException as error:  # noqa: BLE001  # sys.exit() would end our thread
+        given = failed(error)
+    if isinstance(given, PinRefused):
+        try:
+            raise given
+        finally:
+            # The traceback holds this frame: without this, it would hold itself.
+            del given
     return given
+
+
+def failed(error: BaseException, handled: BaseException | None = None) -> PinRefused:
+    """The error for a source that raised. Never raises.
+
+    The lines of its frames are told, and not what their variables held: the PIN, most
+    likely. Neither is an error told that itself holds what was read.
+
+    Args:
+        error: What it raised.
+        handled: What its caller was dealing with at the time: no error of the source.
+    """
+    import traceback  # noqa: PLC0415  # for the few whose source failed
+
+    telling = False
+    seen: list[BaseException | None] = [None, handled]
+    line: list[BaseException | None] = [error]
+    while line:
+        one = line.pop()
+        if one is None or one in seen:
+            continue
+        seen.append(one)
+        traceback.clear_frames(one.__traceback__)
+        telling |= any(hasattr(one, name) for name in _HOLD_WHAT_WAS_READ)
+        line += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+    if isinstance(error, PinRefused) and not telling:
+        return error
+    failure = PinSourceError(f"the PIN source raised {type(error).__name__}")
+    failure.__cause__ = None if telling else error
+    return failure
 
 
 def answer(given: object) -> Pin | PinSourceError:

@@ -230,5 +230,7 @@ class Session:
 
     def __repr__(self) -> str:
         """The number and the kind, for logs."""
+        if not hasattr(self, "rw"):
+            return "<Session, not open>"  # in a traceback of the constructor
         kind = "R/W" if self.rw else "R/O"
         return f"<Session {self.handle} {kind}>"

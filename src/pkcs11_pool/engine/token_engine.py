@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pkcs11_pool.engine.dispatch import IDLE, NO_WAIT, Pause
 from pkcs11_pool.engine.leasing import NOBODY
@@ -26,6 +26,7 @@ from pkcs11_pool.engine.timekeeper import timekeeper
 from pkcs11_pool.engine.work import Work
 from pkcs11_pool.engine.workers import Worker
 from pkcs11_pool.errors import (
+    InvalidType,
     PoolClosed,
     PoolTimeout,
     StreamInterrupted,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.cryptoki.module import Module, Turn
     from pkcs11_pool.engine.leases import Lease
-    from pkcs11_pool.pins import Pin, PinCallable
+    from pkcs11_pool.pins import Pin, Source
 
 
 class TokenEngine(Work):
@@ -51,8 +52,20 @@ class TokenEngine(Work):
         super().__init__(options)
         self.actor = LoginActor(options, self, self.cache, options.name)
         # A PIN source that must be awaited, and the caller who was sent for it.
-        self._source: PinCallable | None = None
+        self._source: Source | None = None
         self._runner: Job | None = None
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        """Refuse to be pickled or copied, with all that leads here.
+
+        Raises:
+            InvalidType: It is this process's own.
+        """
+        message = (
+            "a pool, its sessions and its keys are neither pickled nor copied: they "
+            "are this process's own; make a pool in the other one"
+        )
+        raise InvalidType(message)
 
     @property
     def _module(self) -> Module:
@@ -246,7 +259,7 @@ class TokenEngine(Work):
 
     # -- Callers who are sent for the PIN -----------------------------------------
 
-    def send_for_pin(self, source: PinCallable) -> None:
+    def send_for_pin(self, source: Source) -> None:
         """Have a caller who waits for the login await this PIN source."""
         with self._lock:
             self._source = source

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pkcs11_pool import config, pins
 from pkcs11_pool.faces import arguments
 from pkcs11_pool.faces.aside import aside
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.login import tokens
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ async def list_tokens(
     return await aside(tokens.list_all, path, reserved)
 
 
+@hides_pins
 async def init_token(  # all by name
     module: str | os.PathLike[str],
     *,
@@ -82,8 +84,6 @@ async def init_token(  # all by name
     Source:
         PKCS#11 v3.1, "Slot and token management functions".
     """
-    so_pin = pins.hide(so_pin)
-    user_pin = None if user_pin is None else pins.hide(user_pin)
     path, reserved = config.module_path(module), config.reserved_bytes(init_reserved)
     arguments.text(label, "label")
     config.check_label("label", label)

@@ -11,6 +11,7 @@ from pkcs11_pool.engine.multipart import DECRYPT, ENCRYPT, SIGN, VERIFY, Plan
 from pkcs11_pool.errors import InvalidType
 from pkcs11_pool.faces import arguments
 from pkcs11_pool.faces.arguments import DEFAULT, Data, Timeout
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.keymaking import KeyMaker
 from pkcs11_pool.faces.mapping import Results, Work
 from pkcs11_pool.faces.streams import CryptStream, Task, consume
@@ -59,6 +60,7 @@ class KeyRef(KeyMaker):
         """The blocking twins of this key's operations."""
         return SyncKey(self)
 
+    @hides_pins
     async def sign(
         self,
         data: Data,
@@ -102,7 +104,6 @@ class KeyRef(KeyMaker):
         Source:
             PKCS#11 v3.1, "Signing and MACing functions".
         """
-        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
             "param": mechanism_param,
@@ -114,6 +115,7 @@ class KeyRef(KeyMaker):
         )
         return result
 
+    @hides_pins
     def sign_many(
         self,
         items: Iterable[bytes | str] | AsyncIterable[bytes | str],
@@ -155,7 +157,6 @@ class KeyRef(KeyMaker):
         Source:
             PKCS#11 v3.1, "Signing and MACing functions".
         """
-        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         config.check_flag("return_errors", return_errors)
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
@@ -270,6 +271,7 @@ class KeyRef(KeyMaker):
         )
         return result
 
+    @hides_pins
     async def decrypt(
         self,
         data: Data,
@@ -308,7 +310,6 @@ class KeyRef(KeyMaker):
         Source:
             PKCS#11 v3.1, "Decryption functions".
         """
-        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
             "param": mechanism_param,
@@ -355,6 +356,7 @@ class KeyRef(KeyMaker):
         task = self._task(ENCRYPT, operations.encrypt, timeout, options)
         return CryptStream(task, data)
 
+    @hides_pins
     def decrypt_stream(
         self,
         data: Data,
@@ -389,7 +391,6 @@ class KeyRef(KeyMaker):
         Source:
             PKCS#11 v3.1, "Decryption functions".
         """
-        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
             "param": mechanism_param,

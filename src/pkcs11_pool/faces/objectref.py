@@ -221,4 +221,5 @@ class ObjectRef:
 
     def __repr__(self) -> str:
         """What it names."""
-        return f"<{type(self).__name__} {self._target}>"
+        # In a traceback with locals it may be half made: that must not raise.
+        return f"<{type(self).__name__} {getattr(self, '_target', 'not made')}>"

@@ -17,6 +17,7 @@ from pkcs11_pool.errors import (
 from pkcs11_pool.faces import arguments
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
 from pkcs11_pool.faces.calls import Calls
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.mapping import SyncResults
 from pkcs11_pool.faces.pooled_session import SessionBlock
 from pkcs11_pool.faces.security_officer import SecurityOfficerBlock, pin_change
@@ -168,6 +169,8 @@ class TokenPool(Calls):
         """
         # In its own place: from here on no frame of ours has the URI as text.
         text = parsed = _read_uri(text)  # type: ignore[assignment]
+        if "pin" in options:
+            options["pin"] = pins.hide_source(options["pin"])
         if isinstance(parsed, InvalidURI):
             raise parsed
         config.check_flag("allow_pin_command", allow_pin_command)
@@ -401,6 +404,7 @@ class TokenPool(Calls):
         limit = arguments.timeout(timeout, self._engine.options.timeout)
         return SessionBlock(self._engine, self, rw=rw, timeout=limit)
 
+    @hides_pins
     def security_officer(
         self, so_pin: Any, *, timeout: Timeout = DEFAULT
     ) -> SecurityOfficerBlock:
@@ -433,13 +437,13 @@ class TokenPool(Calls):
         Source:
             PKCS#11 v3.1, "Session states", "Session management functions".
         """
-        so_pin = pins.hide(so_pin)
         pins.checked(so_pin)
         limit = arguments.timeout(timeout, self._engine.options.timeout)
         return SecurityOfficerBlock(self._engine, self, so_pin, limit)
 
     # -- Login --------------------------------------------------------------------
 
+    @hides_pins
     async def login(self, pin: str | None = None, *, force: bool = False) -> None:
         """Log the user in, with ``pin`` or the pool's own source.
 
@@ -465,7 +469,6 @@ class TokenPool(Calls):
         Source:
             PKCS#11 v3.1, "Session management functions".
         """
-        pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
         given = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
         config.check_flag("force", force)
         actor = self._checked().actor
@@ -495,6 +498,7 @@ class TokenPool(Calls):
         actor = self._checked().actor
         await self._request(actor.log_out, self._engine.options.timeout)
 
+    @hides_pins
     async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
         """Change the user's PIN; the new one becomes the pool's.
 
@@ -519,7 +523,6 @@ class TokenPool(Calls):
         Source:
             PKCS#11 v3.1, "Slot and token management functions".
         """
-        old, new = pins.hide(old), pins.hide(new)  # type: ignore[assignment]  # hides them
         before, after = pins.secret(old), pins.secret(new)  # type: ignore[arg-type]
         arguments.timeout(timeout, None)
         work = pin_change(self._checked(), USER, before, after)

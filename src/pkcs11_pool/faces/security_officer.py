@@ -10,6 +10,7 @@ from pkcs11_pool import events, pins
 from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.errors import OutcomeUnknown, PoolClosed, WouldDeadlock
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.pooled_session import PooledSession
 from pkcs11_pool.faces.waiting import checkpoint, current_waiter, loop_runs_here
 from pkcs11_pool.jobs import Job, Kind
@@ -43,6 +44,7 @@ class SecurityOfficer:
         self._engine = engine
         self.session = session
 
+    @hides_pins
     async def init_pin(self, pin: str, *, timeout: Timeout = DEFAULT) -> None:
         """Set the user's PIN, also when it is locked. It becomes the pool's.
 
@@ -62,7 +64,6 @@ class SecurityOfficer:
         Source:
             PKCS#11 v3.1, "Slot and token management functions".
         """
-        pin = pins.hide(pin)  # type: ignore[assignment]  # hides it
         new = pins.secret(pin)  # type: ignore[arg-type]
         check_length(new, token_info(self._engine))
         actor = self._engine.actor
@@ -79,6 +80,7 @@ class SecurityOfficer:
 
         await self.session._perform(work, timeout, changes=True)  # noqa: SLF001  # one package
 
+    @hides_pins
     async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
         """Change the security officer's own PIN.
 
@@ -100,7 +102,6 @@ class SecurityOfficer:
         Source:
             PKCS#11 v3.1, "Slot and token management functions".
         """
-        old, new = pins.hide(old), pins.hide(new)  # type: ignore[assignment]  # hides them
         work = pin_change(self._engine, SO, pins.secret(old), pins.secret(new))  # type: ignore[arg-type]
         await self.session._perform(work, timeout, changes=True)  # noqa: SLF001
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool.faces.arguments import DEFAULT, Data, Template, Timeout
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.mapping import SyncResults
 from pkcs11_pool.faces.streams import SyncStream
 from pkcs11_pool.faces.waiting import blocking
@@ -32,10 +33,12 @@ class SyncKey:
     def __init__(self, key: KeyRef) -> None:
         self._key = key
 
+    @hides_pins
     def sign(self, data: Data, **options: Any) -> bytes:
         """See :meth:`KeyRef.sign`."""
         return blocking(self._key.sign(data, **options))
 
+    @hides_pins
     def sign_many(self, items: Iterable[Any], **options: Any) -> SyncResults[Any]:
         """See :meth:`KeyRef.sign_many`; for a plain ``for`` loop."""
         return SyncResults(self._key.sign_many(items, **options))
@@ -48,6 +51,7 @@ class SyncKey:
         """See :meth:`KeyRef.encrypt`."""
         return blocking(self._key.encrypt(data, **options))
 
+    @hides_pins
     def decrypt(self, data: Data, **options: Any) -> bytes:
         """See :meth:`KeyRef.decrypt`."""
         return blocking(self._key.decrypt(data, **options))
@@ -56,6 +60,7 @@ class SyncKey:
         """See :meth:`KeyRef.encrypt_stream`; for a plain ``for`` loop."""
         return SyncStream(self._key.encrypt_stream(data, **options))
 
+    @hides_pins
     def decrypt_stream(self, data: Data, **options: Any) -> SyncStream:
         """See :meth:`KeyRef.decrypt_stream`; for a plain ``for`` loop."""
         return SyncStream(self._key.decrypt_stream(data, **options))

@@ -30,7 +30,6 @@ import anyio.lowlevel
 from pkcs11_pool import pins
 from pkcs11_pool.errors import (
     PinRefused,
-    PinSourceError,
     PoolClosed,
     PoolTimeout,
     WouldBlockLoop,
@@ -404,21 +403,21 @@ async def fetch_pin(engine: TokenEngine, job: Job) -> None:
     source = job.errand
     if source is None:
         return
+    handled = sys.exc_info()[1]
     try:
         given: Any = source()
         if inspect.isawaitable(given):
             given = await given
         # In its own place: no frame keeps what the source gave.
         given = pins.answer(given)
-    except PinRefused as error:
-        engine.pin_came(job, None, error)
     except Exception as error:  # noqa: BLE001  # raised at all who wait for the login
-        failure = PinSourceError(f"the PIN source raised {type(error).__name__}")
-        failure.__cause__ = error
-        engine.pin_came(job, None, failure)
-    else:
-        refused = isinstance(given, PinSourceError)
+        given = pins.failed(error, handled)
+    refused = isinstance(given, PinRefused)
+    try:
         engine.pin_came(job, None if refused else given, given if refused else None)
+    finally:
+        # Its traceback holds this frame: without this, it would hold itself.
+        del given, handled
 
 
 def _run_errand_here(engine: TokenEngine, job: Job) -> None:

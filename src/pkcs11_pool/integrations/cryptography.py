@@ -20,6 +20,7 @@ from pkcs11_pool import pins
 from pkcs11_pool.errors import InvalidOption, InvalidType, KeyNotExportable
 from pkcs11_pool.faces import arguments
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.waiting import blocking
 from pkcs11_pool.integrations import algorithms, extras, paddings
 
@@ -302,6 +303,7 @@ _KINDS: Final[tuple[tuple[type, Callable[..., Any]], ...]] = (
 )
 
 
+@hides_pins
 async def load_private_key(
     key: KeyRef,
     *,
@@ -330,7 +332,6 @@ async def load_private_key(
     Cryptoki:
         ``C_GetAttributeValue``, once; nothing with ``public_key``.
     """
-    pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
     checked = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
     ref = algorithms.check_key(key)
     if public_key is None:
@@ -344,6 +345,7 @@ async def load_private_key(
     raise InvalidOption(message)
 
 
+@hides_pins
 def load_private_key_sync(
     key: KeyRef,
     *,
@@ -359,7 +361,6 @@ def load_private_key_sync(
     Cryptoki:
         As :func:`load_private_key`.
     """
-    pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
     return blocking(
         load_private_key(key, public_key=public_key, pin=pin, timeout=timeout)
     )

@@ -25,6 +25,7 @@ from pkcs11 import Attribute, KeyType
 from pkcs11_pool import pins
 from pkcs11_pool.errors import InvalidOption, InvalidType
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.integrations import algorithms, extras
 
 try:
@@ -182,6 +183,7 @@ class JWSSigner:
         return f"<JWSSigner {self.alg} {self._key!r}>"
 
 
+@hides_pins
 async def load_signer(
     key: KeyRef,
     alg: str | None = None,
@@ -210,7 +212,6 @@ async def load_signer(
     Cryptoki:
         ``C_GetAttributeValue``, once.
     """
-    pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
     checked = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
     ref = algorithms.check_key(key)
     _check_names(alg, kid)

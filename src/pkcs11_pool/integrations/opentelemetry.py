@@ -177,7 +177,8 @@ def _wrappers(tracer: Tracer) -> list[tuple[type, str, Callable[..., Any]]]:
     found: list[tuple[type, str, Callable[..., Any]]] = []
     for owner in {owner: None for leaf in leaves for owner in leaf.__mro__}:
         for name, member in vars(owner).items():
-            if inspect.iscoroutinefunction(member) and not name.startswith("_"):
+            awaited = inspect.iscoroutinefunction(inspect.unwrap(member))
+            if awaited and not name.startswith("_"):
                 found.append((owner, name, spans.operation(member, tracer)))
             elif name in _ITERABLES and inspect.isfunction(member):
                 found.append((owner, name, spans.iterable(member, tracer)))

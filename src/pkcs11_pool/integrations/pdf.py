@@ -18,6 +18,7 @@ from asn1crypto.algos import SignedDigestAlgorithm
 from pkcs11_pool import pins
 from pkcs11_pool.errors import InvalidOption, InvalidType, KeyNotFound, WrongLoop
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.integrations import algorithms, extras
 
 try:
@@ -139,6 +140,7 @@ class PoolSigner(Signer):
         return f"<PoolSigner {self._key!r}>"
 
 
+@hides_pins
 async def load_signer(
     key: KeyRef,
     certificate: Any,
@@ -171,7 +173,6 @@ async def load_signer(
     Cryptoki:
         ``C_GetAttributeValue``, once, to compare key and certificate.
     """
-    pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
     checked = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
     ref, own = algorithms.check_key(key), _certificate(certificate)
     await _check_pair(ref, own, timeout)

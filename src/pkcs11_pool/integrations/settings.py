@@ -99,6 +99,8 @@ class PoolSettings(BaseSettings):
         Raises:
             InvalidOption: An option is wrong.
         """
+        if "pin" in options:
+            options["pin"] = pins.hide_source(options["pin"])
         given: dict[str, Any] = {
             name: getattr(self, name)
             for name in self.model_fields_set - {"uri", *_PINS}

@@ -14,15 +14,14 @@ operations": one span, with ``db.operation.batch.size``) and for recording error
 from __future__ import annotations
 
 import functools
-import inspect
 import time
 from collections import deque
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
-from pkcs11_pool import pins
 from pkcs11_pool.cryptoki import rv
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.mapping import Results
 from pkcs11_pool.faces.streams import CryptStream
 from pkcs11_pool.integrations import extras
@@ -53,8 +52,6 @@ BATCH_FAILED: Final = "pkcs11.operation.batch.failed"
 OUTPUT_SIZE: Final = "pkcs11.operation.output.size"
 WAIT_TIME: Final = "pkcs11.pool.session.wait_time"
 ERROR_TYPE: Final = "error.type"
-_PINS: Final = frozenset({"pin", "old", "new", "so_pin"})
-"""What the parameters are called that a PIN may be given as."""
 _SPAN: Final = "_opentelemetry_span"
 """Where results and streams have theirs; those from before `instrument` have none."""
 
@@ -180,12 +177,10 @@ def operation(
     func: Callable[..., Awaitable[Any]], tracer: Tracer
 ) -> Callable[..., Awaitable[Any]]:
     """A coroutine function with a span around each call."""
-    secret = _secret(func)
 
+    @hides_pins
     @functools.wraps(func)
     async def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # First of all: no frame of ours holds a PIN as text.
-        args, kwargs = _hidden(args, kwargs, secret)
         begun = _Begun(tracer, func.__name__, _attributes(self, func, kwargs))
         try:
             with begun.current():
@@ -204,11 +199,10 @@ def operation(
 
 def iterable(func: Callable[..., Any], tracer: Tracer) -> Callable[..., Any]:
     """A method that gives results or a stream: what it gives will have a span."""
-    secret = _secret(func)
 
+    @hides_pins
     @functools.wraps(func)
     def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _hidden(args, kwargs, secret)
         given = func(self, *args, **kwargs)
         attributes = _attributes(self, func, kwargs)
         begin = functools.partial(_Begun, tracer, func.__name__, attributes)
@@ -314,24 +308,3 @@ def _attributes(
     if mechanism is not None:
         found[MECHANISM] = f"CKM_{mechanism}"
     return found
-
-
-def _secret(func: Callable[..., Any]) -> list[int]:
-    """Where among its positional arguments a PIN may be."""
-    names = list(inspect.signature(func).parameters)[1:]
-    return [number for number, name in enumerate(names) if name in _PINS]
-
-
-def _hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], secret: list[int]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments, with PINs out of sight. What is no PIN is refused later."""
-    positional = tuple(
-        pins.hide(value) if number in secret and isinstance(value, str) else value
-        for number, value in enumerate(args)
-    )
-    named = {
-        name: pins.hide(value) if name in _PINS and isinstance(value, str) else value
-        for name, value in kwargs.items()
-    }
-    return positional, named

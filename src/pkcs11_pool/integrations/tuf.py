@@ -24,6 +24,7 @@ from weakref import WeakSet
 from pkcs11_pool import pins
 from pkcs11_pool.errors import InvalidOption, InvalidType
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout, octets
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.pool import TokenPool
 from pkcs11_pool.integrations import algorithms, extras
 from pkcs11_pool.state import PoolState
@@ -179,6 +180,7 @@ def register(pool: TokenPool) -> None:
     _registered.add(pool)
 
 
+@hides_pins
 async def load_signer(
     key: KeyRef,
     scheme: str | None = None,
@@ -207,7 +209,6 @@ async def load_signer(
     Cryptoki:
         ``C_GetAttributeValue``, once.
     """
-    pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
     checked = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
     ref = algorithms.check_key(key)
     public = load_der_public_key(await ref.public_key_der(timeout=timeout))

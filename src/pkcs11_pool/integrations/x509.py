@@ -24,6 +24,7 @@ from asn1crypto import crl, csr, x509
 
 from pkcs11_pool import pins
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
+from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.integrations import algorithms
 from pkcs11_pool.integrations.fields import (
     Revoked,
@@ -321,6 +322,7 @@ class Issuer:
         return f"<Issuer {self.name.human_friendly!r} {self._key!r}>"
 
 
+@hides_pins
 async def load_issuer(
     key: KeyRef,
     name: NameLike,
@@ -351,7 +353,6 @@ async def load_issuer(
     Cryptoki:
         ``C_GetAttributeValue``, once.
     """
-    pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
     checked = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
     ref, who = algorithms.check_key(key), name_of(name)
     public = public_key_of(await ref.public_key_der(timeout=timeout))

@@ -34,6 +34,7 @@ from pkcs11_pool.jobs import Job, Phase
 from pkcs11_pool.login.attachment import came_to
 from pkcs11_pool.login.pin_guard import SO, USER
 from pkcs11_pool.login.recovering import Recovering
+from pkcs11_pool.pins import Source
 from pkcs11_pool.state import Epoch, LoginEvent, LoginState
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.renewal import Renewal
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.login.gate import Gate
-    from pkcs11_pool.pins import Pin, PinCallable
+    from pkcs11_pool.pins import Pin
 
 _LOOK: Final = 0.05
 """Seconds between two looks at a request that waits for quiet, during a login."""
@@ -267,7 +268,7 @@ class LoginActor(Recovering):
             return
         given = pin is not None
         source = self._own_pin if pin is None else pin
-        if callable(source):
+        if isinstance(source, Source):
             self._insisted |= force
             self._ask(source, job)
             return
@@ -299,7 +300,7 @@ class LoginActor(Recovering):
         self._wanted_by_operations = True
         try:
             source = self._own_pin
-            if callable(source):
+            if isinstance(source, Source):
                 self._ask(source, None)
                 return
             self._try_login(source, force=False)
@@ -316,7 +317,7 @@ class LoginActor(Recovering):
         if lost:
             self._suspect(error)
 
-    def _ask(self, source: PinCallable, job: Job | None) -> None:
+    def _ask(self, source: Source, job: Job | None) -> None:
         """Get a PIN from a callable: here, or by a caller if it must be awaited."""
         self._logins = [waiting for waiting in self._logins if not waiting.dropped]
         if job is not None:
@@ -325,7 +326,7 @@ class LoginActor(Recovering):
             # Whoever was sent may have gone since, when nobody else was there.
             self._gate.send_another()
             return
-        if not pins.is_async(source):
+        if not source.is_async:
             try:
                 pin = pins.ask(source)
             except PinRefused as error:
@@ -367,8 +368,8 @@ class LoginActor(Recovering):
             return
         try:
             source = self._own_pin
-            if callable(source):
-                if pins.is_async(source):
+            if isinstance(source, Source):
+                if source.is_async:
                     return  # the first operation that needs it is sent for it
                 source = pins.ask(source)
             self._try_login(source, force=False)
@@ -534,7 +535,7 @@ class LoginActor(Recovering):
         if not wanted or self.login.state is LoginState.USER or self._pin is None:
             return False
         source = self._own_pin
-        if callable(source):
+        if isinstance(source, Source):
             if job is not None:
                 # The period is over; what is left is a login, and may be left alone.
                 job.stays = False
@@ -544,7 +545,7 @@ class LoginActor(Recovering):
         return False
 
     @property
-    def _own_pin(self) -> Pin | PinCallable:
+    def _own_pin(self) -> Pin | Source:
         """The pool's PIN or its source.
 
         Raises:

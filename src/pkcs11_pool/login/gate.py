@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.jobs import Job
-    from pkcs11_pool.pins import PinCallable
+    from pkcs11_pool.pins import Source
 
 
 class Gate(Protocol):
@@ -41,7 +41,7 @@ class Gate(Protocol):
     def login_settled(self, error: BaseException | None) -> None:
         """The login that operations wait for succeeded, or failed."""
 
-    def send_for_pin(self, source: PinCallable) -> None:
+    def send_for_pin(self, source: Source) -> None:
         """Have a caller who waits for the login await this PIN source."""
 
     def send_another(self) -> None:
