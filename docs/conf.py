@@ -150,7 +150,7 @@ PROJECTS = {
     "asn1crypto": Project(
         "https://github.com/wbond/asn1crypto",
         None,
-        r"(asn1crypto\..*|(x509|csr|crl|keys|algos)\.\w+|SignedDigestAlgorithm)",
+        r"(asn1crypto\..*|(x509|csr|crl|cms|keys|algos)\.\w+|SignedDigestAlgorithm)",
         "asn1crypto has pages, and no inventory",
     ),
     "joserfc": Project(
