@@ -35,6 +35,9 @@ class Gate(Protocol):
     def close_ahead(self) -> None:
         """Close the sessions that were opened ahead."""
 
+    def keep_alive(self, idle: float) -> None:
+        """Use the sessions that are lent, or the token drops them as idle."""
+
     def interrupt(self, cause: Exception) -> None:
         """What needs the login that ends now must not go on."""
 

@@ -226,7 +226,7 @@ class Recovering(Attachment):
                 message = f"{module.path} was initialised anew"
                 raise TokenUnavailable(message)
             state = anchor.info().state
-            if self.login.state is not LoginState.PUBLIC and state in _LOGGED_OUT:
+            if self._is_logged_in and state in _LOGGED_OUT:
                 raise p11.UserNotLoggedIn("the anchor is logged out")
             self.same_token()
 
