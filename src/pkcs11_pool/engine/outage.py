@@ -250,6 +250,11 @@ class Outages(Leasing):
         self._wake_all(wake)
         return True
 
+    def is_held_off(self) -> bool:
+        """Whether nothing starts, because the token is or may be lost."""
+        with self._lock:
+            return self._outage is not None
+
     def wait_quiet(self, deadline: float) -> bool:
         """Wait until nothing is inside the module; whether nothing is."""
         with self._lock:

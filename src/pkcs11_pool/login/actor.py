@@ -351,7 +351,9 @@ class LoginActor(Recovering):
 
     def _login_failed(self, error: BaseException) -> None:
         """What is lost with its token is restored with it; else all who wait fail."""
-        lost = recovery.classify(error).is_outage and self._gate.hold_off(error)
+        lost = recovery.classify(error).is_outage and (
+            self._gate.hold_off(error) or self._gate.is_held_off()
+        )
         self._settle_logins(None if lost and not self._logins else error)
         if lost:
             self._suspect(error)

@@ -62,6 +62,9 @@ class Gate(Protocol):
     def hold_off(self, error: BaseException) -> bool:
         """Let nothing start, for the token may be lost; False if that is known."""
 
+    def is_held_off(self) -> bool:
+        """Whether nothing starts, because the token is or may be lost."""
+
     def wait_quiet(self, deadline: float) -> bool:
         """Wait until nothing is inside the module; whether nothing is."""
 
