@@ -805,6 +805,10 @@ async def test_a_close_that_hangs_holds_up_nobody(
     fault.release()
     await eventually(lambda: not workers())
     assert pool.stats().calls_stuck == 0
+    # With a lost call inside nothing was finalised: the next pool does it.
+    async with make_pool(module=fault.path) as another:
+        assert await digest(another)
+    assert fault.sessions() == []
 
 
 # -- Session counts that are wrong -------------------------------------------------

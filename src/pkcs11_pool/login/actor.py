@@ -140,6 +140,11 @@ class LoginActor(Recovering):
         """The PIN is being changed: until the token answers, none is known."""
         self._in_doubt = True
 
+    @property
+    def is_pin_in_doubt(self) -> bool:
+        """Whether the PIN may have been changed, and nobody knows."""
+        return self._in_doubt
+
     def pin_kept(self) -> None:
         """The token refused to change it."""
         self._in_doubt = False

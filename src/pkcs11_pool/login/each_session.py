@@ -39,6 +39,10 @@ def log_in(actor: LoginActor, session: Session) -> None:
     guard = actor.guard
     try:
         with guard.one_try(pin):
+            # It may have been changed meanwhile: see pin_change() of the faces.
+            pin = actor.session_pin
+            if pin is None or actor.is_pin_in_doubt:
+                raise p11.UserNotLoggedIn("the PIN of all sessions is not known")
             fresh = actor.same_token()
             guard.check(USER, pin, fresh, force=False)
             code = raw_login(session.functions, session.handle, interface.CKU_USER, pin)
