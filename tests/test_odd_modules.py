@@ -666,25 +666,38 @@ async def test_a_resting_operation_can_be_cancelled_and_closed_over(
 # -- C_Logout and C_CloseSession that fail ----------------------------------------
 
 
-@pytest.mark.parametrize("often", [1, 2, None])
-async def test_a_logout_that_fails_is_told_and_changes_nothing(
-    make_pool: MakePool, fault: FaultModule, often: int | None
+@pytest.mark.parametrize("always", [False, True])
+async def test_a_logout_that_fails_is_done_by_closing(
+    make_pool: MakePool, fault: FaultModule, *, always: bool
 ) -> None:
-    """Once, twice, always: the user is in still, and the pool works."""
+    """Once or always: the user is out, for closing the last session logs out, too."""
     async with make_pool(module=fault.path) as pool:
         key = await make_ec_key(pool)
-        if often is None:
-            fault.on("C_Logout", every=True, answer=CKR.GENERAL_ERROR)
-        else:
-            fault.on("C_Logout", times=often, answer=CKR.GENERAL_ERROR)
-        for _ in range(often or 3):
-            with pytest.raises(pkcs11.GeneralError, match="C_Logout"):
-                await pool.logout()
-            assert pool.login_state is LoginState.USER
-            await _sign_many(key, _FEW)
-        if often is not None:
+        times: dict[str, Any] = {"every": True} if always else {"times": 1}
+        fault.on("C_Logout", **times, answer=CKR.GENERAL_ERROR)
+        for _ in range(3):
             await pool.logout()
-            assert pool.login_state is LoginState.PUBLIC
+            _is(pool, LoginState.PUBLIC)
+            with pytest.raises(LoginRequired):
+                await _sign(key)
+            await pool.login()
+            await _sign_many(key, _FEW)
+    assert fault.sessions() == []
+
+
+async def test_a_logout_and_a_close_that_fail_leave_nobody_in(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """What stays open when it should have been closed is closed with all others."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        for function in ("C_Logout", "C_CloseSession"):
+            fault.on(function, every=True, answer=CKR.GENERAL_ERROR)
+        await pool.logout()
+        with pytest.raises(LoginRequired):
+            await _sign(key)
+        await pool.login()
+        await _sign_many(key, _FEW)
     assert fault.sessions() == []
 
 

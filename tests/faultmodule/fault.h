@@ -93,6 +93,7 @@ struct fault_settings {
     unsigned long latency_us, limit, limit_rw;
     unsigned long down; /* what every call is answered, 0: nothing */
     unsigned long idle_us; /* a session that was not used for longer is dropped, 0: none is */
+    unsigned long signature_size; /* of what C_Sign gives, 0: as the real module has it */
     int cant_lock, hide_reserved, no_slots, pin_pad, infos, down_stays;
     unsigned long pin_len;
     CK_BYTE pin[PIN_SIZE];

@@ -43,6 +43,7 @@ _GONE: Final = frozenset(
         "CKR_SESSION_HANDLE_INVALID",
         "CKR_SESSION_CLOSED",
         "CKR_CRYPTOKI_NOT_INITIALIZED",
+        "CKR_DEVICE_ERROR",
         "CKR_DEVICE_REMOVED",
         "CKR_TOKEN_NOT_PRESENT",
     )
