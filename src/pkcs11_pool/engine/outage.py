@@ -8,7 +8,6 @@ wait meanwhile, and no longer than ``recovery_timeout``.
 
 from __future__ import annotations
 
-import random
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -190,6 +189,8 @@ class Outages(Leasing):
         """Let a job rest, each time for longer; whether it may."""
         if job.nowait or job.rests >= len(_RESTS):
             return False
+        import random  # noqa: PLC0415  # for a token that is busy
+
         # Cut at random: those that were refused together must not come back in step.
         rest = _RESTS[job.rests] * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
         until = time.monotonic() + rest
