@@ -11,11 +11,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from pkcs11 import exceptions as p11
+from pkcs11.constants import TokenFlag
 
 from pkcs11_pool.cryptoki import module as modules
 from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.cryptoki.session import Session
-from pkcs11_pool.errors import LoginRequired, PoolClosed, TokenUnavailable
+from pkcs11_pool.errors import (
+    LoginRequired,
+    PoolClosed,
+    TokenNotFound,
+    TokenUnavailable,
+)
 from pkcs11_pool.login.pin_guard import PinGuard, guard_of
 from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState, SessionState
 
@@ -87,12 +93,18 @@ class Attachment:
             self.module.claim(info, self._name or info.label)
             self.info = info
             self.guard = guard_of((self.module.path, info.identity))
-            self._anchor = self._first_session()
+            self._anchor = self._first_session(info)
 
-    def _first_session(self) -> Session:
+    def _first_session(self, info: TokenInfo) -> Session:
         """The anchor, or what is odd about a token that does not give it."""
         try:
             return self.new_session(rw=False)
+        except p11.TokenNotRecognised as error:
+            # Else it is waited for, as one that is down.
+            if info.flags & TokenFlag.TOKEN_INITIALIZED:
+                raise
+            message = f"{info}: initialise it by init_token()"
+            raise TokenNotFound(message) from error
         except p11.PKCS11Error as error:
             if self._options.rw_sessions_only or rv.code_of(error) in _NOT_ASKED:
                 raise
