@@ -52,6 +52,11 @@ _TASKS = 64
 _FEW = 8
 _CBC: Any = {"mechanism": Mechanism.AES_CBC_PAD, "mechanism_param": bytes(16)}
 
+ONE_LOOP = pytest.mark.parametrize(
+    "anyio_backend", [pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop")]
+)
+"""For what has many cases and nothing to do with the event loop."""
+
 Play = Callable[[FaultModule, bytes], object]
 
 
@@ -845,6 +850,7 @@ _UNKNOWN, _INFINITE = -1, 0
     ids=str,
 )
 @pytest.mark.parametrize("there_are", [None, 3])
+@ONE_LOOP
 async def test_counts_that_are_wrong_stop_nobody(
     make_pool: MakePool,
     fault: FaultModule,
