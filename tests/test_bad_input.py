@@ -285,6 +285,10 @@ _OPTIONS: dict[str, list[object]] = {
     "handle_max_age": ["1", -1, math.nan],
     "init_reserved": [7, ["x"]],
     "serialize": ["yes", 1, 0],
+    "rw_sessions_only": ["yes", 1, None],
+    "login_per_session": ["yes", 1, None],
+    "login_ignored": ["yes", 1, None],
+    "session_max_idle": ["1", -1, 0, math.nan, True],
     "name": [7, b"x"],
 }
 

@@ -17,7 +17,7 @@ from poolkit import make_ec_key
 from test_cli import Run, bare, no_terminal, no_variables, run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from faultmodule import FaultModule
     from pkcs11_pool import TokenPool
@@ -447,6 +447,37 @@ def test_a_token_with_few_sessions(
     fault.token_info(max_sessions=4, max_rw=4)
     notes = [f for f in found(run, status=0) if f["level"] == "warning"]
     assert "max_sessions=3" in notes[0]["advice"]
+
+
+def _ignored(fault: FaultModule) -> None:
+    fault.play_login("ignored", b"1234")
+
+
+def _per_session(fault: FaultModule) -> None:
+    fault.play_login("per_session", b"1234")
+
+
+@pytest.mark.parametrize(
+    ("play", "option"),
+    [
+        (lambda fault: fault.no_ro_sessions(), ("rw_sessions_only=True", 1)),
+        (_ignored, ("login_ignored=True", 0)),
+        (_per_session, ("login_per_session=True", 1)),
+    ],
+)
+def test_an_odd_token_is_told_with_the_option_for_it(
+    run: Run,
+    fault: FaultModule,
+    monkeypatch: pytest.MonkeyPatch,
+    play: Callable[[FaultModule], object],
+    option: tuple[str, int],
+) -> None:
+    """Named for what the token does; an ordinary token is called nothing."""
+    monkeypatch.setenv("PKCS11_MODULE", str(fault.path))
+    assert "True" not in str([f["advice"] for f in found(run, status=0)])
+    play(fault)
+    wanted, status = option
+    assert wanted in str([f["advice"] for f in found(run, status=status)])
 
 
 async def test_what_it_advises_works(pool: TokenPool) -> None:

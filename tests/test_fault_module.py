@@ -1321,6 +1321,168 @@ def test_sessions_can_be_limited(setup: Setup) -> None:
     assert app.try_open() == CKR.OK
 
 
+# Odd devices
+
+
+STATES = {"ro_public": 0, "ro_user": 1, "rw_public": 2, "rw_user": 3, "rw_so": 4}
+
+
+def state(app: Application, session: int) -> int:
+    """Return the state that ``C_GetSessionInfo`` tells."""
+    info = (ctypes.c_ulong * 4)()
+    app.ok("C_GetSessionInfo", session, info)
+    return info[1]
+
+
+def private_aes(app: Application, session: int) -> int:
+    """Make a private AES key on the token."""
+    return app.create_aes(session, b"p" * 16, private=True, token=True)
+
+
+@own_process
+def test_a_login_for_each_session_is_played(setup: Setup) -> None:
+    """One logs in and out for itself; the PIN is checked each time."""
+    fault, app = start(setup)
+    fault.play_login("per_session", USER_PIN)
+    one, two = app.open(), app.open(0)
+    assert [state(app, s) for s in (one, two)] == [2, 0]
+    assert app("C_FindObjectsInit", one, None, 0) == CKR.USER_NOT_LOGGED_IN
+    assert app("C_GenerateRandom", one, ctypes.create_string_buffer(4), 4) == CKR.OK
+    assert app.login(one, pin=b"wrong") == CKR.PIN_INCORRECT
+    assert app.login(one) == CKR.OK
+    assert [state(app, s) for s in (one, two)] == [3, 0]
+    key = private_aes(app, one)
+    assert app.value(two, key) == CKR.USER_NOT_LOGGED_IN
+    assert app.login(two, pin=b"wrong") == CKR.PIN_INCORRECT
+    assert app.login(two) == CKR.OK
+    assert app.value(two, key) == b"p" * 16
+    assert app("C_Logout", one) == CKR.OK
+    assert app("C_Logout", one) == CKR.USER_NOT_LOGGED_IN
+    assert app.value(one, key) == CKR.USER_NOT_LOGGED_IN
+    assert app.value(two, key) == b"p" * 16
+    fault.lose_login()
+    assert app.value(two, key) == CKR.USER_NOT_LOGGED_IN
+    assert "with a session open" in refused(lambda: fault.play_login("real"))
+    for session in (one, two):
+        app.ok("C_CloseSession", session)
+    fault.play_login("real")
+    assert state(app, app.open()) == STATES["rw_public"]
+
+
+@own_process
+def test_a_security_officer_logs_in_where_logins_are_played(setup: Setup) -> None:
+    """For real, and the user's new PIN is the one that counts from then on."""
+    fault, app = start(setup)
+    for way in ("kept", "per_session"):
+        fault.play_login("kept" if way == "kept" else "per_session", USER_PIN)
+        session = app.open()
+        assert app.login(session, CKU_SO, b"wrong-so") == CKR.PIN_INCORRECT
+        assert state(app, session) == STATES["rw_public"]
+        assert app.login(session, CKU_SO, SO_PIN) == CKR.OK
+        assert state(app, session) == STATES["rw_so"]
+        assert app.login(session) == CKR.USER_ANOTHER_ALREADY_LOGGED_IN
+        app.ok("C_InitPIN", session, b"98765", 5)
+        app.ok("C_Logout", session)
+        assert app.login(session) == CKR.PIN_INCORRECT
+        assert app.login(session, pin=b"98765") == CKR.OK
+        private_aes(app, session)
+        app.ok("C_SetPIN", session, b"98765", 5, USER_PIN, len(USER_PIN))
+        app.ok("C_Logout", session)
+        assert app.login(session) == CKR.OK
+        app.ok("C_CloseSession", session)
+
+
+@own_process
+def test_handles_that_live_across_logins_are_played(setup: Setup) -> None:
+    """Out and in again, a private key keeps its number; the real module renews it."""
+    fault, app = start(setup)
+    session = app.open()
+    assert app.login(session) == CKR.OK
+    key = private_aes(app, session)
+    app.ok("C_Logout", session)
+    assert app.login(session) == CKR.OK
+    assert app.value(session, key) == CKR.OBJECT_HANDLE_INVALID
+    app.ok("C_CloseSession", session)
+
+    fault.play_login("kept", USER_PIN)
+    session, other = app.open(), app.open()
+    assert app.login(session) == CKR.OK
+    assert app.login(session) == CKR.USER_ALREADY_LOGGED_IN
+    assert state(app, other) == STATES["rw_user"]
+    key = private_aes(app, session)
+    app.ok("C_Logout", session)
+    assert app.value(other, key) == CKR.USER_NOT_LOGGED_IN
+    assert app.login(other) == CKR.OK
+    assert app.value(session, key) == b"p" * 16
+    for one in (session, other):
+        app.ok("C_CloseSession", one)
+    assert state(app, app.open()) == STATES["rw_public"]
+
+
+@own_process
+def test_an_ignored_login_is_played(setup: Setup) -> None:
+    """Any PIN will do, and none as well; nobody is the security officer."""
+    fault, app = start(setup)
+    for always, told in ((True, STATES["rw_user"]), (False, STATES["ro_public"])):
+        fault.play_login("ignored", USER_PIN, always_user=always)
+        session, writer = app.open(0), app.open()
+        assert state(app, session) == told
+        assert not app.token_info().flags & 0x4
+        key = private_aes(app, writer)
+        assert app.value(session, key) == b"p" * 16
+        assert app.login(session, pin=b"anything") == CKR.OK
+        assert app.login(session) == CKR.USER_ALREADY_LOGGED_IN
+        assert app.login(writer, CKU_SO, SO_PIN) == CKR.PIN_LOCKED
+        assert state(app, session) == told
+        app.ok("C_Logout", session)
+        assert app("C_Logout", session) == CKR.USER_NOT_LOGGED_IN
+        assert app.value(session, key) == b"p" * 16
+        # The last one ends the real login, and the next brings it back.
+        app.ok("C_CloseSession", session)
+        app.ok("C_CloseSession", writer)
+        assert app.find(app.open())
+        app.ok("C_CloseAllSessions", app.slot)
+
+
+@own_process
+def test_read_only_sessions_can_be_refused(setup: Setup) -> None:
+    """Until the rule is removed; R/W ones are opened as ever."""
+    fault, app = start(setup)
+    rule = fault.no_ro_sessions()
+    assert app.try_open(0) == CKR.FUNCTION_FAILED
+    assert app.try_open(CKF_RW) == CKR.OK
+    fault.remove(rule)
+    assert app.try_open(0) == CKR.OK
+
+
+@own_process
+def test_idle_sessions_are_dropped(setup: Setup) -> None:
+    """Those that nobody used in time, one that is used or inside a call is not."""
+    fault, app = start(setup)
+    fault.drop_idle_sessions(30)
+    used, idle, busy = app.open(), app.open(), app.open()
+    fault.pass_time(20)
+    state(app, used)
+    room = ctypes.create_string_buffer(4)
+    fault.on("C_GenerateRandom", hang="after")
+    inside = Thread(lambda: app("C_GenerateRandom", busy, room, 4))
+    fault.wait_until_hanging("C_GenerateRandom")
+    fault.pass_time(20)
+    assert state(app, used) == STATES["rw_public"]
+    assert app("C_GetSessionInfo", idle, room) == CKR.SESSION_HANDLE_INVALID
+    assert {s.number for s in fault.sessions()} == {used, busy}
+    fault.release()
+    assert inside.result() == CKR.OK
+    # All of them: the login is gone with the last.
+    assert app.login(used) == CKR.OK
+    fault.pass_time(31)
+    assert state(app, app.open()) == STATES["rw_public"]
+    assert len(fault.sessions()) == 1
+    fault.drop_idle_sessions(None)
+    fault.pass_time(100)
+    assert len(fault.sessions()) == 1
+
+
 @own_process
 def test_a_pin_pad_is_played(setup: Setup) -> None:
     """A NULL PIN is sent as the one typed; a given PIN goes as it is."""

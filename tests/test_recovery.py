@@ -659,3 +659,22 @@ def test_a_signature_that_uses_up_its_key_is_not_repeated(key_type: int) -> None
     with pytest.raises(OutcomeUnknown, match="used up"):
         with_object(session, cache, spec, None, sign)
     assert calls == 1
+
+
+async def test_a_login_that_fails_with_a_token_that_is_known_to_be_lost(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Its callers wait for the token as the others do; the login comes with it."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        await settled(pool)
+        fault.lose_login()
+        fault.on("C_Login", hang="before", answer=CKR.SESSION_HANDLE_INVALID)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_sign, key)
+            await hangs(fault, "C_Login")
+            fault.on("C_DigestInit", answer=CKR.SESSION_HANDLE_INVALID)
+            tasks.start_soon(digest, pool)
+            await eventually(lambda: pool.state is PoolState.RECOVERING)
+            fault.release()
+        assert pool.login_state is LoginState.USER

@@ -43,6 +43,10 @@ class PoolOptions:
     handle_max_age: float | None
     init_reserved: bytes | None
     serialize: bool | None
+    rw_sessions_only: bool
+    login_per_session: bool
+    login_ignored: bool
+    session_max_idle: float | None
     name: str | None
 
     def __post_init__(self) -> None:
@@ -75,6 +79,31 @@ class PoolOptions:
             raise InvalidType(
                 _wrong("serialize", "True, False or None", self.serialize)
             )
+        for name in ("rw_sessions_only", "login_per_session", "login_ignored"):
+            check_flag(name, getattr(self, name))
+        check_seconds("session_max_idle", self.session_max_idle)
+        if self.session_max_idle == 0:
+            message = "session_max_idle must be more than 0, or None: none is dropped"
+            raise InvalidOption(message)
+        self._check_login()
+
+    def _check_login(self) -> None:
+        """Refuse options that say different things of the login."""
+        if self.login_ignored and self.login_per_session:
+            message = (
+                "login_ignored=True says that the token asks for no login, and "
+                "login_per_session=True that it asks in each session: give one of them"
+            )
+            raise InvalidOption(message)
+        if self.login_ignored and self.pin is not None:
+            message = "login_ignored=True sends no PIN to the token: leave pin= out"
+            raise InvalidOption(message)
+        if self.login_per_session and isinstance(self.pin, pins.PinPad):
+            message = (
+                "login_per_session=True logs each session in, so the PIN cannot be "
+                "typed at the token: give another pin="
+            )
+            raise InvalidOption(message)
 
     @property
     def wanted_token(self) -> str:

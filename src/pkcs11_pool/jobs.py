@@ -118,6 +118,8 @@ class Job:
     result: Any = None
     error: BaseException | None = None
     attempts = 0
+    #: How often it rested, because the token was too busy for it.
+    rests = 0
     number = 0
     since = 0.0
     #: When its deadline is looked at; see ``deadlines``.

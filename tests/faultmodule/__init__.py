@@ -25,6 +25,7 @@ _TOKEN_INFOS: Final = 16
 _PIN_SIZE: Final = 256
 _RESERVED_SIZE: Final = 1024
 _ANY_FUNCTION: Final = -1
+_CKF_RW_SESSION: Final = 2
 _UNLIMITED: Final = ctypes.c_ulong(-1).value
 _ANY_SLOT: Final = _UNLIMITED
 
@@ -167,6 +168,7 @@ class _Settings(ctypes.Structure):
         ("limit", ctypes.c_ulong),
         ("limit_rw", ctypes.c_ulong),
         ("down", ctypes.c_ulong),
+        ("idle_us", ctypes.c_ulong),
         ("signature_size", ctypes.c_ulong),
         ("cant_lock", ctypes.c_int),
         ("hide_reserved", ctypes.c_int),
@@ -304,6 +306,12 @@ class FaultModule:
             ("sessions", size_t, [ctypes.POINTER(_Session), size_t]),
             ("lose_sessions", ulong, [ulong]),
             ("lose_login", ulong, [ulong]),
+            (
+                "play_login",
+                ctypes.c_int,
+                [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ulong],
+            ),
+            ("pass_time", None, [ctypes.c_double]),
         ):
             function = getattr(lib, f"fault_{name}")
             function.restype = result
@@ -530,6 +538,58 @@ class FaultModule:
         """
         if not self._lib.fault_reuse_numbers(sessions, objects):
             raise FaultError("numbers cannot change while a session is open")
+
+    # Logins of its own
+
+    def play_login(
+        self,
+        way: Literal["real", "kept", "per_session", "ignored"],
+        user_pin: bytes = b"",
+        *,
+        always_user: bool = True,
+    ) -> None:
+        """Play the login of one token; the real one stays logged in all the time.
+
+        Where a login is asked for, a session without one may tell of itself, log in,
+        digest and make random numbers; all else is answered ``USER_NOT_LOGGED_IN``.
+
+        Args:
+            way: ``"kept"``: one login for all sessions, whose end is the end of no
+                handle. ``"per_session"``: each session has its own, its PIN checked
+                each time. ``"ignored"``: ``C_Login`` takes any PIN of the user, no
+                function asks for it, ``CKF_LOGIN_REQUIRED`` is not there, and the SO
+                is locked. ``"real"``: the real module's.
+            user_pin: The user's PIN on the real token.
+            always_user: Whether ``"ignored"`` says of every session that it is R/W and
+                the user's; else that it is public.
+
+        Raises:
+            FaultError: A session is open.
+        """
+        ways = ("real", "kept", "per_session", "ignored")
+        if len(user_pin) > _PIN_SIZE:
+            raise FaultError(f"a PIN has at most {_PIN_SIZE} bytes here")
+        if not self._lib.fault_play_login(
+            ways.index(way), always_user, user_pin, len(user_pin)
+        ):
+            raise FaultError("the way of logging in cannot change with a session open")
+
+    def no_ro_sessions(self, rv: int = CKR.FUNCTION_FAILED) -> int:
+        """Refuse to open R/O sessions, until the rule that this gives is removed."""
+        return self.on(
+            "C_OpenSession", every=True, answer=rv, when_flags_clear=_CKF_RW_SESSION
+        )
+
+    def drop_idle_sessions(self, seconds: float | None) -> None:
+        """Drop sessions that were not used for so long; ``None``: none.
+
+        Looked at whenever a function is called. ``pass_time`` makes them older.
+        """
+        self._change(idle_us=0 if seconds is None else round(seconds * 1e6))
+
+    def pass_time(self, seconds: float) -> None:
+        """Make all open sessions idle for so many seconds more."""
+        self._lib.fault_pass_time(seconds)
 
     def forget_objects(self) -> None:
         """Free all object numbers, as modules do that number anew at each login.
@@ -792,7 +852,7 @@ class FaultModule:
     def reset(self) -> None:
         """Behave again: no rule, nothing hangs, no setting, counts and log empty.
 
-        Open sessions and the way of numbering stay.
+        Open sessions, the way of numbering and that of logging in stay.
         """
         self.clear()
         with self._settings_lock:

@@ -86,7 +86,7 @@ void load_target_from_environment(void)
 
 /* ---- the way of a call ---- */
 
-static uint64_t now_ns(void)
+uint64_t now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -187,6 +187,7 @@ bool enter(struct call *call, int function, CK_SESSION_HANDLE session, CK_ULONG 
     };
     int answer = ANSWER_REAL;
     bool hang_before = false;
+    drop_idle_sessions();
 
     lock();
     call->real = state.real;
@@ -229,6 +230,7 @@ CK_RV leave(struct call *call)
     if (call->hang_after)
         hang(call);
     CK_RV rv = call->replaced ? call->replacement : call->rv;
+    session_left(call);
 
     lock();
     struct fault_record *record = &state.log[call->sequence % LOG_SIZE];
@@ -410,6 +412,13 @@ EXPORT void fault_log_clear(void)
 }
 
 /* ---- settings ---- */
+
+EXPORT void fault_pass_time(double seconds)
+{
+    lock();
+    state.passed_ns += (uint64_t)(seconds * 1e9);
+    unlock();
+}
 
 EXPORT void fault_get_settings(struct fault_settings *out)
 {

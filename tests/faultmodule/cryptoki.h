@@ -51,15 +51,21 @@ typedef struct {
 #define CKR_FUNCTION_NOT_SUPPORTED 0x054UL
 #define CKR_KEY_HANDLE_INVALID 0x060UL
 #define CKR_OBJECT_HANDLE_INVALID 0x082UL
+#define CKR_PIN_INCORRECT 0x0A0UL
+#define CKR_PIN_LOCKED 0x0A4UL
 #define CKR_SESSION_COUNT 0x0B1UL
 #define CKR_SESSION_HANDLE_INVALID 0x0B3UL
 #define CKR_UNWRAPPING_KEY_HANDLE_INVALID 0x0F0UL
+#define CKR_USER_ALREADY_LOGGED_IN 0x100UL
+#define CKR_USER_NOT_LOGGED_IN 0x101UL
+#define CKR_USER_ANOTHER_ALREADY_LOGGED_IN 0x104UL
 #define CKR_WRAPPING_KEY_HANDLE_INVALID 0x113UL
 #define CKR_BUFFER_TOO_SMALL 0x150UL
 #define CKR_CRYPTOKI_NOT_INITIALIZED 0x190UL
 
 #define CKA_TOKEN 0x001UL
 #define CKF_RW_SESSION 0x002UL
+#define CKF_LOGIN_REQUIRED 0x004UL
 #define CKF_OS_LOCKING_OK 0x002UL
 #define CKM_CONCATENATE_BASE_AND_KEY 0x360UL
 
@@ -83,19 +89,19 @@ typedef struct CK_FUNCTION_LIST CK_FUNCTION_LIST;
     PLAIN(C_GetMechanismInfo, (CK_SLOT_ID slot, CK_ULONG type, void *info), (slot, type, info))    \
     PLAIN(C_InitToken, (CK_SLOT_ID slot, CK_BYTE *pin, CK_ULONG pin_len, CK_BYTE *label),          \
           (slot, pin, pin_len, label))                                                             \
-    SESSION(C_InitPIN, (CK_SESSION_HANDLE session, CK_BYTE *pin, CK_ULONG pin_len),                \
-            (session, pin, pin_len))                                                               \
-    SESSION(C_SetPIN,                                                                              \
-            (CK_SESSION_HANDLE session, CK_BYTE *old, CK_ULONG old_len, CK_BYTE *new,              \
-             CK_ULONG new_len),                                                                    \
-            (session, old, old_len, new, new_len))                                                 \
+    OWN(C_InitPIN, (CK_SESSION_HANDLE session, CK_BYTE *pin, CK_ULONG pin_len),                    \
+        (session, pin, pin_len))                                                                   \
+    OWN(C_SetPIN,                                                                                  \
+        (CK_SESSION_HANDLE session, CK_BYTE *old, CK_ULONG old_len, CK_BYTE *new,                  \
+         CK_ULONG new_len),                                                                        \
+        (session, old, old_len, new, new_len))                                                     \
     OWN(C_OpenSession,                                                                             \
         (CK_SLOT_ID slot, CK_FLAGS flags, void *application, CK_NOTIFY notify,                     \
          CK_SESSION_HANDLE *session),                                                              \
         (slot, flags, application, notify, session))                                               \
     OWN(C_CloseSession, (CK_SESSION_HANDLE session), (session))                                    \
     OWN(C_CloseAllSessions, (CK_SLOT_ID slot), (slot))                                             \
-    SESSION(C_GetSessionInfo, (CK_SESSION_HANDLE session, void *info), (session, info))            \
+    OWN(C_GetSessionInfo, (CK_SESSION_HANDLE session, void *info), (session, info))                \
     SESSION(C_GetOperationState, (CK_SESSION_HANDLE session, CK_BYTE *saved, CK_ULONG *saved_len), \
             (session, saved, saved_len))                                                           \
     OWN(C_SetOperationState,                                                                       \
@@ -104,7 +110,7 @@ typedef struct CK_FUNCTION_LIST CK_FUNCTION_LIST;
         (session, saved, saved_len, encrypting, authenticating))                                   \
     OWN(C_Login, (CK_SESSION_HANDLE session, CK_ULONG user, CK_BYTE *pin, CK_ULONG pin_len),       \
         (session, user, pin, pin_len))                                                             \
-    SESSION(C_Logout, (CK_SESSION_HANDLE session), (session))                                      \
+    OWN(C_Logout, (CK_SESSION_HANDLE session), (session))                                          \
     OWN(C_CreateObject,                                                                            \
         (CK_SESSION_HANDLE session, CK_ATTRIBUTE *template, CK_ULONG count,                        \
          CK_OBJECT_HANDLE *created),                                                               \

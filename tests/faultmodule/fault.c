@@ -195,6 +195,8 @@ static CK_RV my_C_GetTokenInfo(CK_SLOT_ID slot, CK_TOKEN_INFO *info)
         call.rv = REAL(C_GetTokenInfo, (slot, info));
     if (gives(&call)) {
         lock();
+        if (state.login == LOGIN_IGNORED)
+            info->flags &= ~CKF_LOGIN_REQUIRED;
         for (int i = 0; i < state.settings.infos; i++) {
             const struct fault_token_info *with = &state.settings.info[i];
             if (with->slot == slot || with->slot == ANY_SLOT)
@@ -216,6 +218,7 @@ static CK_RV my_C_OpenSession(CK_SLOT_ID slot, CK_FLAGS flags, void *application
         call.rv = REAL(C_OpenSession,
                        (slot, flags, application, notify, session ? &opened : NULL));
         CK_SESSION_HANDLE number = session_out(&call, slot, flags, opened);
+        login_opened(&call, opened);
         if (gives(&call))
             *session = number;
     }
@@ -253,7 +256,46 @@ static CK_RV my_C_Login(CK_SESSION_HANDLE session, CK_ULONG user, CK_BYTE *pin, 
             pin_len = state.settings.pin_len;
         }
         unlock();
-        call.rv = REAL(C_Login, (session, user, pin, pin_len));
+        call.rv = login_in(&call, session, user, pin, pin_len);
+    }
+    return leave(&call);
+}
+
+static CK_RV my_C_Logout(CK_SESSION_HANDLE session)
+{
+    struct call call;
+    if (enter(&call, FN_C_Logout, session, 0) && session_in(&call, &session))
+        call.rv = login_out(&call, session);
+    return leave(&call);
+}
+
+static CK_RV my_C_GetSessionInfo(CK_SESSION_HANDLE session, void *info)
+{
+    struct call call;
+    if (enter(&call, FN_C_GetSessionInfo, session, 0) && session_in(&call, &session)) {
+        call.rv = REAL(C_GetSessionInfo, (session, info));
+        login_told(&call, info);
+    }
+    return leave(&call);
+}
+
+static CK_RV my_C_InitPIN(CK_SESSION_HANDLE session, CK_BYTE *pin, CK_ULONG pin_len)
+{
+    struct call call;
+    if (enter(&call, FN_C_InitPIN, session, 0) && session_in(&call, &session)) {
+        call.rv = REAL(C_InitPIN, (session, pin, pin_len));
+        login_pin_changed(&call, pin, pin_len);
+    }
+    return leave(&call);
+}
+
+static CK_RV my_C_SetPIN(CK_SESSION_HANDLE session, CK_BYTE *old, CK_ULONG old_len, CK_BYTE *new,
+                         CK_ULONG new_len)
+{
+    struct call call;
+    if (enter(&call, FN_C_SetPIN, session, 0) && session_in(&call, &session)) {
+        call.rv = REAL(C_SetPIN, (session, old, old_len, new, new_len));
+        login_pin_changed(&call, new, new_len);
     }
     return leave(&call);
 }

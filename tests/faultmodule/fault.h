@@ -1,4 +1,4 @@
-/* What the three C files share. One mutex guards all of `state`, and is never held while the real
+/* What the four C files share. One mutex guards all of `state`, and is never held while the real
  * module runs or while a call sleeps or hangs: the module must not serialise what it watches. */
 #ifndef FAULT_H
 #define FAULT_H
@@ -26,6 +26,9 @@ struct row {
     CK_ULONG real;
     CK_SLOT_ID slot;
     bool rw;             /* of a session */
+    int who;             /* of a session: who is logged in to it, where each has its own login */
+    int inside;          /* of a session: calls that use it now */
+    uint64_t used_ns;    /* of a session: when it was used last */
     size_t owner;        /* of a session object: the row of the session that made it, … */
     uint64_t owner_born; /* … and its birth, since rows are used again. 0: a token object */
 };
@@ -35,6 +38,9 @@ struct table {
     size_t size;
     size_t lowest; /* no row below this one is free */
 };
+
+enum { LOGIN_REAL, LOGIN_KEPT, LOGIN_PER_SESSION, LOGIN_IGNORED };
+enum { NOBODY, USER, OFFICER };
 
 enum { HANG_NO, HANG_BEFORE, HANG_AFTER };
 enum { ANSWER_REAL, ANSWER_INSTEAD, ANSWER_REPLACED };
@@ -86,6 +92,7 @@ struct fault_token_info {
 struct fault_settings {
     unsigned long latency_us, limit, limit_rw;
     unsigned long down; /* what every call is answered, 0: nothing */
+    unsigned long idle_us; /* a session that was not used for longer is dropped, 0: none is */
     unsigned long signature_size; /* of what C_Sign gives, 0: as the real module has it */
     int cant_lock, hide_reserved, no_slots, pin_pad, infos, down_stays;
     unsigned long pin_len;
@@ -122,6 +129,13 @@ struct state {
     struct fault_record log[LOG_SIZE];
     uint64_t sequence, log_from;
 
+    int login;        /* how logins are played */
+    bool login_user;  /* where they are ignored: sessions are said to be the user's */
+    int login_who;    /* who is logged in to all sessions */
+    CK_BYTE user_pin[PIN_SIZE];
+    CK_ULONG user_pin_len;
+    uint64_t passed_ns; /* how far the clock of idle sessions is ahead */
+
     bool own_sessions, own_objects;
     uint64_t births;
     struct table sessions, objects;
@@ -150,6 +164,7 @@ static inline void unlock(void) { pthread_mutex_unlock(&state.lock); }
 extern const char *const function_names[FUNCTIONS];
 bool enter(struct call *call, int function, CK_SESSION_HANDLE session, CK_ULONG argument);
 CK_RV leave(struct call *call);
+uint64_t now_ns(void);
 void load_target_from_environment(void);
 
 /* numbers.c. The …_in functions replace an application's number by the real one, or answer for an
@@ -165,5 +180,17 @@ void session_closed(const struct call *call);
 void object_destroyed(const struct call *call);
 CK_RV close_all(const CK_FUNCTION_LIST *real, CK_SLOT_ID slot);
 void all_lost(bool initialised);
+void drop_idle_sessions(void);
+void session_left(const struct call *call);
+
+/* login.c. The first two are called with the lock held, the others without. */
+bool login_missing(int function, size_t row);
+void login_forgotten(void);
+void login_opened(const struct call *call, CK_SESSION_HANDLE real);
+CK_RV login_in(const struct call *call, CK_SESSION_HANDLE session, CK_ULONG user, CK_BYTE *pin,
+               CK_ULONG pin_len);
+CK_RV login_out(const struct call *call, CK_SESSION_HANDLE session);
+void login_told(const struct call *call, void *info);
+void login_pin_changed(const struct call *call, const CK_BYTE *pin, CK_ULONG pin_len);
 
 #endif

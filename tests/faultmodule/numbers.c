@@ -79,6 +79,7 @@ static void drop_session(size_t row)
     for (size_t i = 0; i < state.sessions.size; i++)
         if (state.sessions.rows[i].born != 0 && state.sessions.rows[i].slot == gone.slot)
             return;
+    login_forgotten();
     /* With its last session an application loses every handle that it had on the token. A session
      * that is just being opened may have kept them alive. */
     if (state.opening == 0)
@@ -97,6 +98,11 @@ bool session_in(struct call *call, CK_SESSION_HANDLE *session)
         call->born = r->born;
         call->slot = r->slot;
         *session = r->real;
+        state.sessions.rows[row].inside++;
+        if (login_missing(call->function, row)) {
+            call->rv = CKR_USER_NOT_LOGGED_IN;
+            go_on = false;
+        }
     } else if (!go_on) {
         call->rv = state.initialised ? CKR_SESSION_HANDLE_INVALID : CKR_CRYPTOKI_NOT_INITIALIZED;
     }
@@ -159,6 +165,7 @@ CK_SESSION_HANDLE session_out(struct call *call, CK_SLOT_ID slot, CK_FLAGS flags
             drop_session(row);
         row = table_add(&state.sessions, real, slot);
         state.sessions.rows[row].rw = rw;
+        state.sessions.rows[row].used_ns = now_ns() + state.passed_ns;
         call->session = state.own_sessions ? row + 1 : real;
         call->slot = slot;
     }
@@ -224,6 +231,35 @@ void object_destroyed(const struct call *call)
     unlock();
 }
 
+void session_left(const struct call *call)
+{
+    lock();
+    if (table_has(&state.sessions, call->row, call->born)) {
+        state.sessions.rows[call->row].inside--;
+        state.sessions.rows[call->row].used_ns = now_ns() + state.passed_ns;
+    }
+    unlock();
+}
+
+/* Like a device that needs the room: nobody is told, and whoever calls next finds them gone. */
+void drop_idle_sessions(void)
+{
+    lock();
+    uint64_t limit = (uint64_t)state.settings.idle_us * 1000u;
+    uint64_t now = now_ns() + state.passed_ns;
+    const CK_FUNCTION_LIST *real = state.real;
+    for (size_t row = 0; limit != 0 && row < state.sessions.size; row++) {
+        struct row idle = state.sessions.rows[row];
+        if (idle.born == 0 || idle.inside != 0 || now - idle.used_ns <= limit || now < idle.used_ns)
+            continue;
+        drop_session(row);
+        unlock();
+        real->C_CloseSession(idle.real);
+        lock();
+    }
+    unlock();
+}
+
 CK_RV close_all(const CK_FUNCTION_LIST *real, CK_SLOT_ID slot)
 {
     lock();
@@ -248,6 +284,7 @@ void all_lost(bool initialised)
         if (state.sessions.rows[row].born != 0)
             table_drop(&state.sessions, row);
     drop_objects_of_slot(ANY_SLOT);
+    login_forgotten();
     state.initialised = initialised;
     unlock();
 }
@@ -311,6 +348,9 @@ EXPORT CK_RV fault_lose_login(CK_SLOT_ID slot)
         CK_SESSION_HANDLE session = 0;
         lock();
         const CK_FUNCTION_LIST *real = state.real;
+        bool played = state.login != LOGIN_REAL;
+        if (played)
+            login_forgotten();
         for (size_t row = 0; row < state.sessions.size && session == 0; row++) {
             const struct row *r = &state.sessions.rows[row];
             if (r->born != 0 && (slot == ANY_SLOT || r->slot == slot))
@@ -319,7 +359,7 @@ EXPORT CK_RV fault_lose_login(CK_SLOT_ID slot)
         unlock();
         if (session == 0)
             break;
-        rv = real->C_Logout(session);
+        rv = played ? CKR_OK : real->C_Logout(session);
     }
     return rv;
 }

@@ -103,9 +103,11 @@ CATALOGUE = (
     Mutation(
         "keep-used-session",
         "engine/workers.py",
-        "        session.close()\n        if opens and not self.lost:",
+        "        session.close()\n"
+        "        return self._open_ahead() if opens and not self.lost else None",
         "        if opens and not self.lost:\n            return session\n"
-        "        session.close()\n        if opens and not self.lost:",
+        "        session.close()\n"
+        "        return self._open_ahead() if opens and not self.lost else None",
         "Every one-shot operation has a fresh session.",
         ("test_engine.py::test_no_session_serves_two_operations",),
     ),
@@ -356,6 +358,74 @@ CATALOGUE = (
         (
             "test_recovery.py::test_who_was_logged_out_stays_out",
             "test_recovery.py::test_an_async_pin_source_is_awaited_after_an_outage",
+        ),
+    ),
+    Mutation(
+        "throttled-change-repeated",
+        "engine/outage.py",
+        "        if session.lent or job.changes or not job.restart:",
+        "        if session.lent:",
+        "A busy token is asked again for what may happen twice, and for nothing else.",
+        ("test_odd_modules.py::test_what_changes_the_token_is_not_tried_again",),
+    ),
+    Mutation(
+        "session-not-logged-in",
+        "engine/work.py",
+        "        if self._login_each and (error := self.not_logged_in(session)):",
+        "        if False and (error := self.not_logged_in(session)):",
+        "Where each session has its own login, each is logged in before it is used.",
+        ("test_odd_modules.py::test_the_pin_of_sessions_follows_set_pin",),
+    ),
+    Mutation(
+        "one-session-stays-in",
+        "login/attachment.py",
+        "            self._close_anchor(rw=self._open_anchor.rw)",
+        "            pass",
+        "A logout leaves no session that was logged in by itself.",
+        (
+            (
+                "test_odd_modules.py::"
+                "test_a_logout_closes_the_sessions_that_have_their_own_login"
+            ),
+        ),
+    ),
+    Mutation(
+        "ignored-logout-not-kept",
+        "cryptoki/keys.py",
+        "        if self.guards and (",
+        "        if False and (",
+        "After a logout that the token ignores the pool itself keeps it.",
+        (
+            (
+                "test_odd_modules.py::"
+                "test_a_logout_that_the_token_ignores_is_kept_by_the_pool"
+            ),
+        ),
+    ),
+    Mutation(
+        "idle-anchor",
+        "login/actor.py",
+        "                    touch(self._anchor)",
+        "                    pass",
+        "Where the token drops idle sessions, the one with the login is kept alive.",
+        (
+            (
+                "test_odd_modules.py::"
+                "test_with_the_option_sessions_that_stay_open_are_kept_alive"
+            ),
+        ),
+    ),
+    Mutation(
+        "leftovers-left",
+        "cryptoki/module.py",
+        "            self.functions.C_CloseAllSessions(slot_id)",
+        "            pass",
+        "What could not be closed is closed with the pool.",
+        (
+            (
+                "test_odd_modules.py::"
+                "test_sessions_that_are_not_closed_are_closed_with_the_pool"
+            ),
         ),
     ),
 )

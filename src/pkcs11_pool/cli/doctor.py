@@ -17,7 +17,7 @@ import anyio
 from pkcs11 import PKCS11Error
 from pkcs11.constants import TokenFlag
 
-from pkcs11_pool.cli import checks, output
+from pkcs11_pool.cli import checks, oddities, output
 from pkcs11_pool.cli.checks import Finding, bad, good, warning
 from pkcs11_pool.cli.exits import CommandError, Exit, explained
 from pkcs11_pool.cli.options import TokenOptions
@@ -29,6 +29,7 @@ from pkcs11_pool.errors import (
     PoolError,
 )
 from pkcs11_pool.faces.administration import list_tokens
+from pkcs11_pool.state import LoginState
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -226,13 +227,21 @@ async def _of_login(
     try:
         async with pool:
             yield good(f"a pool opens on {pool.token}")
-            for finding in _of_sessions(pool.token):
+            for finding in (*_of_sessions(pool.token), *oddities.of_token(pool.token)):
                 yield finding
             if login:
                 yield await _of_pin(where, pool)
+            if pool.login_state is LoginState.USER:
+                async with pool.session() as session:
+                    told = await session.info()
+                for finding in oddities.of_session(told):
+                    yield finding
             yield good(f"{counted(len(await pool.find()), 'object')} to be seen")
     except (PoolError, PKCS11Error) as error:
-        yield bad(_text(error), "`pkcs11-pool tokens` shows what is there")
+        yield next(
+            oddities.of_opening(error),
+            bad(_text(error), "`pkcs11-pool tokens` shows what is there"),
+        )
 
 
 def _of_sessions(info: TokenInfo) -> list[Finding]:

@@ -64,6 +64,7 @@ FUNCTIONS: Final[dict[str, tuple[int, tuple[Any, ...]]]] = {
     "C_SetPIN": (11, (ULong, _P, ULong, _P, ULong)),
     "C_OpenSession": (12, (ULong, ULong, _P, _P, _UL)),
     "C_CloseSession": (13, (ULong,)),
+    "C_CloseAllSessions": (14, (ULong,)),
     "C_GetSessionInfo": (15, (ULong, _P)),
     "C_Login": (18, (ULong, ULong, _P, ULong)),
     "C_Logout": (19, (ULong,)),

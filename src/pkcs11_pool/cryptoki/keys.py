@@ -49,6 +49,7 @@ _NEVER: Final = -2
 """A mark that no present one equals."""
 _PRIVATE_CLASSES: Final = frozenset({ObjectClass.PRIVATE_KEY, ObjectClass.SECRET_KEY})
 _TRUE: Final = b"\x01"
+_FALSE: Final = b"\x00"
 _NOT_FOR: Final = {
     **dict.fromkeys(
         (Attribute.SIGN, Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DECAPSULATE),
@@ -346,6 +347,9 @@ class HandleCache:
         self._max_age = max_age
         #: Who is logged in, as the login actor last told. Written by it alone.
         self.login: Login | None = None
+        #: Whether private objects are kept from those who are not logged in: set where
+        #: the token itself does not do that.
+        self.guards = False
         self._entries: dict[KeySpec, Entry] = {}
         self._lock = threading.Lock()
         #: Held from looking a number up to destroying it: no other call of this
@@ -486,15 +490,24 @@ class HandleCache:
 
     def _search(self, session: Session, spec: KeySpec) -> list[int]:
         token = (int(Attribute.TOKEN), _TRUE)
+        hidden = self.hidden
         # Some modules hand out numbers in a search.
         with self.changing():
             return [
                 handle
                 for object_class in spec.classes or (None,)
                 for handle in session.find(
-                    (token, *_class(object_class), *spec.attributes), most=2
+                    (token, *_class(object_class), *spec.attributes, *hidden), most=2
                 )
             ]
+
+    @property
+    def hidden(self) -> tuple[tuple[int, bytes], ...]:
+        """What to add to a search, so that it finds nothing that is not to be seen."""
+        login = self.login
+        if self.guards and (login is None or login.state is not LoginState.USER):
+            return ((int(Attribute.PRIVATE), _FALSE),)
+        return ()
 
     def _missing(self, session: Session, spec: KeySpec) -> KeyNotFound | LoginRequired:
         # As it was when the search began: a login since then did not help it.

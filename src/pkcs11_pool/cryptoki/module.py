@@ -107,6 +107,8 @@ class Module:
         self.turn = _NO_TURN
         #: The sessions of the present generation, by number.
         self.live: dict[int, Session] = {}
+        #: Slots with sessions that could not be closed.
+        self.leftovers: set[int] = set()
         #: For sessions in the hands of a caller's function.
         self.lent_list = LentList(library.functions, self._closes)
         #: For the ``pkcs11.Session`` of a session that is open.
@@ -133,6 +135,15 @@ class Module:
         session = self.live.pop(handle, None)
         if session is not None:
             session.forget()
+
+    def close_leftovers(self, slot_id: int) -> None:
+        """``C_CloseAllSessions``, if one of ours could not be closed there before.
+
+        Where that worked it is not called: other code may have sessions of its own.
+        """
+        if slot_id in self.leftovers:
+            self.leftovers.discard(slot_id)
+            self.functions.C_CloseAllSessions(slot_id)
 
     @property
     def is_blocked(self) -> bool:
@@ -363,6 +374,7 @@ def _initialized(module: Module) -> None:
     for session in module.live.values():
         session.forget()
     module.live.clear()
+    module.leftovers.clear()
     module.take_functions()
     module.initialized = True
     events.info(

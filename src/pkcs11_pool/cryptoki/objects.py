@@ -198,7 +198,7 @@ def find(
 ) -> list[Entry]:
     """``C_FindObjects…``, and one ``C_GetAttributeValue`` for each object."""
     with cache.changing():
-        handles = session.find(template)
+        handles = session.find((*template, *cache.hidden))
     found = []
     for handle in handles:
         try:

@@ -45,6 +45,8 @@ _ROOM: Final = 64 * 1024
 _OVERHEAD: Final = 2048
 """What an encryption adds at most: a block, a tag, an RSA modulus."""
 _TRIES: Final = 4
+_FEW: Final = 8
+"""Random bytes that every module makes: Google Cloud KMS makes no fewer."""
 _TOO_SMALL: Final = rv.CODES["CKR_BUFFER_TOO_SMALL"]
 _NOT_PERMITTED: Final = rv.CODES["CKR_KEY_FUNCTION_NOT_PERMITTED"]
 _DEAD: Final = frozenset(
@@ -165,6 +167,7 @@ def with_object(
                 raise _not_permitted(target, entry) from error
             if recovery.is_stateful(entry.key_type):
                 _check_used_up(target, entry, error)
+                recovery.forbid_repeat(error)
             dead = code in _DEAD
             if not dead and (mark == cache.mark >= 0 or cache.verify(session, entry)):
                 raise
@@ -361,6 +364,20 @@ def generate_random(session: Session, count: int) -> bytes:
     code = session.functions.C_GenerateRandom(session.handle, buffer, count)
     rv.check(code, "C_GenerateRandom")
     return buffer.raw
+
+
+def touch(session: Session) -> None:
+    """Calls that keep a session from being dropped as idle.
+
+    ``C_GetSessionInfo`` and ``C_GenerateRandom``: some modules answer the first by
+    themselves, and only the second reaches the device. Whether it has random numbers is
+    of no matter here.
+    """
+    session.info()
+    room = c.create_string_buffer(_FEW)
+    code = session.functions.C_GenerateRandom(session.handle, room, _FEW)
+    if recovery.fault_of(code).is_outage:
+        raise rv.error_of(code, "C_GenerateRandom")
 
 
 def _output(

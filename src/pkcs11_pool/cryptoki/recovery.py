@@ -176,6 +176,23 @@ def is_stateful(key_type: object) -> bool:
     return key_type in _STATEFUL
 
 
+def says_busy(error: BaseException) -> bool:
+    """Whether the token may have been too busy, and do it a moment later.
+
+    AWS CloudHSM throttles with ``CKR_FUNCTION_FAILED``. The standard has the token in
+    the state from before then (PKCS#11 v3.1, "Function return values"), and other
+    modules mean by it that the function will always fail: so it is tried a few times.
+    """
+    if isinstance(error, PoolError) or getattr(error, "once", False):
+        return False
+    return rv.code_of(error) == rv.CODES["CKR_FUNCTION_FAILED"]
+
+
+def forbid_repeat(error: BaseException) -> None:
+    """What failed so is not made again, whatever the token means by the error."""
+    error.once = True  # type: ignore[attr-defined]  # read by says_busy()
+
+
 def hints_at_lost_login(error: BaseException) -> bool:
     """Whether a login that somebody else ended would show as this error.
 

@@ -37,6 +37,20 @@ _PARTLY: Final = {
 }
 
 
+_GONE: Final = frozenset(
+    rv.CODES[name]
+    for name in (
+        "CKR_SESSION_HANDLE_INVALID",
+        "CKR_SESSION_CLOSED",
+        "CKR_CRYPTOKI_NOT_INITIALIZED",
+        "CKR_DEVICE_ERROR",
+        "CKR_DEVICE_REMOVED",
+        "CKR_TOKEN_NOT_PRESENT",
+    )
+)
+"""Answers to ``C_CloseSession`` after which there is no session any more."""
+
+
 class Session:
     """A session of this process with one token.
 
@@ -45,6 +59,7 @@ class Session:
         rw: Whether it is read-write.
         epoch: The login epoch in which it was opened.
         lent: Whether a caller's function has had it.
+        opened_at: When, on the monotonic clock; set for some that are opened ahead.
     """
 
     __slots__ = (
@@ -56,8 +71,11 @@ class Session:
         "handle",
         "lent",
         "module",
+        "opened_at",
         "rw",
     )
+
+    opened_at: float
 
     def __init__(
         self, module: Module, token: pkcs11.Token, *, rw: bool, epoch: Epoch
@@ -119,7 +137,11 @@ class Session:
         if not handle or self.generation != module.generation:
             return 0
         module.live.pop(handle, None)
-        return self.functions.C_CloseSession(handle)
+        code = self.functions.C_CloseSession(handle)
+        if code and code not in _GONE:
+            # Not closed twice, for its number may be another's by then: see the module.
+            module.leftovers.add(self._token.slot.slot_id)
+        return code
 
     def forget(self) -> int:
         """Make this session harmless without closing it; its number so far."""

@@ -120,6 +120,8 @@ class Dispatch:
         self._number = 0
         # Operations that wait for the login; in no line meanwhile.
         self._parked: list[Job] = []
+        # Operations that the token was too busy for, and until when they rest.
+        self._resting: dict[Job, float] = {}
         # Requests that the actor has.
         self._requests: set[Job] = set()
         self._pause = Pause.NOT
@@ -380,7 +382,7 @@ class Dispatch:
             return
         if job in self._parked:
             self._parked.remove(job)
-        else:
+        elif self._resting.pop(job, None) is None:
             self._lines.remove(job)
         if lane is not None:
             self._next_in_lane_locked(lane)
@@ -422,7 +424,7 @@ class Dispatch:
     # -- Who may start ------------------------------------------------------------
 
     def _waiting_locked(self) -> int:
-        waiting = len(self._lines) + len(self._parked)
+        waiting = len(self._lines) + len(self._parked) + len(self._resting)
         for lease in self._room.leases:
             waiting += len(lease.waiting)
         return waiting
@@ -689,7 +691,7 @@ class Dispatch:
 
     def _refuse_all_locked(self, error: Callable[[], PoolError]) -> list[Job]:
         """Refuse all that wait for anything; who must be woken."""
-        waiting = [*self._lines, *self._parked]
+        waiting = [*self._lines, *self._parked, *self._resting]
         # A request that waits for quiet must not keep the pool from closing.
         waiting += [
             job

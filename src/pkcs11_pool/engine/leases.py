@@ -98,10 +98,14 @@ class Lease:
         lone: It is there for one chain only: nobody else waits for its end.
     """
 
-    def __init__(self, session: Session, holder: Hashable) -> None:
+    def __init__(
+        self, session: Session, holder: Hashable, *, counts_rw: bool = False
+    ) -> None:
         self.session = session
         self.handle = session.handle
         self.rw = session.rw
+        #: Whether the engine counts it as R/W: not one that need not be.
+        self.counts_rw = counts_rw
         self.holder = holder
         self.owner = ObjectOwner()
         self.waiting: deque[Job] = deque()

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11_pool import events
+from pkcs11_pool.cryptoki import operations
 from pkcs11_pool.cryptoki.keys import GONE, HandleCache
 from pkcs11_pool.engine.dispatch import Dispatch
 from pkcs11_pool.engine.leases import Lease, Loan
@@ -45,6 +46,7 @@ class Leasing(Dispatch):
     def __init__(self, options: PoolOptions) -> None:
         super().__init__(options)
         self.cache = HandleCache(options.handle_max_age)
+        self.cache.guards = options.login_ignored
         # Calls given up on that the log has not been told of.
         self._lost_news: deque[int] = deque()
 
@@ -112,7 +114,7 @@ class Leasing(Dispatch):
     def _refuse_users_locked(self, lease: Lease) -> list[Job]:
         """Refuse jobs in line that use a session object of a lease that is over."""
         refused = []
-        for job in [*self._lines, *self._parked]:
+        for job in [*self._lines, *self._parked, *self._resting]:
             target = job.target
             if target is None or target.owner is not lease.owner:
                 continue
@@ -153,6 +155,27 @@ class Leasing(Dispatch):
             self._enqueue_locked(job)
             self._wake_for_next_locked()
         return job
+
+    def keep_alive(self, idle: float) -> None:
+        """Have a call made in each session that is lent and not used just now."""
+        deadline = time.monotonic() + idle
+        with self._lock:
+            for lane in (*self._room.leases, self._so_lane):
+                if lane is None or lane.busy or lane.closing:
+                    continue
+                going = lane.chain is not None and not lane.chain.over
+                job = Job(
+                    operations.touch,
+                    Kind.LANE,
+                    waiter=NOBODY,
+                    deadline=deadline,
+                    restart=False,
+                    lane=lane,
+                    chain=lane.chain if going else None,
+                )
+                job.is_operation = False
+                self._enqueue_locked(job)
+                self._wake_for_next_locked()
 
     def end_orphans(self) -> None:
         """End what nobody holds any more: leases, and chains in a lease."""

@@ -29,6 +29,8 @@ from pkcs11_pool.login.recovering import blocked
 from pkcs11_pool.state import LoginState, PoolState, SessionState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.leases import Lease
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 _ATTEMPTS: Final = 3
 """How often a job may start anew: one that breaks the token must not do it for ever."""
+_RESTS: Final = (0.05, 0.1, 0.2, 0.4)
+"""Seconds that an operation waits at most, each time that the token was too busy."""
 _LOGGED_OUT: Final = frozenset(
     {SessionState.RO_PUBLIC_SESSION, SessionState.RW_PUBLIC_SESSION}
 )
@@ -48,13 +52,10 @@ _UNKNOWN: Final = (
 
 
 class _Clock:
-    """Wakes the engine when ``recovery_timeout`` has passed."""
+    """One more matter of the engine that the timekeeper comes for."""
 
-    def __init__(self, engine: Outages) -> None:
-        self._engine = engine
-
-    def sweep(self, now: float) -> float:
-        return self._engine.outage_due(now)
+    def __init__(self, sweep: Callable[[float], float]) -> None:
+        self.sweep = sweep
 
 
 class _Outage:
@@ -84,7 +85,8 @@ class Outages(Leasing):
     def __init__(self, options: PoolOptions) -> None:
         super().__init__(options)
         self._outage: _Outage | None = None
-        self._clock = _Clock(self)
+        self._clock = _Clock(self.outage_due)
+        self._alarm = _Clock(self.rested)
 
     # -- Jobs that failed: called by the workers -----------------------------------
 
@@ -99,6 +101,8 @@ class Outages(Leasing):
         fault = recovery.classify(error)
         if fault is Fault.UNSURE:
             fault = _asked(session)
+            if fault is Fault.CALLER and self._was_busy(job, session, error):
+                return None
         if fault.is_outage:
             return self._cut_off(job, session, error, fault)
         if fault in (Fault.LOGIN, Fault.HANDLE) and self._without_login(job, session):
@@ -139,7 +143,9 @@ class Outages(Leasing):
         login = self.actor.login
         if login.state is LoginState.SO:
             return False
-        if login.state is LoginState.USER and not _is_logged_out(session):
+        # Where no login is asked for, what a session tells of it means nothing.
+        told = not self.options.login_ignored and _is_logged_out(session)
+        if login.state is LoginState.USER and not told:
             # Looked at anew: while the token was asked, a login that was lost may have
             # been restored. The job started under the one before, then.
             login = self.actor.login
@@ -168,6 +174,44 @@ class Outages(Leasing):
             else:
                 self._lines.insert(job)
             return True
+
+    def _was_busy(self, job: Job, session: Session, error: Exception) -> bool:
+        """Whether the token was too busy, and the job starts again a moment later.
+
+        Only what may happen twice. What a caller's function does is his own.
+        """
+        if session.lent or job.changes or not job.restart:
+            return False
+        with self._lock:
+            return recovery.says_busy(error) and self._rests_locked(job)
+
+    def _rests_locked(self, job: Job) -> bool:
+        """Let a job rest, each time for longer; whether it may."""
+        if job.nowait or job.rests >= len(_RESTS):
+            return False
+        import random  # noqa: PLC0415  # for a token that is busy
+
+        # Cut at random: those that were refused together must not come back in step.
+        rest = _RESTS[job.rests] * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
+        until = time.monotonic() + rest
+        if job.deadline is not None and until >= job.deadline:
+            return False
+        if not self._let_go_locked(job):
+            return False
+        job.rests += 1
+        self._resting[job] = until
+        self._quiet.notify_all()
+        timekeeper.call_at(self._alarm, until)
+        return True
+
+    def rested(self, now: float) -> float:
+        """Called by the timekeeper: start who has rested; when to come again."""
+        with self._lock:
+            for job in [job for job, until in self._resting.items() if until <= now]:
+                del self._resting[job]
+                self._lines.insert(job)
+            self._wake_many_locked()
+            return min(self._resting.values(), default=float("inf"))
 
     def _not_opened_locked(self, job: Job) -> bool:
         """No session for a job, as the token may be lost; whether it waits for one.
@@ -206,6 +250,11 @@ class Outages(Leasing):
         timekeeper.call_at(self._clock, outage.until)
         self._wake_all(wake)
         return True
+
+    def is_held_off(self) -> bool:
+        """Whether nothing starts, because the token is or may be lost."""
+        with self._lock:
+            return self._outage is not None
 
     def wait_quiet(self, deadline: float) -> bool:
         """Wait until nothing is inside the module; whether nothing is."""

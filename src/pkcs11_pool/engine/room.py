@@ -54,7 +54,7 @@ class SessionRoom:
         """
         total = self.limit.total
         most = max(1, total - max(1, total // 4))
-        leased = sum(lease.rw and lease.counted for lease in self.leases)
+        leased = sum(lease.counts_rw and lease.counted for lease in self.leases)
         return max(0, most - (self.open_rw - leased))
 
     @property
@@ -119,7 +119,7 @@ class SessionRoom:
         self.leases.discard(lease)
         if lease.counted:
             lease.counted = False
-            self.closed(rw=lease.rw)
+            self.closed(rw=lease.counts_rw)
 
     def take_ahead(self, *, counted: bool = False) -> list[Session]:
         """All sessions opened ahead, to be closed; not counted any more.

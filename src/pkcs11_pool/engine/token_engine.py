@@ -316,6 +316,9 @@ class TokenEngine(Work):
             most = max(1, min(most, info.max_sessions - 1))
         if info.max_rw_sessions:
             rw = info.max_rw_sessions
+            if self.options.rw_sessions_only:
+                # The anchor is one of these as well.
+                rw = most = max(1, min(most, rw - 1))
         with self._lock:
             self._room.limit = SessionLimit(most, rw)
         self.become(PoolState.READY)
@@ -362,6 +365,7 @@ class TokenEngine(Work):
             worker.stop()
         timekeeper.forget(self)
         timekeeper.forget(self._clock)
+        timekeeper.forget(self._alarm)
         # Behind a lost call of a module that takes turns, they wait for theirs.
         module = self.actor.module
         blocked = module is not None and module.is_blocked

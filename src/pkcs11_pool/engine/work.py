@@ -20,13 +20,15 @@ from pkcs11_pool.engine.dispatch import NO_WAIT, Pause
 from pkcs11_pool.engine.leases import Loan
 from pkcs11_pool.engine.outage import Outages
 from pkcs11_pool.engine.timekeeper import timekeeper
-from pkcs11_pool.errors import LoginRequired, PoolClosed, PoolTimeout
+from pkcs11_pool.errors import LoginRequired, PoolClosed, PoolError, PoolTimeout
 from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.login.each_session import log_in
 from pkcs11_pool.state import LoginState, PoolState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.engine.workers import Worker
 
 # Reading a member of an Enum is a call into Python before 3.12: once is enough.
@@ -43,6 +45,14 @@ _ENOUGH: Final = 4
 
 class Work(Outages):
     """Jobs go out to the workers, and results come back."""
+
+    def __init__(self, options: PoolOptions) -> None:
+        super().__init__(options)
+        # What an odd token needs.
+        self._rw_only = options.rw_sessions_only
+        self._login_each = options.login_per_session
+        #: Seconds after which the token drops an idle session, or None.
+        self.max_idle = options.session_max_idle
 
     # -- The next job -------------------------------------------------------------
 
@@ -149,9 +159,36 @@ class Work(Outages):
         module, token = actor.module, actor.token
         if module is None or token is None:
             raise PoolClosed("the pool is not open")
-        session = Session(module, token, rw=rw, epoch=actor.login.epoch)
+        session = Session(
+            module, token, rw=rw or self._rw_only, epoch=actor.login.epoch
+        )
         worker.opened += 1
+        if self._login_each and (error := self.not_logged_in(session)):
+            session.close()
+            raise error
         return session
+
+    def not_logged_in(self, session: Session) -> Exception | None:
+        """Why a session has no part in the present login, if it has none.
+
+        Most tokens have one login for all sessions: then there is nothing to do.
+        """
+        if self._login_each:
+            try:
+                log_in(self.actor, session)
+            except (p11.PKCS11Error, PoolError) as error:
+                return error
+        return None
+
+    def is_stale(self, job: Job, session: Session) -> bool:
+        """Whether a session opened ahead is too old to be used; it is closed then."""
+        most = self.max_idle
+        if job.lane is not None or most is None:
+            return False
+        if time.monotonic() - session.opened_at < most / 2:
+            return False
+        session.close()
+        return True
 
     def no_session(self, worker: Worker, job: Job, error: Exception) -> None:
         """Opening failed: it is the caller's error, or the job waits for another try.
@@ -160,6 +197,7 @@ class Work(Outages):
         """
         room, again = self._room, False
         fault = recovery.classify(error)
+        epoch = self.actor.login.epoch
         if fault.tells_of_outage:
             # First of all: the job must not start again at once.
             self.doubt(error)
@@ -183,15 +221,23 @@ class Work(Outages):
                 again = not job.nowait and self._let_go_locked(job)
                 if again:
                     self._lines.insert(job)
+            elif recovery.says_busy(error):
+                # Nothing was sent for it yet, so it may be anything.
+                again = self._rests_locked(job)
             elif fault.tells_of_outage:
                 again = self._not_opened_locked(job)
         self._close_all(close)
-        events.warning(
-            events.SESSION_REFUSED,
-            error=str(error),
-            sessions=room.limit.total,
-            rw_sessions=room.limit.rw,
-        )
+        if fault is recovery.Fault.LOGIN:
+            # It was opened, and its own login refused.
+            again = self._again(job, wait=True)
+            self.actor.need_login(epoch)
+        else:
+            events.warning(
+                events.SESSION_REFUSED,
+                error=str(error),
+                sessions=room.limit.total,
+                rw_sessions=room.limit.rw,
+            )
         if not again:
             full = fault is recovery.Fault.SESSION_COUNT
             failure = PoolTimeout(NO_WAIT, "waiting") if full and job.nowait else error
@@ -251,7 +297,7 @@ class Work(Outages):
 
     def _explained(self, error: BaseException) -> BaseException:
         """An error with a text that says what to do."""
-        error = _login_required(error, self.actor.login.state)
+        error = _login_required(error, self.actor.login.state, self.options)
         if isinstance(error, p11.PKCS11Error):
             rv.explain(error)
         return error
@@ -288,13 +334,22 @@ class Work(Outages):
         return True
 
 
-def _login_required(error: BaseException, state: LoginState) -> BaseException:
+def _login_required(
+    error: BaseException, state: LoginState, options: PoolOptions
+) -> BaseException:
     """The pool's own error for a login that is missing, whoever noticed."""
     if isinstance(error, LoginRequired) or not isinstance(error, p11.UserNotLoggedIn):
         return error
     message = "nobody is logged in: await pool.login(pin)"
     if state is LoginState.SO:
         message = "private objects are not for the security officer: end the period"
+    elif state is LoginState.USER and options.login_ignored:
+        message = "the token asks for a login: take login_ignored=True out, give pin="
+    elif state is LoginState.USER and not options.login_per_session:
+        message = (
+            "the user is logged in, and this session is not: if the token has a login "
+            "for each session, set login_per_session=True"
+        )
     wrapped = LoginRequired(message)
     wrapped.__cause__ = error
     return wrapped

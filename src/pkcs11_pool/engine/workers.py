@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pkcs11 import exceptions as p11
 
 from pkcs11_pool.engine.leases import Lease, Loan
-from pkcs11_pool.errors import PoolClosed
+from pkcs11_pool.errors import PoolError
 
 if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.session import Session
@@ -112,20 +112,18 @@ class Worker:
     ) -> Session | None:
         """Do a job and tidy up; a session opened ahead, or what is left if lost."""
         engine = self._engine
-        if victim is not None:
-            victim.close()
-        if session is None:
-            try:
-                session = engine.open_session(self, rw=job.rw)
-            except Exception as error:  # noqa: BLE001  # raised at the caller
-                engine.no_session(self, job, error)
+        if session is None or victim is not None or engine.max_idle is not None:
+            session = self._opened(job, session, victim)
+            if session is None:
                 return None
-        session.epoch = engine.actor.login.epoch
         work = job.work
         result: Any = None
         failure: BaseException | None = None
-        if work is None or job.dropped or self.lost:
-            result, failure = self._call(job, session)
+        if session.epoch != (epoch := engine.actor.login.epoch):
+            session.epoch = epoch
+            failure = engine.not_logged_in(session)
+        if failure or work is None or job.dropped or self.lost:
+            result, failure = self._call(job, session, failure)
         else:
             try:
                 result = work(session)
@@ -142,19 +140,44 @@ class Worker:
             return None
         # Behind the caller's back.
         session.close()
-        if opens and not self.lost:
-            with suppress(p11.PKCS11Error, PoolClosed):
-                return engine.open_session(self, rw=False)
+        return self._open_ahead() if opens and not self.lost else None
+
+    def _opened(
+        self, job: Job, session: Session | None, victim: Session | None
+    ) -> Session | None:
+        """The session for a job, opened if need be; None: the job is not to start."""
+        engine = self._engine
+        if victim is not None:
+            victim.close()
+        if session is not None and not engine.is_stale(job, session):
+            return session
+        try:
+            return engine.open_session(self, rw=job.rw)
+        except Exception as error:  # noqa: BLE001  # raised at the caller
+            engine.no_session(self, job, error)
+            return None
+
+    def _open_ahead(self) -> Session | None:
+        engine = self._engine
+        with suppress(p11.PKCS11Error, PoolError):
+            session = engine.open_session(self, rw=False)
+            if engine.max_idle is not None:
+                session.opened_at = time.monotonic()
+            return session
         return None
 
-    def _call(self, job: Job, session: Session) -> tuple[Any, BaseException | None]:
+    def _call(
+        self, job: Job, session: Session, failure: BaseException | None
+    ) -> tuple[Any, BaseException | None]:
         if self.lost or (job.dropped and not job.stays):
             # Its caller went while the session was opened: nothing happened.
             return None, None
+        if failure is not None:
+            return None, failure
         work = job.work
         if work is None:
             # Only leases have none.
-            lease = Lease(session, job.holder)
+            lease = Lease(session, job.holder, counts_rw=job.rw)
             lease.chain, lease.lone = job.chain, job.chain is not None
             return Loan(lease, self._engine.orphans), None
         try:

@@ -89,6 +89,17 @@ class TokenPool(Calls):
         init_reserved: Module parameters for ``C_Initialize``, as NSS wants them.
         serialize: Whether the module is called by one thread at a time; None: where
             it needs it.
+        rw_sessions_only: Open all sessions R/W, also where R/O ones would do: for
+            tokens that have no R/O sessions (AWS CloudHSM).
+        login_per_session: Log each session in by itself, and log out by closing them:
+            for tokens whose sessions do not share the login (Nitrokey NetHSM). The PIN
+            stays in memory while logged in.
+        login_ignored: Send no login: for tokens that ask for none (Google Cloud KMS).
+            The user counts as logged in until ``logout()``, from where on the pool
+            itself refuses private objects. Without ``pin``.
+        session_max_idle: Seconds after which the token drops a session that nobody uses
+            (YubiHSM 2: 30). None that waited that long is used, and those that stay
+            open are kept alive. None: it drops none.
         name: In logs and messages; default: the token's label.
 
     Raises:
@@ -120,6 +131,10 @@ class TokenPool(Calls):
         handle_max_age: float | None = 60.0,
         init_reserved: str | bytes | None = None,
         serialize: bool | None = None,
+        rw_sessions_only: bool = False,
+        login_per_session: bool = False,
+        login_ignored: bool = False,
+        session_max_idle: float | None = None,
         name: str | None = None,
     ) -> None:
         # First of all: from here on no frame of ours holds the PIN as text.
@@ -141,6 +156,10 @@ class TokenPool(Calls):
             handle_max_age=handle_max_age,
             init_reserved=config.reserved_bytes(init_reserved),
             serialize=serialize,
+            rw_sessions_only=rw_sessions_only,
+            login_per_session=login_per_session,
+            login_ignored=login_ignored,
+            session_max_idle=session_max_idle,
             name=name,
         )
         self._engine = TokenEngine(options)

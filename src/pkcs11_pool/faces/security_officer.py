@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool import events, pins
@@ -207,6 +207,12 @@ def pin_change(engine: TokenEngine, user: str, old: Secret, new: Secret) -> Any:
     actor.guard.check_refused(user, old)
 
     def work(session: Session) -> None:
+        # Where each session is logged in, none is with the old one meanwhile.
+        each = user == USER and engine.options.login_per_session
+        with actor.guard.one_try(old) if each else nullcontext():
+            change(session)
+
+    def change(session: Session) -> None:
         if user == USER:
             actor.pin_in_doubt()
         code = _set_pin(session, old, new)

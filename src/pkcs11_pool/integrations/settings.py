@@ -81,6 +81,10 @@ class PoolSettings(BaseSettings):
     handle_max_age: float | None = _default("handle_max_age")
     init_reserved: str | None = None
     serialize: bool | None = None
+    rw_sessions_only: bool = _default("rw_sessions_only")
+    login_per_session: bool = _default("login_per_session")
+    login_ignored: bool = _default("login_ignored")
+    session_max_idle: float | None = _default("session_max_idle")
     name: str | None = None
 
     @model_validator(mode="after")

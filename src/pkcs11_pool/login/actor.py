@@ -22,7 +22,7 @@ from pkcs11 import exceptions as p11
 
 from pkcs11_pool import events, pins
 from pkcs11_pool.cryptoki import interface, recovery, rv
-from pkcs11_pool.cryptoki.operations import raw_login
+from pkcs11_pool.cryptoki.operations import raw_login, touch
 from pkcs11_pool.errors import (
     LoginRequired,
     PinRefused,
@@ -51,6 +51,8 @@ _LOOK: Final = 0.05
 """Seconds between two looks at a request that waits for quiet, during a login."""
 _RETRY: Final = 0.2
 """Seconds between two tries to reach a module that is down, at opening."""
+_OFTEN: Final = 3
+"""How often an idle session is used before the token would drop it."""
 _IN: Final = frozenset({0, rv.CODES["CKR_USER_ALREADY_LOGGED_IN"]})
 
 
@@ -78,6 +80,8 @@ class LoginActor(Recovering):
         # Whether one of the requests said force=True.
         self._insisted = False
         self._so: Session | None = None
+        # When the sessions that stay open are used next.
+        self._alive_until = 0.0
         # What came during a SO period or a recovery and can only be done after it.
         self._postponed: list[partial[None]] = []
 
@@ -138,6 +142,11 @@ class LoginActor(Recovering):
         """The PIN is being changed: until the token answers, none is known."""
         self._in_doubt = True
 
+    @property
+    def is_pin_in_doubt(self) -> bool:
+        """Whether the PIN may have been changed, and nobody knows."""
+        return self._in_doubt
+
     def pin_kept(self) -> None:
         """The token refused to change it."""
         self._in_doubt = False
@@ -145,6 +154,8 @@ class LoginActor(Recovering):
     def pin_changed(self, pin: Pin) -> None:
         """The user's PIN on the token is another now."""
         self._in_doubt = False
+        if self.session_pin is not None:
+            self.session_pin = pin
         self._mail.put(partial(self._pin_changed, pin))
 
     def later(self, call: partial[Any]) -> None:
@@ -164,16 +175,45 @@ class LoginActor(Recovering):
     def _run(self) -> None:
         while not self._ended:
             try:
-                message = self._mail.get(timeout=self._rests())
+                message = self._mail.get(timeout=self._wakes_in())
             except queue.Empty:
-                self._next_round()
+                if self._rests() == 0.0:
+                    self._next_round()
+                self._keep_alive()
                 continue
             message()
+            self._keep_alive()
             # A request and its error live in the frame of the handler, not here.
             del message
         # Nothing is posted any more: see _post().
         while not self._mail.empty():
             self._mail.get()()
+
+    def _wakes_in(self) -> float | None:
+        """Seconds until there is something to do without a message; None: nothing."""
+        rests, idle = self._rests(), self._options.session_max_idle
+        if idle is None or self._anchor is None:
+            return rests
+        left = max(0.0, self._alive_until - time.monotonic())
+        return left if rests is None else min(left, rests)
+
+    def _keep_alive(self) -> None:
+        """Use the sessions that stay open, where the token drops those that idle."""
+        idle, now = self._options.session_max_idle, time.monotonic()
+        if idle is None or now < self._alive_until or self._anchor is None:
+            return
+        self._alive_until = now + idle / _OFTEN
+        if not self.is_well:
+            return
+        try:
+            # The officer's session is the workers', as are all that are lent.
+            if self._so is None:
+                with self._in_turn():
+                    touch(self._anchor)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the next look tells
+            self._doubt(error)
+        else:
+            self._gate.keep_alive(idle)
 
     def _handle(self, job: Job, handle: Callable[..., None], *arguments: Any) -> None:
         ends = handle in (self._so_end, self._close)
@@ -232,7 +272,7 @@ class LoginActor(Recovering):
                     message = "the pool was closed while it opened"
                     raise PoolClosed(message) from error
         try:
-            if self._pin is None:
+            if self._pin is None and not self._options.login_ignored:
                 self._gate.settle(job, None, None)
             else:
                 self._log_in(job, None, force=False)
@@ -266,6 +306,10 @@ class LoginActor(Recovering):
         if self.login.state is LoginState.USER:
             self._gate.settle(job, None, None)
             return
+        if self._options.login_ignored:
+            self._user_in()
+            self._gate.settle(job, None, None)
+            return
         given = pin is not None
         source = self._own_pin if pin is None else pin
         if isinstance(source, Source):
@@ -292,6 +336,9 @@ class LoginActor(Recovering):
         if self.login.state is LoginState.USER:
             self._gate.login_settled(None)
             return
+        if self._restored_unasked():
+            self._gate.login_settled(None)
+            return
         if self.login.wanted is not LoginState.USER or self._pin is None:
             self._gate.login_settled(
                 LoginRequired("nobody is logged in: await pool.login(pin)")
@@ -312,7 +359,9 @@ class LoginActor(Recovering):
 
     def _login_failed(self, error: BaseException) -> None:
         """What is lost with its token is restored with it; else all who wait fail."""
-        lost = recovery.classify(error).is_outage and self._gate.hold_off(error)
+        lost = recovery.classify(error).is_outage and (
+            self._gate.hold_off(error) or self._gate.is_held_off()
+        )
         self._settle_logins(None if lost and not self._logins else error)
         if lost:
             self._suspect(error)
@@ -364,7 +413,7 @@ class LoginActor(Recovering):
             self._gate.settle(job, None, error)
 
     def _log_in_again(self) -> None:
-        if self.login.wanted is not LoginState.USER:
+        if self.login.wanted is not LoginState.USER or self._restored_unasked():
             return
         try:
             source = self._own_pin
@@ -381,10 +430,23 @@ class LoginActor(Recovering):
     def _try_login(self, pin: Pin, *, force: bool) -> None:
         with self.attached.turn:
             self._send_pin(self._open_anchor, interface.CKU_USER, pin, force=force)
+        if self._options.login_per_session:
+            # Before the epoch: whoever sees that the user is in finds the PIN.
+            self.session_pin = pin
+        self._user_in()
+
+    def _user_in(self) -> None:
         self._change(LoginEvent.USER_IN)
         events.info(
             events.LOGIN_COMPLETED, token=self._label, epoch=int(self.login.epoch)
         )
+
+    def _restored_unasked(self) -> bool:
+        """Whether the user is in again because the token asks for no login."""
+        unasked = self._options.login_ignored and self.login.wanted is LoginState.USER
+        if unasked and self.login.state is not LoginState.USER:
+            self._user_in()
+        return unasked
 
     def _send_pin(self, session: Session, user: int, pin: Pin, *, force: bool) -> None:
         """``C_GetTokenInfo`` and ``C_Login``, if this PIN may be tried."""
@@ -416,11 +478,10 @@ class LoginActor(Recovering):
             return
         refused: p11.PKCS11Error | None = None
         try:
-            if self.login.state is LoginState.USER:
-                try:
-                    self._raw_logout(self._open_anchor)
-                except p11.PKCS11Error as error:
-                    refused = error
+            try:
+                self._user_out()
+            except p11.PKCS11Error as error:
+                refused = error
             # A chain of calls may be alive in the module after a logout.
             self._gate.interrupt(
                 LoginRequired(
@@ -447,8 +508,11 @@ class LoginActor(Recovering):
             self._repost()
             return
         try:
-            session = self._swap_anchor(rw=True)
-            self._so_login(session, so_pin)
+            if self.attached.leftovers:
+                # One of them may be R/O, and then no SO can log in.
+                self._close_anchor()
+            self._swap_anchor(rw=True)
+            session = self._so_login(so_pin)
         except Exception as error:
             events.warning(events.SO_FAILED, token=self._label, error=str(error))
             self._so_undo(error)
@@ -488,13 +552,16 @@ class LoginActor(Recovering):
             self._raw_logout(self._open_anchor)
             self._change(LoginEvent.LOST)
 
-    def _so_login(self, session: Session, so_pin: Pin) -> None:
+    def _so_login(self, so_pin: Pin) -> Session:
         if self.login.state is LoginState.USER:
-            self._raw_logout(session)
+            self._user_out()
             self._change(LoginEvent.LOST)
+        # Not the one from before: where each session has its own login, it is another.
+        session = self._open_anchor
         with self.attached.turn:
             self._send_pin(session, interface.CKU_SO, so_pin, force=False)
         self._change(LoginEvent.SO_IN)
+        return session
 
     def _period_lost(self) -> None:
         self._so = None
@@ -531,6 +598,8 @@ class LoginActor(Recovering):
         """
         if self._anchor is not None and self._anchor.rw:
             self._swap_anchor(rw=False)
+        if self._restored_unasked():
+            return False
         wanted = self.login.wanted is LoginState.USER
         if not wanted or self.login.state is LoginState.USER or self._pin is None:
             return False

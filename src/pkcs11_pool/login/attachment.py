@@ -7,6 +7,7 @@ only; everybody reads.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from pkcs11 import exceptions as p11
@@ -15,7 +16,12 @@ from pkcs11.constants import TokenFlag
 from pkcs11_pool.cryptoki import module as modules
 from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.cryptoki.session import Session
-from pkcs11_pool.errors import PoolClosed, TokenNotFound, TokenUnavailable
+from pkcs11_pool.errors import (
+    LoginRequired,
+    PoolClosed,
+    TokenNotFound,
+    TokenUnavailable,
+)
 from pkcs11_pool.login.pin_guard import PinGuard, guard_of
 from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState, SessionState
 
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.keys import HandleCache
     from pkcs11_pool.cryptoki.renewal import Renewal
     from pkcs11_pool.login.gate import Gate
+    from pkcs11_pool.pins import Pin
     from pkcs11_pool.state import TokenInfo
 
 _WHO: Final = {
@@ -35,6 +42,12 @@ _WHO: Final = {
     SessionState.RW_USER_FUNCTIONS: LoginState.USER,
     SessionState.RW_SO_FUNCTIONS: LoginState.SO,
 }
+
+
+_NOT_ASKED: Final = frozenset(
+    rv.CODES[name] for name in ("CKR_SESSION_COUNT", "CKR_SESSION_READ_WRITE_SO_EXISTS")
+)
+"""Reasons to open no R/O session that are no oddity of the token."""
 
 
 class Attachment:
@@ -60,6 +73,8 @@ class Attachment:
         self._cache = cache
         self._name = name
         self._anchor: Session | None = None
+        #: The PIN of the present login, where each session is logged in by itself.
+        self.session_pin: Pin | None = None
 
     def _attach(self) -> None:
         options = self._options
@@ -78,14 +93,27 @@ class Attachment:
             self.module.claim(info, self._name or info.label)
             self.info = info
             self.guard = guard_of((self.module.path, info.identity))
-            try:
-                self._anchor = self.new_session(rw=False)
-            except p11.TokenNotRecognised as error:
-                # Else it is waited for, as one that is down.
-                if info.flags & TokenFlag.TOKEN_INITIALIZED:
-                    raise
-                message = f"{info}: initialise it by init_token()"
-                raise TokenNotFound(message) from error
+            self._anchor = self._first_session(info)
+
+    def _first_session(self, info: TokenInfo) -> Session:
+        """The anchor, or what is odd about a token that does not give it."""
+        try:
+            return self.new_session(rw=False)
+        except p11.TokenNotRecognised as error:
+            # Else it is waited for, as one that is down.
+            if info.flags & TokenFlag.TOKEN_INITIALIZED:
+                raise
+            message = f"{info}: initialise it by init_token()"
+            raise TokenNotFound(message) from error
+        except p11.PKCS11Error as error:
+            if self._options.rw_sessions_only or rv.code_of(error) in _NOT_ASKED:
+                raise
+            # Only those that have no R/O sessions at all open this one.
+            with suppress(p11.PKCS11Error):
+                self._open_session(rw=True).close()
+                advice = "and opens R/W ones: set rw_sessions_only=True"
+                error.args = (f"{error} for a R/O session, {advice}",)
+            raise
 
     def _detach(self) -> None:
         module = self.module
@@ -95,9 +123,10 @@ class Attachment:
         # is: the session stays, and so does the module.
         if module.wait_turn(self._options.close_timeout):
             if self._anchor is not None:
-                if self.login.state is not LoginState.PUBLIC:
+                if self._is_logged_in:
                     module.functions.C_Logout(self._anchor.handle)
                 self._anchor.close()
+                module.close_leftovers(self.known.slot_id)
             module.turn.__exit__()
         self._anchor = None
         if self.info is not None:
@@ -109,6 +138,9 @@ class Attachment:
 
     def new_session(self, *, rw: bool) -> Session:
         """``C_OpenSession`` on the token; whoever calls has the turn."""
+        return self._open_session(rw=rw or self._options.rw_sessions_only)
+
+    def _open_session(self, *, rw: bool) -> Session:
         if self.token is None:
             raise PoolClosed("the pool is not open")
         return Session(self.attached, self.token, rw=rw, epoch=self.login.epoch)
@@ -125,6 +157,17 @@ class Attachment:
                 old.close()
         return new
 
+    def _close_anchor(self, *, rw: bool = False) -> None:
+        """Close the last session of all, which logs out as well, and open the next.
+
+        Source: PKCS#11 v3.1, "C_CloseSession".
+        """
+        with self.attached.turn:
+            self._open_anchor.close()
+            self._anchor = None
+            self.attached.close_leftovers(self.known.slot_id)
+            self._anchor = self.new_session(rw=rw)
+
     def _raw_logout(self, session: Session) -> None:
         with self.attached.turn:
             code = session.functions.C_Logout(session.handle)
@@ -133,10 +176,38 @@ class Attachment:
             if not came_to(session, LoginState.PUBLIC, code):
                 rv.check(code, "C_Logout")
 
+    @property
+    def _is_logged_in(self) -> bool:
+        """Whether there is a login that a ``C_Logout`` ends."""
+        state = self.login.state
+        if self._options.login_ignored:
+            return state is LoginState.SO
+        return state is not LoginState.PUBLIC
+
+    def _user_out(self) -> None:
+        """End the user's login on the token; nothing of the pool is inside."""
+        if self.login.state is not LoginState.USER:
+            return
+        if self._options.login_per_session:
+            # Each session ends its login with itself. C_Logout would do for one alone,
+            # and some modules go on using the PIN that the session was given.
+            error = LoginRequired(
+                "logged out, and this token keeps the login of each session by itself: "
+                "open the session anew"
+            )
+            with self.attached.turn:
+                for session in self._gate.token_lost(error):
+                    session.close()
+            self._close_anchor(rw=self._open_anchor.rw)
+        elif not self._options.login_ignored:
+            self._raw_logout(self._open_anchor)
+
     def _change(self, event: LoginEvent) -> None:
         # The order matters: operations that start from here on see the new epoch,
         # and what was opened or found in the old one is not used in it.
         self.login = self.login.after(event)
+        if self.login.state is not LoginState.USER:
+            self.session_pin = None
         self._cache.login = self.login
         self._gate.close_ahead()
 

@@ -35,6 +35,9 @@ class Gate(Protocol):
     def close_ahead(self) -> None:
         """Close the sessions that were opened ahead."""
 
+    def keep_alive(self, idle: float) -> None:
+        """Use the sessions that are lent, or the token drops them as idle."""
+
     def interrupt(self, cause: Exception) -> None:
         """What needs the login that ends now must not go on."""
 
@@ -58,6 +61,9 @@ class Gate(Protocol):
 
     def hold_off(self, error: BaseException) -> bool:
         """Let nothing start, for the token may be lost; False if that is known."""
+
+    def is_held_off(self) -> bool:
+        """Whether nothing starts, because the token is or may be lost."""
 
     def wait_quiet(self, deadline: float) -> bool:
         """Wait until nothing is inside the module; whether nothing is."""

@@ -231,6 +231,8 @@ class Recovering(Attachment):
                 message = f"{module.path} was initialised anew"
                 raise TokenUnavailable(message)
             who, known = who_is_in(anchor), self.login.state
+            if self._options.login_ignored and known is not LoginState.SO:
+                who = known  # what sessions tell means nothing there
             if who is LoginState.PUBLIC and known is not who:
                 raise p11.UserNotLoggedIn("the anchor is logged out")
             if who is not known:
@@ -266,6 +268,7 @@ class Recovering(Attachment):
             if self._anchor is not None:
                 self._anchor.close()
                 self._anchor = None
+            module.close_leftovers(self.known.slot_id)
             self.token, self.info = self._whereabouts(module)
             self._anchor = self.new_session(rw=False)
 
