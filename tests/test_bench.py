@@ -697,7 +697,7 @@ def sample(number: int, **values: Any) -> Sample:
     [
         ("memory", [(1 << 25) + n * 60_000 for n in range(100)]),
         ("blocks", [100_000 + n * 30 for n in range(100)]),
-        ("threads", [10 + n // 20 for n in range(100)]),
+        ("threads", [10 + n // 10 for n in range(100)]),
         ("descriptors", [5 + n // 40 for n in range(100)]),
         ("sessions", [4 if n != 50 else 9 for n in range(100)]),
         ("module_sessions", [5 if n != 50 else 10 for n in range(100)]),

@@ -26,7 +26,7 @@ MEMORY_ALLOWANCE: Final = 4 * 1024 * 1024
 #: The same in Python's blocks: each sample finds other calls under way.
 BLOCKS_ALLOWANCE: Final = 2000
 #: Threads are started when they are needed, and more of them at some moments.
-THREADS_ALLOWANCE: Final = 2
+THREADS_ALLOWANCE: Final = 4
 #: Threads that are not workers: the main one, the actor, the timekeeper, AnyIO's own.
 OTHER_THREADS: Final = 16
 _BLOCKS: Final = 10

@@ -114,9 +114,9 @@ class Terminal:
             cells = (one.first, one.last, one.most)
             table.add_row(
                 f"{one.name}, MiB" if scale > 1 else one.name.replace("_", " "),
-                *(f"{value / scale:,.1f}" for value in cells),
-                f"{one.rise / scale:,.1f}",
-                f"{one.error / scale:,.1f}",
+                *(_short(value / scale) for value in cells),
+                _short(one.rise / scale),
+                _short(one.error / scale),
                 f"{one.allowance / scale:,.0f}",
                 "" if one.bound is None else f"{one.bound:,.0f}",
                 one.told,
@@ -137,6 +137,10 @@ class Terminal:
             table.add_row(name, *(f"{value * 1000:.0f}" for value in values))
         self.console.print(table)
         self.say(f"{spread_text(times.ratio)} times; at most {most} are allowed")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"  # noqa: PLR2004
 
 
 def _columns(*names: str) -> Table:
