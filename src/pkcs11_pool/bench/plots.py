@@ -142,7 +142,7 @@ def _soak(outcome: Outcome) -> Figure:
     progress = [one.operations / 1e6 for one in outcome.samples]
     panels: dict[str, list[float]] = {
         "memory, MiB": [one.memory / 2**20 for one in outcome.samples],
-        "Python's blocks, thousands": [one.blocks / 1e3 for one in outcome.samples],
+        "blocks, thousands": [one.blocks / 1e3 for one in outcome.samples],
         "threads": [one.threads for one in outcome.samples],
         "file descriptors": [one.descriptors for one in outcome.samples],
         "sessions": [one.sessions for one in outcome.samples],
