@@ -452,14 +452,15 @@ class Rotation:
     def __init__(self, log: Path, scripts: Mapping[str, Sequence[str]]) -> None:
         self._log = log
         self._scripts = scripts
-        self.results = measure.run(self._plan(), lambda _: None)
+        self.results = measure.run(self.plan(), lambda _: None)
 
     @property
     def order(self) -> list[str]:
         """Who took a turn, in order."""
         return self._log.read_text().split()
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
+        """Three rounds of one operation."""
         material: Any = NoMaterial()
         scenario = Scenario("near", "near", "module", "token", 1, None, material)
         return Plan(
@@ -578,6 +579,25 @@ def test_only_what_ends_inside_the_window_counts(
     assert answer["samples"] == ["07"]
 
 
+def test_who_is_interrupted_has_what_was_measured(tmp_path: Path) -> None:
+    """Each turn is in the record at once, and from time to time in a file."""
+    scripts = {"bare": ["100"] * 3, "b": ["50"] * 3}
+    rotation = Rotation(tmp_path / "log", scripts)
+    results = measure.Results()
+    left = 3
+
+    def advance(_what: str) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure.run(rotation.plan(), advance, results)
+    assert [len(results.turns[cell(name)]) for name in ("bare", "b")] == [1, 2]
+    assert results.ratio(cell("b")) == measure.Spread(0.5, 0.5, 0.5)
+
+
 def test_figures_survive_a_file(tmp_path: Path) -> None:
     """What was written is what is read."""
     scripts = {"bare": ["100"] * 3, "b": ["50", "dies", "50"]}
@@ -590,7 +610,7 @@ def test_figures_survive_a_file(tmp_path: Path) -> None:
         contenders={"bare": "bare", "b": "b"},
         results=rotation.results,
         notes=["x is left out"],
-        soaks=[outcome(Verdict("memory", 1, 2, 3, 4, 5, None))],
+        soaks=[outcome(Verdict("memory", 1, 2, 3, 4, 5, 6, None))],
         imports=imports.ImportTimes(*(measure.Spread(1, 1, 2),) * 3),
     )
     whole.write(tmp_path / "file.json")
@@ -623,6 +643,28 @@ def test_what_rises_at_the_beginning_only_is_warm_up() -> None:
     assert series(*[n * 20 for n in range(40)], *[800] * 60).grew
 
 
+def test_what_may_be_chance_neither_grew_nor_is_flat() -> None:
+    """The interval says how far a line can be trusted; slow noise makes it wide."""
+    walk = [100 + 12 * (n // 15 % 2) + n * 0.05 for n in range(100)]
+    verdict = series(*walk)
+    assert verdict.error > 10 > verdict.rise
+    assert (verdict.grew, verdict.flat, verdict.told) == (False, False, "unclear")
+    still = series(*[100, 130] * 50)
+    assert (still.grew, still.flat, still.told) == (False, True, "flat")
+
+
+def test_the_interval_of_a_line_is_the_one_of_the_textbook() -> None:
+    """Means 1 to 10 with alternating errors of one: worked out by hand."""
+    progress = [float(n) for n in range(20)]
+    values = [n // 2 + (2.0 if n // 2 % 2 == 0 else 0.0) for n in progress]
+    # The warm-up before, which does not count.
+    progress = [float(n) for n in range(5)] + [5 + n for n in progress]
+    verdict = judge("x", progress, [9.0] * 5 + values, allowance=99)
+    # A block: slope 1 - 5 / 82.5, and standard error sqrt((10 - 25 / 82.5) / 8 / 82.5).
+    assert verdict.rise == pytest.approx(0.93939 * 9.5, abs=0.001)
+    assert verdict.error == pytest.approx(2.306 * 0.12121 * 9.5, abs=0.001)
+
+
 def test_one_moment_past_the_bound_is_growth() -> None:
     """Also when it comes back."""
     assert series(*[100] * 50, 1001, *[100] * 49).grew
@@ -641,6 +683,7 @@ def sample(number: int, **values: Any) -> Sample:
         "operations": number,
         "seconds": float(number),
         "memory": 1 << 25,
+        "blocks": 100_000,
         "threads": 10,
         "descriptors": 5,
         "sessions": 4,
@@ -653,7 +696,8 @@ def sample(number: int, **values: Any) -> Sample:
     ("name", "values"),
     [
         ("memory", [(1 << 25) + n * 60_000 for n in range(100)]),
-        ("threads", [10 + n // 40 for n in range(100)]),
+        ("blocks", [100_000 + n * 30 for n in range(100)]),
+        ("threads", [10 + n // 10 for n in range(100)]),
         ("descriptors", [5 + n // 40 for n in range(100)]),
         ("sessions", [4 if n != 50 else 9 for n in range(100)]),
         ("module_sessions", [5 if n != 50 else 10 for n in range(100)]),
@@ -722,14 +766,16 @@ def outcome(*verdicts: Verdict, left: Sequence[str] = ()) -> soaking.Outcome:
     return soaking.Outcome("trio", 16, 32, [sample(9)], list(verdicts), list(left))
 
 
-FLAT = Verdict("memory", 1, 1, 1, 0, 1, None)
-GREW = Verdict("threads", 1, 9, 9, 8, 1, None)
+FLAT = Verdict("memory", 1, 1, 1, 0, 0, 1, None)
+UNCLEAR = Verdict("blocks", 1, 1, 1, 0, 2, 1, None)
+GREW = Verdict("threads", 1, 9, 9, 8, 2, 1, None)
 
 
 @pytest.mark.parametrize(
     ("came", "status", "said"),
     [
         (outcome(FLAT), 0, "flat"),
+        (outcome(FLAT, UNCLEAR), 0, "unclear"),
         (outcome(FLAT, GREW), 1, "GREW"),
         (outcome(FLAT, left=["pkcs11-pool worker"]), 1, "left over"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,8 +18,9 @@ from benchmarks import page, peers, scenarios, targets
 from pkcs11_pool.bench import command, growth, imports, options
 from pkcs11_pool.bench.measure import Cell, Results, Spread
 from pkcs11_pool.bench.plots import draw
-from pkcs11_pool.bench.programs import Turn
+from pkcs11_pool.bench.programs import ClientError, Turn
 from pkcs11_pool.bench.record import Record
+from pkcs11_pool.bench.report import Terminal
 from pkcs11_pool.bench.soak import Sample
 from pkcs11_pool.bench.soaking import Outcome
 
@@ -262,8 +264,8 @@ def whole_record() -> Record:
     for keys, rate in zip(scenarios.GROWTH, (100, 99, 98), strict=True):
         rates[Cell(scenarios.growing(keys), "p256", 1, "pool-trio")] = [rate] * 3
     record = record_of(rates)
-    samples = [Sample(n, n + 1.0, 1 << 25, 9, 5, 4, None) for n in range(100)]
-    verdict = growth.Verdict("memory", 1 << 25, 1 << 25, 1 << 25, 0, 1 << 22, None)
+    samples = [Sample(n, n + 1.0, 1 << 25, 99, 9, 5, 4, None) for n in range(100)]
+    verdict = growth.Verdict("memory", 1 << 25, 1 << 25, 1 << 25, 0, 0, 1 << 22, None)
     record.soaks = [Outcome("trio", 16, 32, samples, [verdict], [])]
     record.imports = imports.ImportTimes(
         Spread(0.2, 0.1, 0.3), Spread(0.3, 0.2, 0.4), Spread(1.5, 1.2, 1.8)
@@ -306,7 +308,8 @@ def test_the_page_shows_all_that_was_measured(
     assert all((tmp_path / picture).is_file() for picture in pictures)
     assert not old.exists()
     assert {path.name for path in written} == {
-        *("benchmarks.md", "figures.json", "local-p256.svg", "soak-trio.svg")
+        *("benchmarks.md", "figures.json", "soak.json"),
+        *("local-p256.svg", "soak-trio.svg"),
     }
 
 
@@ -319,8 +322,82 @@ def test_the_page_can_be_made_again_from_its_figures(
     before = {path: path.read_bytes() for path in written}
     figures = tmp_path / "copy.json"
     figures.write_bytes((tmp_path / page.PICTURES / "figures.json").read_bytes())
+    # The soak is beside it, and is taken from there.
     assert comparison.main(["--docs", "--from", str(figures)]) == 0
     assert {path: path.read_bytes() for path in written} == before
+
+
+def test_the_longest_soak_stays_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took its time; one that is as long takes its place."""
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    first, second = whole_record(), whole_record()
+    first.settings["command"] = "a long one"
+    page.write(first)
+    second.soaks = [
+        dataclasses.replace(second.soaks[0], samples=first.soaks[0].samples[:50])
+    ]
+    page.write(second)
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "    a long one\n" in text
+    assert "trio: 99 operations in 100 s, nothing grew." in text
+    assert "- trio: 49 operations in 50 s, nothing grew." in text
+    second.soaks = first.soaks
+    second.settings["command"] = "as long"
+    page.write(second)
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "a long one" not in text
+    assert text.count("trio: 99 operations") == 1
+
+
+def test_an_interrupted_comparison_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was measured is in a file, from which the page can be made."""
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    monkeypatch.setattr(comparison, "KEPT", tmp_path / "build" / "kept.json")
+
+    def broken_off(run: comparison.Run) -> None:
+        whole = whole_record()
+        run.record.results.turns.update(whole.results.turns)
+        run.record.scenarios, run.record.contenders = whole.scenarios, whole.contenders
+        run.record.settings |= whole.settings
+        cell = next(reversed(run.record.results.turns))
+        del run.record.results.turns[cell]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.Run, "all", broken_off)
+    assert comparison.main(["--docs"]) == command.INTERRUPTED
+    assert f"what was measured is in {comparison.KEPT}" in capsys.readouterr().err
+    assert comparison.main(["--docs", "--from", str(comparison.KEPT)]) == 0
+    assert "| 0.50 (0.50-0.60) |" in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_a_soak_that_fails_takes_nothing_else_along(
+    monkeypatch: pytest.MonkeyPatch, soft_hsm: SoftHSM
+) -> None:
+    """A line says so."""
+    del soft_hsm
+
+    def fails(*_: object) -> None:
+        raise ClientError("it crashed")
+
+    monkeypatch.setattr(command, "soak", fails)
+    given = comparison.parser().parse_args(["--soak", "9"])
+    record = Record()
+    monkeypatch.setattr(comparison.Run, "_compare", lambda *_: None)
+    comparison.Run(given, Terminal(), record).all()
+    assert record.notes == [
+        "the soak on asyncio failed: it crashed",
+        "the soak on trio failed: it crashed",
+    ]
+
+
+def test_the_command_is_told_without_places() -> None:
+    """They are this machine's."""
+    words = ["--docs", "--json", "/home/x", "--only", "p256", "--from", "y"]
+    assert comparison.told(words) == "python tests/benchmarks/run.py --docs --only p256"
 
 
 def test_the_page_needs_matplotlib_and_says_so_first(

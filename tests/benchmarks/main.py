@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks import page, peers, scenarios, targets
 from pkcs11_pool import softhsm
-from pkcs11_pool.bench import command, measure, options, record, tokens
+from pkcs11_pool.bench import command, measure, options, programs, record, tokens
+from pkcs11_pool.bench.growth import TooFewSamplesError
 from pkcs11_pool.bench.report import Terminal
 from pkcs11_pool.bench.soak import Orders
 from pkcs11_pool.bench.turns import OPERATIONS
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from pkcs11_pool.bench.measure import Scenario
     from pkcs11_pool.bench.record import Record
 
+#: Where the figures are while they are measured, and stay when that is interrupted.
+KEPT: Final = Path(__file__).resolve().parents[2] / "build" / "benchmarks.json"
 SOAK_CALLERS: Final = 16
 SOAK_BACKENDS: Final = ("asyncio", "trio")
 
@@ -66,7 +70,8 @@ def parser() -> argparse.ArgumentParser:
         "--soak",
         type=_word(options.count),
         metavar="N",
-        help="soak as well, N operations on each of asyncio and trio",
+        help="soak as well, N operations on each of asyncio and trio; on the page "
+        "stays the longest so far",
     )
     what.add_argument(
         "--import-time", action="store_true", help="measure importing as well"
@@ -145,22 +150,33 @@ class Run:
         given: The words of the command line.
         terminal: Where progress is shown.
         record: What was measured so far.
+        kept: The file that has it, too; None for none.
     """
 
     given: argparse.Namespace
     terminal: Terminal
     record: Record
+    kept: Path | None = None
 
     def all(self) -> None:
         """Measure whatever was asked for."""
         with contextlib.ExitStack() as stack:
             name = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
             self._compare(Path(name), stack)
+        self.keep()
         if self.given.import_time or self.given.docs:
             self.record.imports = command.import_times(self.terminal)
+            self.keep()
         soak = self.given.soak or (options.SOAK if self.given.docs else None)
         if soak:
             self._soak(soak)
+            self.keep()
+
+    def keep(self) -> None:
+        """Have the file say what was measured so far."""
+        if self.kept is not None:
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            self.record.write(self.kept)
 
     def _compare(self, directory: Path, stack: contextlib.ExitStack) -> None:
         tell = self.terminal.note
@@ -201,7 +217,8 @@ class Run:
             seconds=depth.seconds,
         )
         self.record.settings["max_sessions"] = "twice the callers"
-        self.record.add(plan, command.measured(plan, self.terminal))
+        self.keep()
+        command.measured(plan, self.terminal, self.record, self.kept)
 
     def _soak(self, operations: int) -> None:
         orders = Orders(operations, SOAK_CALLERS)
@@ -211,10 +228,16 @@ class Run:
         ):
             for backend in SOAK_BACKENDS:
                 sessions = 2 * SOAK_CALLERS
-                outcome = command.soak(
-                    scenario, backend, orders, sessions, self.terminal
-                )
-                self.record.soaks.append(outcome)
+                try:
+                    outcome = command.soak(
+                        scenario, backend, orders, sessions, self.terminal
+                    )
+                except (programs.ClientError, TooFewSamplesError) as error:
+                    # What was measured before is worth having all the same.
+                    self.record.notes.append(f"the soak on {backend} failed: {error}")
+                    self.terminal.note(self.record.notes[-1])
+                else:
+                    self.record.soaks.append(outcome)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = parser()
     given = whole.parse_args(arguments)
     terminal = Terminal()
+    run: Run | None = None
     try:
         options.check_output(given)
         if given.docs:
@@ -229,15 +253,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.source is not None:
             seen = record.read(given.source)
         else:
-            seen = record.Record(machine=record.machine())
-            Run(given, terminal, seen).all()
+            seen = record.Record(machine=record.machine(about()))
+            seen.settings["command"] = told(
+                sys.argv[1:] if arguments is None else arguments
+            )
+            run = Run(
+                given, terminal, seen, given.json or (KEPT if given.docs else None)
+            )
+            run.all()
     except (options.BadOptionError, softhsm.SoftHSMUnavailable, OSError) as error:
         terminal.note(str(error))
         return command.CANNOT_RUN
     except KeyboardInterrupt:
         terminal.note("stopped")
+        if run is not None and run.kept is not None:
+            run.keep()
+            terminal.note(
+                f"what was measured is in {run.kept}: --from that file shows it, and "
+                "with --docs it goes to the page"
+            )
         return command.INTERRUPTED
     return conclude(given, seen, terminal)
+
+
+def about() -> str:
+    """What SoftHSM2 says of itself."""
+    said = softhsm.ensure().run_util(Path(os.devnull), "--version").strip()
+    return f"SoftHSM {said}"
+
+
+def told(words: Sequence[str]) -> str:
+    """The command, without the places of this machine."""
+    without = {"--json", "--plots", "--from"}
+    kept = [
+        word
+        for before, word in zip(("", *words), words, strict=False)
+        if word not in without and before not in without
+    ]
+    return " ".join(["python tests/benchmarks/run.py", *kept])
 
 
 def conclude(given: argparse.Namespace, seen: Record, terminal: Terminal) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -9,25 +10,27 @@ from typing import TYPE_CHECKING, Final
 from benchmarks import scenarios, targets
 from pkcs11_pool.bench import growth, imports, options
 from pkcs11_pool.bench.measure import Cell
+from pkcs11_pool.bench.record import Record, read
 from pkcs11_pool.bench.report import spread_text
 from pkcs11_pool.bench.turns import OPERATIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from benchmarks.targets import Target
-    from pkcs11_pool.bench.record import Record
     from pkcs11_pool.bench.soaking import Outcome
 
 DOCS: Final = Path(__file__).resolve().parents[2] / "docs"
 PICTURES: Final = Path("_static/bench")
+#: Beside the pictures: the longest soak so far.
+SOAK: Final = "soak.json"
 
 _TOP: Final = """\
 # Benchmarks
 
 Made by one command, which writes this page anew:
 
-    python tests/benchmarks/run.py --docs
+    {command}
 
 {machine}.
 
@@ -67,19 +70,29 @@ _SOAK: Final = """\
 
 One process, one pool, {callers} callers: signatures, HMAC, AES, digests,
 verification and random numbers, with cancelled and late callers and sessions kept
-for a block among them. The process watches itself. The first {warm:.0%} are
-warm-up. After it a line through the samples must not rise by more than is allowed,
-and no sample may exceed its bound.
+for a block among them. The process watches itself: resident memory, Python's own
+blocks of memory (about one for each object), threads, file descriptors, and sessions.
+
+    {command}
+
+{machine}.
+
+The first {warm:.0%} are warm-up. What follows is cut into ten, and a line goes through
+the ten means. *Rise* is how much it rises in all, with its 95 % confidence interval.
+*Flat* is what does not rise by more than is allowed even at the upper end of that, and
+never exceeds its bound; one object leaked in 400 operations would show.
 """
 
 _IMPORT: Final = """\
 ## Importing
 
-`import pkcs11_pool` takes {ratio} times what importing its three dependencies takes
-({package:.0f} ms and {base:.0f} ms, medians of interpreters started in turns). At
-most {most} are allowed.
+`from pkcs11_pool import TokenPool` takes {ratio} times what importing its three
+dependencies takes ({package:.0f} ms and {base:.0f} ms of the processor, medians of
+interpreters started in turns, with their bytecode there). At most {most} are allowed.
+`import pkcs11_pool` alone imports nothing.
 """
 
+_COMMAND: Final = "python tests/benchmarks/run.py --docs"
 _MISSED: Final = {True: "met", False: "**missed**", None: "not measured"}
 
 
@@ -100,20 +113,40 @@ def write(record: Record) -> list[Path]:
     from pkcs11_pool.bench.plots import draw  # noqa: PLC0415  # slow, and optional
 
     pictures = DOCS / PICTURES
+    soaks = _longest(record, pictures / SOAK)
     # A picture of what is no longer measured must not stay.
     shutil.rmtree(pictures, ignore_errors=True)
-    made = draw(record, pictures)
-    figures = pictures / "figures.json"
-    record.write(figures)
+    made = draw(dataclasses.replace(record, soaks=soaks.soaks), pictures)
+    figures = [pictures / "figures.json"]
+    dataclasses.replace(record, soaks=[]).write(figures[0])
+    if soaks.soaks:
+        figures.append(pictures / SOAK)
+        soaks.write(figures[1])
     page = DOCS / "benchmarks.md"
-    text = "\n".join(_page(record, {path.name for path in made}))
+    text = "\n".join(_page(record, soaks, {path.name for path in made}))
     page.write_text(text, encoding="utf-8")
-    return [page, figures, *made]
+    return [page, *figures, *made]
 
 
-def _page(record: Record, pictures: set[str]) -> Iterator[str]:
-    machine = record.machine
-    described = ", ".join(
+def _longest(record: Record, kept: Path) -> Record:
+    """What has the longest soak: this run, or one before, which took its time."""
+    mine = Record(
+        machine=record.machine,
+        settings={"command": record.settings.get("command", _COMMAND)},
+        soaks=record.soaks,
+    )
+    if not kept.exists():
+        return mine
+    before = read(kept)
+    return mine if _length(mine) >= _length(before) else before
+
+
+def _length(record: Record) -> int:
+    return min((one.samples[-1].operations for one in record.soaks), default=0)
+
+
+def _described(machine: Mapping[str, str]) -> str:
+    return ", ".join(
         [
             f"{machine['cores']} cores of {machine['processor']}",
             machine["system"],
@@ -126,13 +159,17 @@ def _page(record: Record, pictures: set[str]) -> Iterator[str]:
             machine["date"],
         ]
     )
-    yield _TOP.format(machine=described, **record.settings)
+
+
+def _page(record: Record, soaks: Record, pictures: set[str]) -> Iterator[str]:
+    given = {"command": _COMMAND, **record.settings}
+    yield _TOP.format(machine=_described(record.machine), **given)
     yield from _targets(record)
     for scenario in record.scenarios:
         if not scenario.startswith(scenarios.KEYS):
             yield from _scenario(record, scenario, pictures)
     yield from _growth(record)
-    yield from _soaks(record.soaks, pictures)
+    yield from _soaks(soaks, record, pictures)
     if times := record.imports:
         yield _IMPORT.format(
             ratio=spread_text(times.ratio),
@@ -179,13 +216,13 @@ def _figures(record: Record, scenario: str, operation: str) -> Iterator[str]:
     for client in dict.fromkeys(cell.client for cell in cells):
         row = [record.contenders[client]]
         for count in counts:
-            row += _three(
-                record,
-                next(
-                    cell
+            row += next(
+                (
+                    _three(record, cell)
                     for cell in cells
                     if (cell.client, cell.callers) == (client, count)
                 ),
+                [""] * 3,  # it was interrupted before
             )
         rows.append(row)
     yield from table(head, rows)
@@ -226,33 +263,52 @@ def _growth(record: Record) -> Iterator[str]:
     yield from table(head, rows)
 
 
-def _soaks(soaks: Sequence[Outcome], pictures: set[str]) -> Iterator[str]:
-    if not soaks:
+def _soaks(soaks: Record, record: Record, pictures: set[str]) -> Iterator[str]:
+    if not soaks.soaks:
         return
-    yield _SOAK.format(callers=soaks[0].callers, warm=growth.WARM_UP)
-    for soak in soaks:
-        last = soak.samples[-1]
-        told = "nothing grew" if soak.good else "**something grew**"
-        yield (
-            f"{soak.backend}: {last.operations:,} operations in {last.seconds:,.0f} s, "
-            f"{told}.\n"
-        )
+    yield _SOAK.format(
+        callers=soaks.soaks[0].callers,
+        warm=growth.WARM_UP,
+        command=soaks.settings["command"],
+        machine=_described(soaks.machine),
+    )
+    for soak in soaks.soaks:
+        yield f"{_came_to(soak)}\n"
         rows = []
         for one in soak.verdicts:
             scale = 2**20 if one.name == "memory" else 1
-            values = (one.first, one.last, one.most, one.rise, one.allowance)
+            values = (one.first, one.last, one.most)
             rows.append(
                 [
                     f"{one.name}, MiB" if scale > 1 else one.name.replace("_", " "),
                     *(f"{value / scale:,.1f}" for value in values),
+                    f"{one.rise / scale:,.2f} ± {one.error / scale:,.2f}",
+                    f"{one.allowance / scale:,.0f}",
                     "" if one.bound is None else f"{one.bound:,.0f}",
+                    one.told,
                 ]
             )
         head = ["after warm-up", "first", "last", "most", "rise", "allowed", "bound"]
+        head += [""]
         yield from table(head, rows)
         picture = f"soak-{soak.backend}.svg"
         if picture in pictures:
             yield f"![Soak on {soak.backend}]({PICTURES / picture})\n"
+    if record.soaks and soaks.soaks != record.soaks:
+        yield "And once more, in the run that made the tables above:\n"
+        yield from (f"- {_came_to(soak)}" for soak in record.soaks)
+        yield ""
+
+
+def _came_to(soak: Outcome) -> str:
+    last = soak.samples[-1]
+    told = "**something grew**"
+    if soak.good:
+        told = "nothing grew" if soak.flat else "nothing grew that could be told"
+    return (
+        f"{soak.backend}: {last.operations:,} operations in {last.seconds:,.0f} s, "
+        f"{told}."
+    )
 
 
 def _targets(record: Record) -> Iterator[str]:

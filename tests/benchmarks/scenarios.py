@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -86,10 +87,7 @@ def growth(tell: Callable[[str], None]) -> Iterator[list[Scenario]]:
         for keys in GROWTH:
             scenario = stack.enter_context(local(tell, growing(keys)))
             tell(f"Filling a token with {keys:,} keys")
-            token = tokens.Token(
-                scenario.module, scenario.label, scenario.pin or "", throwaway=True
-            )
-            anyio.run(_fill, token, keys)
+            _fill(scenario, keys)
             found.append(
                 dataclasses.replace(
                     scenario,
@@ -102,25 +100,34 @@ def growth(tell: Callable[[str], None]) -> Iterator[list[Scenario]]:
         yield found
 
 
-async def _fill(token: Token, keys: int) -> None:
-    """Bring the token to so many keys, the halves of pairs counted each."""
+def _fill(scenario: Scenario, keys: int) -> None:
+    """Bring the token to so many keys, the halves of pairs counted each.
 
-    def fill(session: pkcs11.Session) -> None:
-        there = sum(1 for one in session.get_objects() if isinstance(one, pkcs11.Key))
-        for number in range(keys - there):
-            session.create_object(
-                {
-                    Attribute.CLASS: ObjectClass.SECRET_KEY,
-                    Attribute.KEY_TYPE: KeyType.AES,
-                    Attribute.VALUE: number.to_bytes(16, "big"),
-                    Attribute.LABEL: f"other-{number}",
-                    Attribute.TOKEN: True,
-                    Attribute.PRIVATE: True,
-                }
-            )
+    One is made, and its file copied: by calls it would take minutes.
+    """
+    token = tokens.Token(
+        scenario.module, scenario.label, scenario.pin or "", throwaway=True
+    )
+    directory = Path(scenario.environment["SOFTHSM2_CONF"]).parent
+    before = set(directory.rglob("*.object"))
+    there = anyio.run(_make_one, token)
+    (made,) = set(directory.rglob("*.object")) - before
+    content = made.read_bytes()
+    for _ in range(keys - there):
+        copy = made.with_name(f"{uuid.uuid4()}.object")
+        copy.write_bytes(content)
+        copy.with_suffix(".lock").touch()
 
-    async with token.pool(timeout=None) as pool:
-        await pool.run(fill, rw=True)
+
+async def _make_one(token: Token) -> int:
+    """Make a key like those that fill the token; how many keys there are then."""
+
+    def count(session: pkcs11.Session) -> int:
+        return sum(1 for one in session.get_objects() if isinstance(one, pkcs11.Key))
+
+    async with token.pool() as pool:
+        await pool.generate_key(KeyType.AES, 128, label="other", store=True)
+        return await pool.run(count)
 
 
 async def _certify(token: Token, scenario: Scenario) -> None:

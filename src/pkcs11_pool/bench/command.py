@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -37,6 +38,9 @@ CANNOT_RUN: Final = 2
 INTERRUPTED: Final = 130
 
 _IMPORT_ROUNDS: Final = 15
+# Seconds that a turn takes besides its own: opening a pool, the last calls.
+_OVERHEAD: Final = 0.3
+_KEEP_EVERY: Final = 10.0
 
 
 def run(options: Options) -> int:
@@ -129,7 +133,7 @@ def _measure(
             seconds=options.depth.seconds,
         )
         record.settings["max_sessions"] = options.max_sessions or "twice the callers"
-        record.add(plan, measured(plan, terminal))
+        measured(plan, terminal, record)
     terminal.figures(record)
     return not record.failed
 
@@ -143,17 +147,33 @@ def bare(directory: Path, record: Record) -> list[Contender]:
         return []
 
 
-def measured(plan: Plan, terminal: Terminal) -> measure.Results:
-    """Measure, with a bar."""
+def measured(
+    plan: Plan, terminal: Terminal, record: Record, kept: Path | None = None
+) -> None:
+    """Measure, with a bar; what is measured is in the record at once.
+
+    Args:
+        plan: What.
+        terminal: Where progress is shown.
+        record: Where the figures go.
+        kept: A file that has them, too, from time to time.
+    """
+    record.begin(plan)
+    minutes = plan.turns * (plan.warm + plan.seconds + _OVERHEAD) / 60
+    terminal.note(f"{plan.turns} turns, about {max(1, round(minutes))} minutes")
     done = -1  # it is told before each turn
+    saved = time.monotonic()
     with terminal.bar("turns", plan.turns) as move:
 
         def advance(what: str) -> None:
-            nonlocal done
+            nonlocal done, saved
             done += 1
             move(done, what)
+            if kept is not None and time.monotonic() > saved + _KEEP_EVERY:
+                record.write(kept)
+                saved = time.monotonic()
 
-        return measure.run(plan, advance)
+        measure.run(plan, advance, record.results)
 
 
 def _soak(
@@ -163,6 +183,10 @@ def _soak(
     terminal: Terminal,
     record: Record,
 ) -> bool:
+    loops = ",".join(options.backends)
+    record.settings["command"] = (
+        f"python -m pkcs11_pool bench --soak {operations} --backends {loops}"
+    )
     for backend in options.backends:
         for callers in options.callers:
             orders = Orders(operations, callers)

@@ -204,14 +204,18 @@ class Results:
         return [turn for turn in self.turns.get(cell, ()) if turn is not None]
 
 
-def run(plan: Plan, advance: Callable[[str], None]) -> Results:
+def run(
+    plan: Plan, advance: Callable[[str], None], results: Results | None = None
+) -> Results:
     """Measure.
 
     Args:
         plan: What.
         advance: Called before each turn with what comes next.
+        results: Where to put the figures, each when it is there: who gives this has
+            them also when it is interrupted.
     """
-    results = Results()
+    results = Results() if results is None else results
     for block in plan.blocks:
         with contextlib.ExitStack() as stack:
             _Block(plan, block, results, stack).run(advance)

@@ -134,7 +134,7 @@ def _line(
 
 def _soak(outcome: Outcome) -> Figure:
     """Each series against the operations that had ended."""
-    figure = Figure(figsize=(9, 2.4), layout="constrained")
+    figure = Figure(figsize=(10, 2.4), layout="constrained")
     last = outcome.samples[-1]
     figure.suptitle(
         f"{last.operations:,} operations, {outcome.backend}, {outcome.callers} callers"
@@ -142,12 +142,13 @@ def _soak(outcome: Outcome) -> Figure:
     progress = [one.operations / 1e6 for one in outcome.samples]
     panels: dict[str, list[float]] = {
         "memory, MiB": [one.memory / 2**20 for one in outcome.samples],
+        "blocks, thousands": [one.blocks / 1e3 for one in outcome.samples],
         "threads": [one.threads for one in outcome.samples],
         "file descriptors": [one.descriptors for one in outcome.samples],
         "sessions": [one.sessions for one in outcome.samples],
     }
     for number, (name, values) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, 4, number + 1)
+        axes = figure.add_subplot(1, len(panels), number + 1)
         axes.plot(progress, values, linewidth=1)
         axes.set(title=name, xlabel="million operations")
         axes.set_ylim(0, max(values) * 1.15 or 1)

@@ -50,8 +50,8 @@ class Record:
     soaks: list[Outcome] = field(default_factory=list)
     imports: ImportTimes | None = None
 
-    def add(self, plan: Plan, results: Results) -> None:
-        """Take in what was measured by a plan."""
+    def begin(self, plan: Plan) -> None:
+        """What is measured by a plan comes in."""
         self.settings |= {
             "rounds": plan.rounds,
             "seconds": plan.seconds,
@@ -60,10 +60,6 @@ class Record:
         for block in plan.blocks:
             self.scenarios |= {one.name: one.title for one in block}
         self.contenders |= {one.name: one.title for one in plan.contenders}
-        self.results.turns.update(results.turns)
-        self.results.wrong.update(results.wrong)
-        self.results.checked.update(results.checked)
-        self.results.failures.update(results.failures)
 
     def cells(
         self, scenario: str | None = None, operation: str | None = None
@@ -99,9 +95,11 @@ class Record:
         lines = [json.dumps(one) for one in data.pop("cells")]
         cells = ",\n  ".join(lines)
         rest = json.dumps(data)
-        path.write_text(
-            f'{rest[:-1]},\n "cells": [\n  {cells}\n ]}}\n', encoding="utf-8"
-        )
+        text = f'{rest[:-1]},\n "cells": [\n  {cells}\n ]}}\n'
+        # In one step: who is interrupted here has the file as it was before.
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
 
     def as_data(self) -> dict[str, Any]:
         """As JSON can hold it. What can be reckoned from the turns is there as well."""

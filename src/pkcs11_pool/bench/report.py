@@ -6,6 +6,7 @@ was measured, not how.
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ class Terminal:
         ) as progress:
             task = progress.add_task(title, total=total)
             told = 0
+            began = time.monotonic()
 
             def move(done: int, what: str) -> None:
                 nonlocal told
@@ -75,7 +77,11 @@ class Terminal:
                 # A log gets a line for each tenth: long runs must show that they live.
                 if progress.disable and done * 10 // total > told:
                     told = done * 10 // total
-                    self.note(f"{title} {what}: {done:,} of {total:,}")
+                    left = (time.monotonic() - began) * (total - done) / done
+                    self.note(
+                        f"{title} {what}: {done:,} of {total:,}, about {left:.0f} s "
+                        "to go"
+                    )
 
             yield move
             progress.update(task, completed=total, description=title)
@@ -101,15 +107,19 @@ class Terminal:
             f"{outcome.callers} callers in {last.seconds:,.0f} s, {rate:,.0f}/s",
             "bold",
         )
-        table = _columns("", "first", "last", "most", "rise", "allowed", "bound", "")
+        names = ("first", "last", "most", "rise", "± 95 %", "allowed", "bound", "")
+        table = _columns("", *names)
         for one in outcome.verdicts:
             scale = 2**20 if one.name == "memory" else 1
-            cells = (one.first, one.last, one.most, one.rise, one.allowance)
+            cells = (one.first, one.last, one.most)
             table.add_row(
                 f"{one.name}, MiB" if scale > 1 else one.name.replace("_", " "),
-                *(f"{value / scale:,.1f}" for value in cells),
+                *(_short(value / scale) for value in cells),
+                _short(one.rise / scale),
+                _short(one.error / scale),
+                f"{one.allowance / scale:,.0f}",
                 "" if one.bound is None else f"{one.bound:,.0f}",
-                "GREW" if one.grew else "flat",
+                one.told,
             )
         self.console.print(table)
         for name in outcome.left:
@@ -127,6 +137,10 @@ class Terminal:
             table.add_row(name, *(f"{value * 1000:.0f}" for value in values))
         self.console.print(table)
         self.say(f"{spread_text(times.ratio)} times; at most {most} are allowed")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"  # noqa: PLR2004
 
 
 def _columns(*names: str) -> Table:

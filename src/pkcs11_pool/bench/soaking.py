@@ -46,6 +46,11 @@ class Outcome:
         """Whether nothing grew and nothing was left over."""
         return not self.left and not any(one.grew for one in self.verdicts)
 
+    @property
+    def flat(self) -> bool:
+        """Whether it is also certain enough that nothing did."""
+        return self.good and all(one.flat for one in self.verdicts)
+
 
 def run(
     scenario: Scenario,
@@ -92,7 +97,8 @@ def judge(samples: Sequence[Sample], sessions: int) -> list[Verdict]:
     threads = sessions + growth.OTHER_THREADS
     rules: dict[str, dict[str, Any]] = {
         "memory": {"allowance": growth.MEMORY_ALLOWANCE},
-        "threads": {"allowance": 1, "bound": threads},
+        "blocks": {"allowance": growth.BLOCKS_ALLOWANCE},
+        "threads": {"allowance": growth.THREADS_ALLOWANCE, "bound": threads},
         "descriptors": {"allowance": 1},
         # How many are open at a moment depends on the moment: the bound is what counts.
         "sessions": {"allowance": sessions, "bound": sessions},
