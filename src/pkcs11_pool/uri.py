@@ -34,6 +34,8 @@ _VALUE: Final = {
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 _VERSION: Final = re.compile(r"(\d{1,3})(?:\.(\d{1,3}))?", re.ASCII)
 _SLOT: Final = re.compile(r"\d{1,20}", re.ASCII)
+_SLOTS: Final = 10**20
+"""As many digits as are read."""
 _SCHEME: Final = "pkcs11:"
 _BYTE: Final = 255
 
@@ -146,7 +148,9 @@ class Pkcs11URI:
         for field in fields(self):
             value: Any = given.get(field.name)
             if field.name.startswith("vendor_"):
-                value = _vendor(field.name.removeprefix("vendor_"), value or ())
+                value = _vendor(
+                    field.name.removeprefix("vendor_"), () if value is None else value
+                )
             elif value is not None:
                 _check(field.name, value)
             object.__setattr__(self, field.name, value)
@@ -341,7 +345,7 @@ def _check(field: str, value: object) -> None:
         raise InvalidURI(f"type is one of {', '.join(get_args(ObjectType))}")
     if name == "id" and not isinstance(value, bytes):
         raise InvalidURI(f"id must be bytes, not {type(value).__name__}")
-    if name == "slot-id" and (type(value) is not int or value < 0):
+    if name == "slot-id" and (type(value) is not int or not 0 <= value < _SLOTS):
         raise InvalidURI("slot_id must be the number of a slot")
     if name == "library-version" and not _is_version(value):
         raise InvalidURI("library_version must be (major, minor), each 0 to 255")
@@ -360,10 +364,16 @@ def _has_surrogates(value: str) -> bool:
 
 
 def _vendor(part: str, given: Any) -> tuple[tuple[str, bytes], ...]:
-    pairs = tuple(given.items() if isinstance(given, Mapping) else given)
+    try:
+        given = given.items() if isinstance(given, Mapping) else given
+        pairs = tuple((name, value) for name, value in given)
+    except Exception as error:
+        message = f"vendor_{part} must be a mapping, or pairs of a name and bytes"
+        raise InvalidURI(message) from error
     for name, value in pairs:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InvalidURI(f"{name!r} cannot be the name of an attribute")
+            shown = repr(name) if type(name) is str else f"a {type(name).__name__}"
+            raise InvalidURI(f"{shown} cannot be the name of an attribute")
         if name in _PATH or name in _QUERY:
             raise InvalidURI(f"{name} is no vendor's attribute")
         if not isinstance(value, bytes):
