@@ -926,6 +926,17 @@ async def test_a_blank_token_is_initialised(
             pass
 
 
+async def test_a_blank_token_is_told_at_once(
+    make_pool: MakePool, token: ThrowawayToken
+) -> None:
+    """It is not down, and no wait makes it a token: init_token does."""
+    blank = await _blank(token.module)
+    pool = make_pool(token_label=None, slot_id=blank.slot_id)
+    with pytest.raises(TokenNotFound, match="init_token"):
+        await pool.open()
+    assert pool.state is PoolState.CLOSED
+
+
 async def test_a_token_without_a_users_pin_waits_for_the_officer(
     make_pool: MakePool, token: ThrowawayToken
 ) -> None:

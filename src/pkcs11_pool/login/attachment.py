@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pkcs11 import exceptions as p11
+from pkcs11.constants import TokenFlag
 
 from pkcs11_pool.cryptoki import module as modules
 from pkcs11_pool.cryptoki import rv
 from pkcs11_pool.cryptoki.session import Session
-from pkcs11_pool.errors import PoolClosed, TokenUnavailable
+from pkcs11_pool.errors import PoolClosed, TokenNotFound, TokenUnavailable
 from pkcs11_pool.login.pin_guard import PinGuard, guard_of
 from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState
 
@@ -69,7 +70,22 @@ class Attachment:
             self.module.claim(info, self._name or info.label)
             self.info = info
             self.guard = guard_of((self.module.path, info.identity))
-            self._anchor = self.new_session(rw=False)
+            self._anchor = self._first_session(info)
+
+    def _first_session(self, info: TokenInfo) -> Session:
+        """The first session, by which a token that was never initialised is known.
+
+        Raises:
+            TokenNotFound: It is such a one. It is not down, so nobody waits for it.
+        """
+        try:
+            return self.new_session(rw=False)
+        except p11.PKCS11Error as error:
+            # Only now: tokens of some modules do not tell that they are initialised.
+            if info.flags & TokenFlag.TOKEN_INITIALIZED:
+                raise
+            message = f"token {info} is blank: await init_token(…), then open a pool"
+            raise TokenNotFound(message) from error
 
     def _detach(self) -> None:
         module = self.module
