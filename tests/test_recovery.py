@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
@@ -300,6 +301,58 @@ async def test_a_login_asked_for_in_an_outage_waits_for_the_token(
             tasks.start_soon(pool.logout)
             await anyio.wait_all_tasks_blocked()
         assert _who(pool) is LoginState.PUBLIC
+
+
+async def _awaited(pin: str) -> str:
+    await anyio.lowlevel.checkpoint()
+    return pin
+
+
+@pytest.mark.parametrize("source", ["given", "its own", "called", "awaited"])
+async def test_a_login_that_first_meets_an_outage_waits_for_the_token(
+    make_pool: MakePool, fault: FaultModule, token: Any, source: str
+) -> None:
+    """Nobody knew that the token was away: it is no error of whoever logs in."""
+    pins: dict[str, Any] = {
+        "called": lambda: token.user_pin,
+        "awaited": partial(_awaited, token.user_pin),
+    }
+    async with make_pool(module=fault.path, pin=pins.get(source, "1234")) as pool:
+        await pool.logout()
+        fault.go_down()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pool.login, *["1234"] * (source == "given"))
+            await eventually(lambda: pool.state is PoolState.RECOVERING)
+            fault.come_back()
+        assert _who(pool) is LoginState.USER
+
+
+async def test_a_login_waits_no_longer_than_recovery_timeout(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """As operations do: then TokenUnavailable, and the next one at once."""
+    async with make_pool(module=fault.path, recovery_timeout=0.2) as pool:
+        await pool.logout()
+        fault.go_down()
+        for _ in range(2):
+            with anyio.fail_after(LAST_RESORT), pytest.raises(TokenUnavailable):
+                await pool.login()
+        fault.come_back()
+        await _back(pool)
+        await pool.login()
+
+
+async def test_a_login_that_breaks_the_token_is_not_made_for_ever(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Three times at most, as every operation; then its error is the caller's."""
+    async with make_pool(module=fault.path) as pool:
+        await pool.logout()
+        fault.reset_counts()
+        fault.on("C_Login", answer=CKR.DEVICE_ERROR, times=5)
+        with pytest.raises(pkcs11.DeviceError):
+            await pool.login()
+        assert fault.count("C_Login") == 3
 
 
 async def test_who_was_logged_out_stays_out(

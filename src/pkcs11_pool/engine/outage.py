@@ -25,6 +25,7 @@ from pkcs11_pool.errors import (
     StreamInterrupted,
     TokenUnavailable,
 )
+from pkcs11_pool.jobs import Phase
 from pkcs11_pool.login.recovering import blocked
 from pkcs11_pool.state import LoginState, PoolState, SessionState
 
@@ -206,6 +207,15 @@ class Outages(Leasing):
         timekeeper.call_at(self._clock, outage.until)
         self._wake_all(wake)
         return True
+
+    def put_off(self, job: Job) -> bool:
+        """A request waits again; False: its caller has gone, or it was tried enough."""
+        with self._lock:
+            job.attempts += 1
+            if job.phase is not Phase.RUNNING or job.attempts >= _ATTEMPTS:
+                return False
+            job.phase = Phase.WAITING
+            return True
 
     def wait_quiet(self, deadline: float) -> bool:
         """Wait until nothing is inside the module; whether nothing is."""

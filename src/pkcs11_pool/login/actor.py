@@ -181,8 +181,15 @@ class LoginActor(Recovering):
         try:
             handle(job, *arguments)
         except Exception as error:  # noqa: BLE001  # it is the caller's, raised there
-            self._gate.settle(job, None, error)
-            self._doubt(error)
+            lost = self._gone(error)
+            login = handle == self._log_in and not isinstance(error, PoolError)
+            if lost and login and self._gate.put_off(job):
+                # Nobody knew that the token was away.
+                self._postponed.append(partial(self._handle, job, handle, *arguments))
+            else:
+                self._gate.settle(job, None, error)
+            if lost:
+                self._suspect(error)
 
     def _quiet(self, job: Job, *, leases: bool) -> bool:
         """Pause the queue for a request; whether it succeeded.
@@ -307,10 +314,22 @@ class LoginActor(Recovering):
 
     def _login_failed(self, error: BaseException) -> None:
         """What is lost with its token is restored with it; else all who wait fail."""
-        lost = recovery.classify(error).is_outage and self._gate.hold_off(error)
-        self._settle_logins(None if lost and not self._logins else error)
+        lost = self._gone(error)
+        if lost:
+            self._put_off_logins(error)
+        self._settle_logins(None if lost else error)
         if lost:
             self._suspect(error)
+
+    def _put_off_logins(self, error: BaseException) -> None:
+        """Requests that wait for a login wait for the token, then ask anew."""
+        waiting, self._logins = self._logins, []
+        for job in waiting:
+            if self._gate.put_off(job):
+                again = partial(self._handle, job, self._log_in, None, self._insisted)
+                self._postponed.append(again)
+            else:
+                self._gate.settle(job, None, error)
 
     def _ask(self, source: PinCallable, job: Job | None) -> None:
         """Get a PIN from a callable: here, or by a caller if it must be awaited."""
@@ -340,7 +359,8 @@ class LoginActor(Recovering):
             try:
                 self._try_login(pin, force=self._insisted)
             except Exception as failure:  # noqa: BLE001  # raised at the waiting
-                error = failure
+                self._login_failed(failure)
+                return
             else:
                 if self._wanted_by_operations:
                     self._gate.counted(recoveries_total=1)

@@ -97,10 +97,12 @@ class Recovering(Attachment):
             self._way = _Way(error, self.attached.generation)
             self._go_on()
 
-    def _doubt(self, error: BaseException) -> None:
-        """The actor itself got this error: look at the token if it may be lost."""
-        if recovery.classify(error).is_outage and self._gate.hold_off(error):
-            self._suspect(error)
+    def _gone(self, error: BaseException) -> bool:
+        """Whether an error that the actor got tells of a lost token, which is news.
+
+        Nothing starts then, until whoever asked calls :meth:`_suspect`.
+        """
+        return recovery.classify(error).is_outage and self._gate.hold_off(error)
 
     def _stand_back(self, asked: Renewal) -> None:
         """Another pool wants to initialise the module: keep out, then look."""
