@@ -6,7 +6,7 @@ the machine: an endless iterable is a caller's right, and so is a key of 16,384 
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import decimal
 import enum
 import fractions
@@ -67,7 +67,7 @@ class Hostile:
     """Cannot be shown, compared, counted, hashed or made anything else of."""
 
     __repr__ = __str__ = __bytes__ = __bool__ = __len__ = __format__ = _boom
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _boom  # type: ignore[assignment]
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _boom
     __int__ = __float__ = __index__ = __fspath__ = __buffer__ = _boom
 
 
@@ -103,12 +103,15 @@ class Moving(Mapping[Any, Any]):
     """A mapping that another thread changes while it is read."""
 
     def __getitem__(self, _key: object) -> Any:
+        """A value that fits."""
         return b"x"
 
     def __len__(self) -> int:
+        """As it was at first."""
         return 2
 
     def __iter__(self) -> Iterator[Any]:
+        """One key, and what a dictionary says then."""
         yield Attribute.LABEL
         message = "dictionary changed size during iteration"
         raise RuntimeError(message)
@@ -161,7 +164,9 @@ def made(value: Any) -> Any:
 HUGE: Final = (2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, 10**400)
 TEXTS: Final = st.one_of(
     st.text(max_size=40),
-    st.sampled_from(["", "\0", "a\0b", "\ud800", "\udcff", "x" * 33, "é" * 17, "%s{0}"]),
+    st.sampled_from(
+        ["", "\0", "a\0b", "\ud800", "\udcff", "x" * 33, "é" * 17, "%s{0}"]
+    ),
     st.builds(Drawn, st.just(Text), st.text(max_size=8)),
 )
 BYTES: Final = st.one_of(
@@ -209,8 +214,8 @@ _MAKERS: Final[tuple[Callable[[], object], ...]] = (
     lambda: 1j,
     lambda: ...,
     lambda: NotImplemented,
-    lambda: datetime.date(2026, 11, 24),
-    lambda: datetime.timedelta(seconds=1),
+    lambda: dt.date(2026, 11, 24),
+    lambda: dt.timedelta(seconds=1),
     lambda: ObjectClass.DATA,
     lambda: KeyType.AES,
     lambda: Mechanism.SHA256,
@@ -250,7 +255,9 @@ def shown(error: BaseException) -> str:
         chain += getattr(one, "exceptions", ())
         for frame, line in traceback.walk_tb(one.__traceback__):
             if "pkcs11_pool" in frame.f_globals.get("__name__", ""):
-                texts += [f"{line} {name}={_repr(v)}" for name, v in frame.f_locals.items()]
+                texts += [
+                    f"{line} {name}={_repr(v)}" for name, v in frame.f_locals.items()
+                ]
     return "\n".join(texts)
 
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 import os
-import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +18,16 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzzkit import ANYTHING, MARK, PINS, PROPER, Drawn, examples, made, on_a_loop, shown
-from pkcs11_pool import InvalidOption, PinRefused, PinSourceError, PoolError, pins
-from poolkit import LAST_RESORT
+from fuzzkit import (
+    ANYTHING,
+    MARK,
+    PINS,
+    examples,
+    made,
+    on_a_loop,
+    shown,
+)
+from pkcs11_pool import InvalidOption, PinRefused, PinSourceError, pins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,9 +57,9 @@ _RAISED: tuple[Callable[[], BaseException], ...] = (
     lambda: OSError(2, "no such file"),
     lambda: PinSourceError("the vault is sealed"),
     lambda: PinRefused("no"),
-    lambda: TimeoutError(),
+    TimeoutError,
     lambda: StopIteration("x"),
-    lambda: concurrent.futures.CancelledError(),
+    concurrent.futures.CancelledError,
     _Mute,
     MemoryError,
     RecursionError,
@@ -63,9 +68,9 @@ _RAISED: tuple[Callable[[], BaseException], ...] = (
 _RAISED_BEYOND: tuple[Callable[[], BaseException], ...] = (
     _Interrupt,
     lambda: SystemExit(1),
-    lambda: KeyboardInterrupt(),
-    lambda: asyncio.CancelledError(),
-    lambda: GeneratorExit(),
+    KeyboardInterrupt,
+    asyncio.CancelledError,
+    GeneratorExit,
     lambda: BaseExceptionGroup("many", [_Interrupt()]),
 )
 _GIVEN = st.one_of(ANYTHING, PINS)

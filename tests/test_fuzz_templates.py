@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 from hypothesis import given
 from hypothesis import strategies as st
 from pkcs11 import Attribute, CertificateType, KeyType, Mechanism, ObjectClass
@@ -26,6 +27,8 @@ from pkcs11_pool import InvalidType
 from pkcs11_pool.faces import arguments
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from conftest import MakePool
     from faultmodule import FaultModule
 
@@ -41,7 +44,7 @@ _FITTING = st.one_of(
     st.sampled_from(list(ObjectClass)),
     st.sampled_from(list(KeyType)),
     st.sampled_from(list(CertificateType)),
-    st.just(datetime.date(2026, 11, 24)),
+    st.just(dt.date(2026, 11, 24)),
 )
 _TEMPLATES = st.dictionaries(
     st.one_of(_KINDS, _KINDS, _KINDS, st.sampled_from(["label", None, b"x", 1.5])),
@@ -93,68 +96,54 @@ _BASE: dict[str, dict[Attribute, Any]] = {
 }
 
 
-async def _do(session: Any, way: str, base: str, template: dict[Any, Any]) -> object:
-    """One of the ways in which a template reaches the token."""
-    match way:
-        case "create":
-            return await session.create_object(_BASE[base] | template)
-        case "find":
-            return await session.find(template)
-        case "generate":
-            return await session.generate_key(KeyType.AES, 128, template=template)
-        case "pair":
-            return await session.generate_keypair(
-                KeyType.EC,
-                curve="secp256r1",
-                public_template=template,
-                private_template=template,
-            )
-        case "domain":
-            return await session.create_domain_parameters(
-                KeyType.DH, template, store=False
-            )
-    key = await session.create_object(
+async def _key(session: Any) -> Any:
+    return await session.create_object(
         _BASE["aes"]
         | dict.fromkeys((Attribute.DERIVE, Attribute.UNWRAP, Attribute.ENCRYPT), True)
         | {Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True}
     )
-    match way:
-        case "copy":
-            return await key.copy(template)
-        case "change":
-            return await key.set_attributes(template)
-        case "read":
-            return await key.attributes(template)
-        case "derive":
-            return await key.derive_key(
-                KeyType.AES,
-                128,
-                mechanism=Mechanism.AES_ECB_ENCRYPT_DATA,
-                mechanism_param=bytes(16),
-                template=template,
-            )
-        case _:
-            return await key.unwrap_key(
-                ObjectClass.SECRET_KEY,
-                KeyType.AES,
-                bytes.fromhex("b48c7775d9e17d38cae2f5c6de1f5a7c1fa68b0a5112b447"),
-                mechanism=Mechanism.AES_KEY_WRAP,
-                template=template,
-            )
 
 
-_WAYS = (
-    "create",
-    "find",
-    "generate",
-    "pair",
-    "domain",
-    "copy",
-    "change",
-    "read",
-    "derive",
-    "unwrap",
-)
+_WRAPPED = aes_key_wrap(bytes(16), b"sixteen bytes---")
+_Template = dict[Any, Any]
+_OF_A_SESSION: dict[str, Callable[[Any, _Template], Any]] = {
+    "find": lambda s, t: s.find(t),
+    "generate": lambda s, t: s.generate_key(KeyType.AES, 128, template=t),
+    "pair": lambda s, t: s.generate_keypair(
+        KeyType.EC, curve="secp256r1", public_template=t, private_template=t
+    ),
+    "domain": lambda s, t: s.create_domain_parameters(KeyType.DH, t),
+}
+_OF_A_KEY: dict[str, Callable[[Any, _Template], Any]] = {
+    "copy": lambda k, t: k.copy(t),
+    "change": lambda k, t: k.set_attributes(t),
+    "read": lambda k, t: k.attributes(t),
+    "derive": lambda k, t: k.derive_key(
+        KeyType.AES,
+        128,
+        mechanism=Mechanism.AES_ECB_ENCRYPT_DATA,
+        mechanism_param=bytes(16),
+        template=t,
+    ),
+    "unwrap": lambda k, t: k.unwrap_key(
+        ObjectClass.SECRET_KEY,
+        KeyType.AES,
+        _WRAPPED,
+        mechanism=Mechanism.AES_KEY_WRAP,
+        template=t,
+    ),
+}
+_WAYS = ("create", *_OF_A_SESSION, *_OF_A_KEY)
+
+
+async def _do(session: Any, way: str, base: str, template: _Template) -> None:
+    """One of the ways in which a template reaches the token."""
+    if way == "create":
+        await session.create_object(_BASE[base] | template)
+    elif way in _OF_A_SESSION:
+        await _OF_A_SESSION[way](session, template)
+    else:
+        await _OF_A_KEY[way](await _key(session), template)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -305,6 +305,7 @@ class TokenEngine(Work):
             rw = info.max_rw_sessions
         with self._lock:
             self._room.limit = SessionLimit(most, rw)
+            self._last_work = time.monotonic()
         self.become(PoolState.READY)
 
     def drain(self, deadline: float) -> None:

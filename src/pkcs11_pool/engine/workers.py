@@ -116,7 +116,7 @@ class Worker:
             victim.close()
         if session is None:
             try:
-                session = engine.open_session(self, rw=job.rw)
+                session = engine.session_for(self, job)
             except Exception as error:  # noqa: BLE001  # raised at the caller
                 engine.no_session(self, job, error)
                 return None

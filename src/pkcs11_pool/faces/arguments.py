@@ -100,8 +100,8 @@ def _member(kind: type[E], value: object, name: str) -> E:
     found = member(kind, int(value))
     if found is None:
         raise InvalidType(
-            f"{name}: {config.told(value)} is no pkcs11.{kind.__name__}, and a vendor's "
-            "own is 0x80000000 or more"
+            f"{name}: {config.told(value)} is no pkcs11.{kind.__name__}, and a "
+            "vendor's own is 0x80000000 or more"
         )
     return found
 
@@ -253,7 +253,9 @@ def _attribute(key: object, name: str) -> Attribute:
     try:
         return _member(Attribute, key, name)
     except InvalidType as error:
-        shown = repr(key) if type(key) is str and len(key) < _SHORT else f"a {_kind(key)}"
+        shown = (
+            repr(key) if type(key) is str and len(key) < _SHORT else f"a {_kind(key)}"
+        )
         message = f"{name} has the key {shown}, which is no pkcs11.Attribute"
         raise InvalidType(message) from error
 

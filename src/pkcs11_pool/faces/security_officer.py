@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pkcs11_pool import events, pins
 from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.errors import OutcomeUnknown, PoolClosed, WouldDeadlock
+from pkcs11_pool.faces import changes
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
 from pkcs11_pool.faces.pooled_session import PooledSession
 from pkcs11_pool.faces.waiting import checkpoint, current_waiter, loop_runs_here
@@ -79,7 +80,9 @@ class SecurityOfficer:
             rv.check(code, "C_InitPIN")
             actor.pin_changed(new)
 
-        await self.session._perform(work, timeout, changes=True)  # noqa: SLF001  # one package
+        await self.session._perform(  # noqa: SLF001  # one package
+            work, timeout, changes=changes.pin("init_pin")
+        )
 
     async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
         """Change the security officer's own PIN.
@@ -104,7 +107,9 @@ class SecurityOfficer:
         """
         old, new = pins.hide(old), pins.hide(new)  # type: ignore[assignment]  # hides them
         work = pin_change(self._engine, SO, pins.secret(old), pins.secret(new))  # type: ignore[arg-type]
-        await self.session._perform(work, timeout, changes=True)  # noqa: SLF001
+        await self.session._perform(  # noqa: SLF001
+            work, timeout, changes=changes.pin("set_pin of the security officer")
+        )
 
 
 class SecurityOfficerBlock:
