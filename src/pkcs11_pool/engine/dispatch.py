@@ -63,6 +63,8 @@ RECENT = 20
 """How many errors are remembered for the statistics."""
 _FIRST = 1 << 62
 """Taken from a job's number, it puts it before all that were given one."""
+_INSIDE: Final = "while the call was inside the module: it may have happened"
+_ASKING: Final = "while the PIN source was asked, or the call was inside the module: it may happen yet"
 NO_WAIT = "timeout=0, and it would have to wait"
 
 
@@ -649,11 +651,8 @@ class Dispatch:
                     self._wait_times.add(job.wait_seconds)
             error = PoolTimeout(self._why_waiting_locked(), "waiting")
         else:
-            error = PoolTimeout(
-                "the deadline passed while the call was inside the module: it may have "
-                "happened",
-                "running",
-            )
+            where = _ASKING if job.kind is Kind.ACTOR else _INSIDE
+            error = PoolTimeout(f"the deadline passed {where}", "running")
             if job.kind is not Kind.ACTOR:
                 self._write_off_locked(job, error)
                 self._run_times.add(now - job.since, job.is_operation)

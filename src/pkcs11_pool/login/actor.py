@@ -30,6 +30,7 @@ from pkcs11_pool.errors import (
 )
 from pkcs11_pool.jobs import Job, Phase
 from pkcs11_pool.login.pin_guard import SO, USER
+from pkcs11_pool.login.question import Question
 from pkcs11_pool.login.recovering import Recovering
 from pkcs11_pool.state import Epoch, LoginEvent, LoginState
 
@@ -47,6 +48,8 @@ _LOOK: Final = 0.05
 """Seconds between two looks at a request that waits for quiet, during a login."""
 _RETRY: Final = 0.2
 """Seconds between two tries to reach a module that is down, at opening."""
+_SOON: Final = 1.0
+"""Seconds that a recovery waits for a plain PIN source."""
 _IN: Final = frozenset({0, rv.CODES["CKR_USER_ALREADY_LOGGED_IN"]})
 
 
@@ -71,6 +74,8 @@ class LoginActor(Recovering):
         self._wanted_by_operations = False
         # Whether a caller was sent for the PIN and is not back.
         self._asking = False
+        # A plain PIN source that was asked and has not answered.
+        self._question: Question | None = None
         # Whether one of the requests said force=True.
         self._insisted = False
         self._so: Session | None = None
@@ -340,16 +345,19 @@ class LoginActor(Recovering):
             # Whoever was sent may have gone since, when nobody else was there.
             self._gate.send_another()
             return
-        if not pins.is_async(source):
-            try:
-                pin = pins.ask(source)
-            except PinRefused as error:
-                self._pin_came(None, error)
-            else:
-                self._pin_came(pin, None)
-            return
         self._asking = True
-        self._gate.send_for_pin(source)
+        if pins.is_async(source):
+            self._gate.send_for_pin(source)
+        elif self._question is None:
+            # One that hangs is asked no second time: whoever comes later joins in.
+            self._question = Question(source, self._mail.put, self._answered)
+
+    def _answered(self, question: Question) -> None:
+        """A plain PIN source has come back. Nobody may want its answer any more."""
+        self._question = None
+        if self._asking:
+            # Else it is not wanted: somebody logged in by another PIN, or out.
+            self._pin_came(question.pin, question.error)
 
     def _pin_came(self, pin: Pin | None, error: BaseException | None) -> None:
         if not self.is_well:
@@ -386,7 +394,13 @@ class LoginActor(Recovering):
             if callable(source):
                 if pins.is_async(source):
                     return  # the first operation that needs it is sent for it
-                source = pins.ask(source)
+                self._ask(source, None)
+                # Used now, so that who goes on finds the login. _answered() follows.
+                question = self._question
+                pin = None if question is None else question.wait(_SOON)
+                if pin is None:
+                    return  # it hangs, and must not keep the token from coming back
+                source = pin
             self._try_login(source, force=False)
         except PinRefused as error:
             events.warning(events.LOGIN_FAILED, token=self._label, error=str(error))
