@@ -30,7 +30,7 @@ _SHOWN_BITS = 128
 """A longer number is not written out: Python itself refuses that from some size on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class PoolOptions:
     """What :class:`~pkcs11_pool.TokenPool` was told, all of it valid."""
 

@@ -190,11 +190,13 @@ class Relabel(Step):
     ref: str
     where: str
     label: str
+    heard: bool = True
     changes = True
 
     def expect(self, model: Model) -> Right:
         """See the model."""
-        model.relabel(model.refs[self.ref], self.where, self.label)
+        ref = model.refs[self.ref]
+        model.relabel(ref, self.where, self.label, heard=self.heard)
         return None
 
     async def act(self, world: World) -> None:
@@ -235,23 +237,32 @@ class Look(Step):
     life: str
     where: str
     repeat: bool
+    #: Whether it gives the labels, too.
+    labels: bool = False
 
     def expect(self, model: Model) -> Right:
         """It sees what every session sees."""
-        return frozenset({tuple(model.visible(self.life, self.where, None))})
+        found = model.visible(self.life, self.where, None, labels=self.labels)
+        return frozenset({tuple(found)})
 
     async def act(self, world: World) -> Hashable:
         """``await calls.run(func)``."""
         calls = world.calls(self.life, self.where)
-        session, objects, ids = await calls.run(_look, repeat=self.repeat)
+        session, objects, found = await calls.run(
+            _look, self.labels, repeat=self.repeat
+        )
         if self.where == "pool":
             _check_harmless(session, objects)
-        return tuple(sorted(ids))
+        return tuple(sorted(found))
 
 
-def _look(session: Any) -> Any:
+def _look(session: Any, labels: bool) -> Any:  # noqa: FBT001  # run() has no keywords
     objects = list(session.get_objects())
-    return session, objects, [item[Attribute.ID].decode() for item in objects]
+    found = [
+        item[Attribute.ID].decode() + (f" {item[Attribute.LABEL]}" if labels else "")
+        for item in objects
+    ]
+    return session, objects, found
 
 
 def _check_harmless(session: Any, objects: list[Any]) -> None:

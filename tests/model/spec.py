@@ -142,6 +142,9 @@ class Ref:
     token: bool
     #: The object was destroyed through it.
     destroyed: bool = False
+    #: The login in which the object got a name through it that its holder did not
+    #: hear of: until its end it is known by its number.
+    follows: int | None = None
 
 
 @dataclass
@@ -413,7 +416,8 @@ class Model:
         if ref.destroyed:
             raise Refused("KeyNotFound")
         hidden = self.token_of(ref.life).user is not User.USER
-        if thing is None or thing.label != ref.label:
+        renamed = thing is not None and thing.label != ref.label
+        if thing is None or (renamed and ref.follows != self.epoch(ref.life)):
             # Nobody can tell whether a private object is gone or not to be seen,
             # unless it was seen under this login.
             unsure = hidden and ref.kind is not Kind.PUBLIC
@@ -446,18 +450,28 @@ class Model:
         del self.token_of(ref.life).things[thing.name]
         ref.destroyed = True
 
-    def relabel(self, ref: Ref, where: str, label: str) -> None:
-        """Change an object's label. The reference that is given knows the new one."""
+    def relabel(self, ref: Ref, where: str, label: str, *, heard: bool = True) -> None:
+        """Change an object's label. The reference that is given knows the new one.
+
+        Whoever was cancelled has not heard of it, and has the old reference: that
+        names the object until the login changes.
+        """
         thing = self.resolve(ref, where)
         if thing.token:
             self.check_write(ref.life, where, token=True, private=thing.private)
-        thing.label = ref.label = label
+        thing.label = label
+        if heard:
+            ref.label = label
+        else:
+            ref.follows = self.epoch(ref.life)
 
-    def visible(self, life: str, where: str, label: str | None) -> list[str]:
+    def visible(
+        self, life: str, where: str, label: str | None, *, labels: bool = False
+    ) -> list[str]:
         """What a search finds: session objects of every session, too."""
         self.door(life, where)
         return sorted(
-            thing.id
+            f"{thing.id} {thing.label}" if labels else thing.id
             for thing in self.token_of(life).things.values()
             if self.sees(life, thing) and label in (None, thing.label)
         )

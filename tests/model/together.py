@@ -17,6 +17,8 @@ from model.spec import Kind, Model, Refused, User
 from pkcs11_pool import PoolState
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from model.callers import Callers, Running
     from model.steps import Step
     from model.world import World
@@ -31,9 +33,10 @@ KINDS = (
 
 
 _RELOGIN = (steps.Login, steps.Logout, steps.Officer)
+_VAGUE = frozenset({"GeneralError", "TemplateInconsistent"})
 
 
-class _LeftBehind:
+class LeftBehind:
     """SoftHSM2 2.6.1 failed to make an object, and left a file that nobody sees."""
 
     def __init__(self, step: Step) -> None:
@@ -61,9 +64,9 @@ class Part:
         """Whether the token's answer to a change says nothing.
 
         SoftHSM2 2.6.1 sometimes says so of an object that it makes while another
-        session searches.
+        session searches; of a template that was good, too.
         """
-        return self.step.changes and self.running.outcome == "GeneralError"
+        return self.step.changes and self.running.outcome in _VAGUE
 
     @property
     def is_in_doubt(self) -> bool:
@@ -71,18 +74,20 @@ class Part:
         return self.running.cancelled or self.has_failed_vaguely
 
     @property
-    def choices(self) -> list[Step | _LeftBehind | None]:
+    def choices(self) -> list[Step | LeftBehind | None]:
         """What may have happened."""
         if not self.is_in_doubt:
             return [self.step]
-        if self.running.outcome == "GeneralError":
-            return [None, self.step, _LeftBehind(self.step)]
-        if isinstance(self.step, steps.Officer):
+        if self.running.cancelled and isinstance(self.step, steps.Officer):
             # His period may have begun and ended, and he did nothing in it.
             return [None, self.step, replace(self.step, init_pin=None, new=None)]
-        return [None, self.step]
+        if self.running.cancelled and isinstance(self.step, steps.Relabel):
+            return [None, replace(self.step, heard=False)]
+        # Whoever is cancelled does not hear how it failed.
+        failed = [LeftBehind(self.step)] if self.step.changes else []
+        return [None, self.step, *failed]
 
-    def explains(self, model: Model, chosen: Step | _LeftBehind | None) -> bool:
+    def explains(self, model: Model, chosen: Step | LeftBehind | None) -> bool:
         """Whether its result is right, if it is its turn now."""
         if not self.is_in_doubt:
             return judge(self.step, self.running, model) is None
@@ -90,6 +95,23 @@ class Part:
             with suppress(Refused):
                 chosen.expect(model)
         return True
+
+
+Told = tuple[tuple[Part, "Step | LeftBehind | None"], ...]
+
+
+def stories(parts: list[Part], failed: int) -> Iterator[Told]:
+    """What may have happened, in every order.
+
+    Args:
+        parts: The steps that were made at once.
+        failed: How many objects the module failed to make meanwhile, by its log: no
+            more than so many were left behind.
+    """
+    for order in itertools.permutations(parts):
+        for chosen in itertools.product(*(part.choices for part in order)):
+            if sum(isinstance(one, LeftBehind) for one in chosen) <= failed:
+                yield tuple(zip(order, chosen, strict=True))
 
 
 def _unkept(step: Step) -> Step:
@@ -115,7 +137,7 @@ def _peaceful(life: str, parts: list[Step]) -> list[Step]:
     relogin = any(isinstance(part, _RELOGIN) for part in parts)
     for place, (part, ref) in enumerate(zip(parts, refs, strict=True)):
         if isinstance(part, steps.Relabel) and refs.count(ref) > 1:
-            kept.append(steps.Encrypt(part.ref, part.where))
+            kept.append(steps.Digest(life, "pool"))
         elif copied and isinstance(part, steps.EncryptBy):
             kept.append(steps.Digest(part.life, part.where))
         elif (
@@ -237,18 +259,19 @@ class Together(Bench):
         """Find the order that explains the results, and what is there afterwards."""
         self._settle()
         seen = {name: self._observe(name) for name in self.model.lives}
-        for order in itertools.permutations(parts):
-            # Of a cancelled one nobody knows whether it happened.
-            for chosen in itertools.product(*(part.choices for part in order)):
-                model = copy.deepcopy(self.model)
-                if not all(map(Part.explains, order, itertools.repeat(model), chosen)):
-                    continue
-                if all(seen[name] == self._expected(model, name) for name in seen):
-                    self.model = model
-                    self._epochs.clear()
-                    return
-        shown = "\n".join(f"{name}: {what}" for name, what in seen.items())
-        self.fail(f"No order explains these results. There is now:\n{shown}")
+        failed = self.world.ledger.failed_to_make
+        for told in stories(parts, failed):
+            model = copy.deepcopy(self.model)
+            if not all(part.explains(model, chosen) for part, chosen in told):
+                continue
+            if all(seen[name] == self._expected(model, name) for name in seen):
+                self.model = model
+                self._epochs.clear()
+                return
+        shown = [f"{name}: {what}" for name, what in seen.items()]
+        shown += [f"Before, and {failed} objects that the module failed to make:"]
+        shown += [f"{name}: {self._expected(self.model, name)}" for name in seen]
+        self.fail("\n".join(["No order explains these results. There is now:", *shown]))
 
     def _settle(self) -> None:
         try:
@@ -258,13 +281,16 @@ class Together(Bench):
             self._disagree(f"{type(error).__name__}: {error}", error)
 
     def _observe(self, life: str) -> Seen:
-        """Who is logged in, after how many logins; what is there, and to be seen."""
+        """Who is logged in, after how many logins; what is there, and to be seen.
+
+        With the labels: a cancelled step may have written one.
+        """
         pool = self.world.pools[life]
         token = self.model.lives[life].token
         sent = self.world.ledger.logins(self.world.slots[token])
         if pool.state is not PoolState.READY:
             return None, sent, self.world.tokens.objects(token), ()
-        step = steps.Look(life, "pool", repeat=False)
+        step = steps.Look(life, "pool", repeat=False, labels=True)
         running = self.callers.run(0, lambda: step.act(self.world))
         there = self.world.tokens.objects(token)
         return STATES[pool.login_state], sent, there, running.value
@@ -273,5 +299,5 @@ class Together(Bench):
         token = model.token_of(life)
         if not model.lives[life].open:
             return None, token.logins, token.stored, ()
-        ids = tuple(model.visible(life, "pool", None))
-        return token.user, token.logins, token.stored, ids
+        there = tuple(model.visible(life, "pool", None, labels=True))
+        return token.user, token.logins, token.stored, there

@@ -64,7 +64,10 @@ RECENT = 20
 _FIRST = 1 << 62
 """Taken from a job's number, it puts it before all that were given one."""
 _INSIDE: Final = "while the call was inside the module: it may have happened"
-_ASKING: Final = "while the PIN source was asked, or the call was inside the module: it may happen yet"
+_ASKING: Final = (
+    "while the PIN source was asked, or the call was inside the module: it may yet "
+    "happen"
+)
 NO_WAIT = "timeout=0, and it would have to wait"
 
 
