@@ -234,7 +234,7 @@ def test_whatever_an_operation_is_given(
     with on_a_loop(pool, backend) as bench:
         bench.call(_make_keys, pool)
 
-        @examples(request, 400)
+        @examples(request, 300)
         @given(_drawn(_CALLS))
         def check(drawn: tuple[str, _Options]) -> None:
             name, options = _made(drawn)
@@ -262,7 +262,7 @@ def test_whatever_an_open_session_is_given(
     with on_a_loop(pool, backend) as bench:
         bench.call(_make_keys, pool)
 
-        @examples(request, 400)
+        @examples(request, 300)
         @given(_drawn(_IN_A_SESSION))
         def check(drawn: tuple[str, _Options]) -> None:
             bench.attempt(lambda: in_a_session(*_made(drawn)))

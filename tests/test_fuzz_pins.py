@@ -276,7 +276,7 @@ def test_whatever_names_a_source(request: Any, monkeypatch: pytest.MonkeyPatch) 
         "check": lambda v: pins.file("/nonexistent", check=v),
     }
 
-    @examples(request, 400)
+    @examples(request, 250)
     @given(st.sampled_from(sorted(makers)), st.one_of(ANYTHING, PINS))
     def check(name: str, drawn: Any) -> None:
         try:

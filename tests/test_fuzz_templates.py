@@ -165,7 +165,7 @@ def test_whatever_a_template_holds(
 
     with on_a_loop(pool, backend) as bench:
 
-        @examples(request, 600)
+        @examples(request, 250)
         @given(st.sampled_from(_WAYS), st.sampled_from(sorted(_BASE)), _TEMPLATES)
         def check(way: str, base: str, drawn: dict[Any, Any]) -> None:
             template = {k: made(v) for k, v in drawn.items() if k not in _COSTLY}
@@ -181,7 +181,7 @@ def test_whatever_a_template_holds(
 def test_a_value_is_packed_or_refused_and_not_shown(request: Any) -> None:
     """Whatever the attribute: InvalidType, or bytes that are no longer than it is."""
 
-    @examples(request, 1500)
+    @examples(request, 500)
     @given(st.sampled_from(list(Attribute)), st.one_of(ANYTHING, BYTES, TEXTS, NUMBERS))
     def check(kind: Attribute, drawn: Any) -> None:
         value = made(drawn)

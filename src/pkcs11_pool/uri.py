@@ -229,7 +229,8 @@ def _parse(text: object) -> Pkcs11URI:
     path, mark, query = text.partition("?")
     if mark and not query:
         raise InvalidURI("nothing follows '?' in the PKCS#11 URI: take it out")
-    found: dict[str, Any] = {"vendor_path": [], "vendor_query": []}
+    # A vendor's attribute of the path stands once, as a key; one of the query may not.
+    found: dict[str, Any] = {"vendor_path": {}, "vendor_query": []}
     _take_all(found, "path", path[len(_SCHEME) :], len(_SCHEME) + 1)
     _take_all(found, "query", query, len(path) + 2)
     return Pkcs11URI(**found)
@@ -265,16 +266,15 @@ def _take(found: dict[str, Any], part: str, piece: str, place: int) -> None:
     if good is None or good.end() < len(value):
         _refuse(name, value, 0 if good is None else good.end(), start)
     octets = unquote_to_bytes(value)
-    key = name.replace("-", "_")
-    if name not in _KNOWN[part]:
-        given = found[f"vendor_{part}"]
-        if part == "path" and name in dict(given):
-            raise InvalidURI(f"{name} stands twice, again at character {place}")
-        given.append((name, octets))
+    known = name in _KNOWN[part]
+    if not known and part == "query":
+        found["vendor_query"].append((name, octets))
         return
-    if key in found:
+    once = found if known else found["vendor_path"]
+    key = name.replace("-", "_") if known else name
+    if key in once:
         raise InvalidURI(f"{name} stands twice, again at character {place}")
-    found[key] = _decoded(name, octets, start)
+    once[key] = _decoded(name, octets, start) if known else octets
 
 
 def _refuse(name: str, value: str, at: int, start: int) -> None:
