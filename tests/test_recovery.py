@@ -409,17 +409,32 @@ async def test_a_login_waits_no_longer_than_recovery_timeout(
         await pool.login()
 
 
-async def test_a_login_that_breaks_the_token_is_not_made_for_ever(
+async def test_a_login_whose_answer_is_lost_is_not_made_again(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
-    """Three times at most, as every operation; then its error is the caller's."""
+    """The PIN may be a wrong one: one try for each time that somebody says so."""
     async with make_pool(module=fault.path) as pool:
         await pool.logout()
         fault.reset_counts()
-        fault.on("C_Login", answer=CKR.DEVICE_ERROR, times=5)
+        fault.on("C_Login", answer=CKR.DEVICE_ERROR)
         with pytest.raises(pkcs11.DeviceError):
             await pool.login()
-        assert fault.count("C_Login") == 3
+        assert fault.count("C_Login") == 1
+        await pool.login()
+
+
+async def test_a_login_is_put_off_three_times_at_most(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """A token that is well each time it is looked at keeps nobody for ever."""
+    async with make_pool(module=fault.path) as pool:
+        await pool.logout()
+        for nth in (1, 3, 5, 7):
+            fault.on("C_GetTokenInfo", nth=nth, answer=CKR.DEVICE_ERROR)
+        fault.reset_counts()
+        with pytest.raises(pkcs11.DeviceError):
+            await pool.login()
+        assert fault.count("C_Login") == 0
 
 
 async def test_who_was_logged_out_stays_out(

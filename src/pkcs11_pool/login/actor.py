@@ -77,6 +77,8 @@ class LoginActor(Recovering):
         self._wanted_by_operations = False
         # Whether a caller was sent for the PIN and is not back.
         self._asking = False
+        # Whether the last PIN was sent. With its answer lost it is not sent again.
+        self._sent = False
         # A plain PIN source that was asked and has not answered.
         self._question: Question | None = None
         # Whether one of the requests said force=True.
@@ -189,7 +191,7 @@ class LoginActor(Recovering):
         try:
             handle(job, *arguments)
         except Exception as error:  # noqa: BLE001  # it is the caller's, raised there
-            later = handle == self._log_in and _is_down(error)
+            later = handle == self._log_in and not self._sent and _is_down(error)
             lost = self._gone(error)
             later = later and lost and self._gate.put_off(job)
             if later:
@@ -328,7 +330,8 @@ class LoginActor(Recovering):
         waiting, self._logins = self._logins, []
         for job in waiting:
             # What was asked for by name waits for the token, too, then asks anew.
-            if lost and _is_down(error) and self._gate.put_off(job):
+            later = lost and not self._sent and _is_down(error)
+            if later and self._gate.put_off(job):
                 again = partial(self._handle, job, self._log_in, None, self._insisted)
                 self._postponed.append(again)
             else:
@@ -377,13 +380,11 @@ class LoginActor(Recovering):
         self._settle_logins(error)
 
     def _settle_logins(self, error: BaseException | None) -> None:
-        waiting, self._logins = self._logins, []
-        for job in waiting:
-            self._gate.settle(job, None, error)
+        self._fail_logins(error)
         self._wanted_by_operations = self._insisted = self._asking = False
         self._gate.login_settled(error)
 
-    def _fail_logins(self, error: PoolError) -> None:
+    def _fail_logins(self, error: BaseException | None) -> None:
         waiting, self._logins = self._logins, []
         for job in waiting:
             self._gate.settle(job, None, error)
@@ -420,9 +421,11 @@ class LoginActor(Recovering):
     def _send_pin(self, session: Session, user: int, pin: Pin, *, force: bool) -> None:
         """``C_GetTokenInfo`` and ``C_Login``, if this PIN may be tried."""
         who = SO if user == interface.CKU_SO else USER
+        self._sent = False
         self.info = fresh = self.same_token()
         self.guard.check(who, pin, fresh, force=force)
         events.info(events.LOGIN_STARTED, token=self._label, user=who)
+        self._sent = True
         code = raw_login(session.functions, session.handle, user, pin)
         wanted = LoginState.SO if who is SO else LoginState.USER
         if code in _IN or came_to(session, wanted, code):
