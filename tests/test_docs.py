@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 SKIPPED = {
     "docs/contributing.md": 4,
-    "docs/how-to/fastapi.md": 1,
     "docs/how-to/index.md": 1,
     "docs/tutorial/first-signature.md": 1,
 }

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         TooManyWaiting,
         WouldBlockLoop,
         WouldDeadlock,
+        WrongLoop,
     )
     from pkcs11_pool.faces.administration import init_token, list_tokens
     from pkcs11_pool.faces.keyref import KeyRef
@@ -112,6 +113,7 @@ __all__ = [
     "TooManyWaiting",
     "WouldBlockLoop",
     "WouldDeadlock",
+    "WrongLoop",
     "init_token",
     "list_tokens",
     "pins",
