@@ -619,6 +619,21 @@ async def test_a_call_with_an_unknown_outcome_says_where_to_look(
         assert "tOpsEcret" not in text
 
 
+async def test_a_call_that_changes_the_token_and_hangs_says_where_to_look(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """At its deadline nobody knows either whether it happened."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_GenerateKey", hang="after")
+        with pytest.raises(PoolTimeout) as caught:
+            await pool.generate_key(KeyType.AES, 128, **_NAMED, timeout=0.2)
+        assert caught.value.phase == "running"
+        assert "generate_key(label='new', id=b'\\x07')" in str(caught.value)
+        assert _FIND in str(caught.value)
+        fault.release()
+        await eventually(lambda: not pool.stats().calls_stuck)
+
+
 async def test_what_changes_the_token_and_was_not_sent_is_made(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

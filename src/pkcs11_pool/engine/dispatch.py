@@ -30,7 +30,7 @@ from pkcs11_pool.errors import (
     TooManyWaiting,
     WouldDeadlock,
 )
-from pkcs11_pool.jobs import Job, Kind, Phase
+from pkcs11_pool.jobs import Change, Job, Kind, Phase
 from pkcs11_pool.state import PoolState, may_follow
 from pkcs11_pool.stats import Counters, RecentError, Times
 
@@ -655,7 +655,10 @@ class Dispatch:
             error = PoolTimeout(self._why_waiting_locked(), "waiting")
         else:
             where = _ASKING if job.kind is Kind.ACTOR else _INSIDE
-            error = PoolTimeout(f"the deadline passed {where}", "running")
+            text = f"the deadline passed {where}"
+            if isinstance(job.changes, Change):
+                text = f"{job.changes.call}: {text}. {job.changes.look}"
+            error = PoolTimeout(text, "running")
             if job.kind is not Kind.ACTOR:
                 self._write_off_locked(job, error)
                 self._run_times.add(now - job.since, job.is_operation)
