@@ -627,6 +627,7 @@ async def test_a_call_that_changes_the_token_and_hangs_says_where_to_look(
         fault.on("C_GenerateKey", hang="after")
         with pytest.raises(PoolTimeout) as caught:
             await pool.generate_key(KeyType.AES, 128, **_NAMED, timeout=0.2)
+        await hangs(fault, "C_GenerateKey")
         assert caught.value.phase == "running"
         assert "generate_key(label='new', id=b'\\x07')" in str(caught.value)
         assert _FIND in str(caught.value)
