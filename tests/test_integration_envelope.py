@@ -163,13 +163,44 @@ async def test_each_way_to_wrap(pool: TokenPool, label: str, wrap: str) -> None:
     assert await left_on(pool) == []
 
 
-async def test_a_way_that_the_token_lacks_is_the_tokens_answer(
-    pool: TokenPool,
+@pytest.mark.parametrize(
+    ("label", "wrap", "ways"),
+    [
+        # SoftHSM2 does OAEP with SHA-1 alone.
+        ("rsa", "rsa-oaep-sha256", ["rsa-oaep-sha1"]),
+        # The default is for AES keys.
+        ("rsa", "aes-kw", ["rsa-oaep-sha1"]),
+        ("kek-a", "rsa-oaep-sha1", ["aes-kw", "aes-kwp"]),
+    ],
+)
+async def test_a_way_that_the_kek_lacks_is_told_with_those_that_it_has(
+    pool: TokenPool, label: str, wrap: str, ways: list[str]
 ) -> None:
-    """SoftHSM2 does OAEP with SHA-1 alone: encrypting says so at once."""
-    with pytest.raises(pkcs11.ArgumentsBad):
-        await one_kek(pool, "rsa", wrap="rsa-oaep-sha256").encrypt(b"data")
+    """The token was asked for each of them; what it answered is the cause."""
+    with pytest.raises(InvalidOption, match=f"does not wrap by '{wrap}'") as caught:
+        await one_kek(pool, label, wrap=wrap).encrypt(b"data")
+    assert str(caught.value).endswith(
+        "give " + " or ".join(f"wrap={way!r}" for way in ways)
+    )
+    assert isinstance(caught.value.__cause__, pkcs11.PKCS11Error)
     assert await left_on(pool) == []
+    for way in ways:
+        envelope = one_kek(pool, label, wrap=way)
+        assert await envelope.decrypt(await envelope.encrypt(b"data")) == b"data"
+
+
+async def test_a_key_that_wraps_in_no_way_is_told(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Then another kind of KEK is needed; any other error is the token's own."""
+    async with make_pool(module=fault.path) as pool:
+        rule = fault.on("C_WrapKey", answer=0x70, every=True)
+        with pytest.raises(InvalidOption, match="another KEK, an AES key or an RSA"):
+            await one_kek(pool).encrypt(b"data")
+        fault.remove(rule)
+        fault.on("C_WrapKey", answer=0x06, every=True)
+        with pytest.raises(pkcs11.exceptions.FunctionFailed):
+            await one_kek(pool).encrypt(b"data")
 
 
 async def test_a_new_kek_takes_over(pool: TokenPool) -> None:

@@ -209,7 +209,9 @@ def _first_line(path: str, *, check: bool, pipe: bool) -> str:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise PinSourceError(f"cannot read a PIN from {path}: {error}") from error
+        # Its own text has the path, too.
+        message = f"cannot read a PIN from {path}: {error.strerror}"
+        raise PinSourceError(message) from error
     if wrong:
         raise PinSourceError(wrong)
     if line is None:

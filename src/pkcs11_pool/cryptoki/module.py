@@ -329,7 +329,7 @@ def _load(path: str, reserved: bytes | None) -> interface.Library:
     try:
         library = interface.Library.__new__(interface.Library, path)
     except p11.PKCS11Error as error:
-        reason = str(error).partition(": ")[2]
+        reason = str(error).partition(": ")[2].removeprefix(f"{path}: ")
         if not reason or "C_GetFunctionList" in reason:
             reason = "it has no C_GetFunctionList, so it is no Cryptoki module"
         message = f"{path} cannot be loaded: {reason}"

@@ -18,6 +18,7 @@ is ever used twice with a key: there is no counter to keep and no limit on messa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -99,6 +100,19 @@ _NOT_OURS: Final = frozenset(
 )
 
 
+# What they say where the key or the token does not do this way of wrapping.
+_NOT_SO: Final = frozenset(
+    rv.CODES[name]
+    for name in (
+        "CKR_ARGUMENTS_BAD",
+        "CKR_KEY_TYPE_INCONSISTENT",
+        "CKR_MECHANISM_INVALID",
+        "CKR_MECHANISM_PARAM_INVALID",
+        "CKR_WRAPPING_KEY_TYPE_INCONSISTENT",
+    )
+)
+
+
 @dataclass(frozen=True, slots=True)
 class DataKey:
     """A key to encrypt with outside the token, in the clear and sealed.
@@ -164,7 +178,8 @@ class Envelope:
             timeout: Seconds for all of it; None: no limit; 0: wait for no session.
 
         Raises:
-            InvalidOption: ``context`` or ``data`` cannot be used.
+            InvalidOption: ``context`` or ``data`` cannot be used; or the KEK does not
+                wrap as ``wrap`` says, and the text names the ways that it does.
             KeyNotFound: The KEK is not on the token.
             PoolTimeout: The time has passed; nothing is left of it on the token.
 
@@ -330,11 +345,48 @@ class Envelope:
         self, kek: KeyRef, key: KeyRef, session: PooledSession, time_left: _TimeLeft
     ) -> bytes:
         mechanism, param = _BY_NUMBER[self._wrap]
-        return await kek.on(session).wrap_key(
-            key,
-            mechanism=mechanism,
-            mechanism_param=param,
-            timeout=time_left.now(),
+        try:
+            return await kek.on(session).wrap_key(
+                key,
+                mechanism=mechanism,
+                mechanism_param=param,
+                timeout=time_left.now(),
+            )
+        except PKCS11Error as error:
+            if rv.code_of(error) not in _NOT_SO:
+                raise
+            raise await self._not_so(error, kek, key, session, time_left) from error
+
+    async def _not_so(
+        self,
+        error: PKCS11Error,
+        kek: KeyRef,
+        key: KeyRef,
+        session: PooledSession,
+        time_left: _TimeLeft,
+    ) -> InvalidOption:
+        """What to say where the KEK does not wrap that way, and which ways do.
+
+        Tokens do not tell which hashes they take with OAEP: each way is tried, and
+        what comes of it is dropped.
+        """
+        asked = next(name for name, way in _WRAPS.items() if way[0] == self._wrap)
+        ways = []
+        for name, (number, mechanism, param) in _WRAPS.items():
+            if number == self._wrap:
+                continue
+            with contextlib.suppress(PKCS11Error):
+                await kek.on(session).wrap_key(
+                    key,
+                    mechanism=mechanism,
+                    mechanism_param=param,
+                    timeout=time_left.now(),
+                )
+                ways.append(f"wrap={name!r}")
+        hint = " or ".join(ways) or "another KEK, an AES key or an RSA pair"
+        code = rv.name_of(rv.code_of(error) or 0)
+        return InvalidOption(
+            f"the token does not wrap by {asked!r} with {kek!r} ({code}): give {hint}"
         )
 
     def __repr__(self) -> str:

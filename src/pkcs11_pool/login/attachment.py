@@ -78,22 +78,14 @@ class Attachment:
             self.module.claim(info, self._name or info.label)
             self.info = info
             self.guard = guard_of((self.module.path, info.identity))
-            self._anchor = self._first_session(info)
-
-    def _first_session(self, info: TokenInfo) -> Session:
-        """The first session, by which a token that was never initialised is known.
-
-        Raises:
-            TokenNotFound: It is such a one. It is not down, so nobody waits for it.
-        """
-        try:
-            return self.new_session(rw=False)
-        except p11.PKCS11Error as error:
-            # Only now: tokens of some modules do not tell that they are initialised.
-            if info.flags & TokenFlag.TOKEN_INITIALIZED:
-                raise
-            message = f"token {info} is blank: await init_token(…), then open a pool"
-            raise TokenNotFound(message) from error
+            try:
+                self._anchor = self.new_session(rw=False)
+            except p11.TokenNotRecognised as error:
+                # Else it is waited for, as one that is down.
+                if info.flags & TokenFlag.TOKEN_INITIALIZED:
+                    raise
+                message = f"{info}: initialise it by init_token()"
+                raise TokenNotFound(message) from error
 
     def _detach(self) -> None:
         module = self.module
