@@ -46,7 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--long",
         action="store_true",
-        help="the model machine makes 100000 steps, if --model-steps does not say more",
+        help="the model machine makes 100000 steps, if --model-steps does not say "
+        "more; the fuzz tests draw twenty times as much",
     )
     group.addoption(
         "--model-seed", type=int, default=0, help="where its random choices begin"

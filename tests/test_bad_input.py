@@ -558,11 +558,81 @@ async def test_the_officer_refuses_the_same(
             await so.init_pin("1234", timeout=-1)
 
 
+_ODD: dict[str, Callable[[Any], Any]] = {
+    "bytes by their number": lambda p: p.find({Attribute.ID: 10**9}),
+    "a truth in words": lambda p: p.find({Attribute.EXTRACTABLE: "no"}),
+    "no truth": lambda p: p.find({Attribute.TOKEN: None}),
+    "a number in words": lambda p: p.find({Attribute.CLASS: "3"}),
+    "a number that is none": lambda p: p.find({Attribute.VALUE_LEN: 16.0}),
+    "a number that is too large": lambda p: p.find({Attribute.VALUE_LEN: 2**64}),
+    "a label that is no text": lambda p: p.find({Attribute.LABEL: "tOp\ud800"}),
+    "a template in a template": lambda p: p.find({Attribute.WRAP_TEMPLATE: bytes(24)}),
+    "a key's label": lambda p: p.key(label="tOp\ud800"),
+    "a new key's label": lambda p: p.generate_key(
+        KeyType.AES, 128, store=True, label="tOp\ud800"
+    ),
+    "data": lambda p: p.digest("tOp\ud800", mechanism=Mechanism.SHA256),
+    "a view": lambda p: p.digest(_released(), mechanism=Mechanism.SHA256),
+    "a length": lambda p: p.generate_key(KeyType.AES, 2**70, store=True),
+    "random numbers": lambda p: p.generate_random(2**40),
+    "a mechanism": lambda p: p.digest(b"x", mechanism=10**5000),
+}
+
+
+def _released() -> memoryview:
+    view = memoryview(bytearray(b"x"))
+    view.release()
+    return view
+
+
+@pytest.mark.parametrize("odd", _ODD)
+@pytest.mark.parametrize(
+    "anyio_backend",
+    [pytest.param(("asyncio", {"debug": True}), id="asyncio")],
+    indirect=True,
+)
+async def test_an_odd_value_is_refused_at_the_door(odd: str) -> None:
+    """What fuzzing found: zeros for bytes, true for "no", addresses of nothing."""
+    with pytest.raises(InvalidOption) as caught:
+        await _ODD[odd](TokenPool("/m", slot_id=0))
+    assert "tOp" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["DSA", "DSA_SHA1", "RSA_X_509", "RSA_PKCS"])
+async def test_a_mechanism_for_other_keys_never_reaches_the_module(
+    make_pool: MakePool, fault: FaultModule, name: str
+) -> None:
+    """SoftHSM2 takes an EC key for a DSA key, and the process is gone."""
+    async with make_pool(module=fault.path) as pool:
+        _, key = await pool.generate_keypair(KeyType.EC, curve="secp256r1", store=True)
+        for data in (bytes(32), [bytes(40_000), bytes(40_000)]):
+            with pytest.raises(InvalidOption, match=r"for (RSA|DSA) keys"):
+                await key.sign(data, mechanism=Mechanism[name])
+        assert fault.count("C_SignInit") == 0
+
+
+async def test_a_slot_is_not_taken_for_another(token: ThrowawayToken) -> None:
+    """A number that is cut off on its way into C would be that of a token to wipe."""
+    (info, *_) = await list_tokens(token.module)
+    for slot_id in (info.slot_id + 2**64, 2**64, 10**5000):
+        with pytest.raises(InvalidOption, match="slot"):
+            await init_token(
+                token.module, slot_id=slot_id, label="x", so_pin="87654321", wipe=True
+            )
+        with pytest.raises(InvalidOption, match="slot_id"):
+            TokenPool(token.module, slot_id=slot_id)
+
+
 async def test_a_wrong_mechanism_parameter_is_told(pool: TokenPool) -> None:
     """A parameter that cannot be packed is no riddle of the library below."""
-    await pool.generate_key(KeyType.AES, 128, label="aes", store=True)
-    with pytest.raises((InvalidOption, TypeError, ValueError, pkcs11.PKCS11Error)):
-        await pool.key(label="aes").encrypt(_DATA, mechanism_param=object())
+    key = await pool.generate_key(KeyType.AES, 128, label="aes", store=True)
+    for odd in (object(), [1], ({}, 2), "x", 7):
+        with pytest.raises((InvalidOption, pkcs11.PKCS11Error)):
+            await key.encrypt(_DATA, mechanism=Mechanism.AES_GCM, mechanism_param=odd)
+        with pytest.raises((InvalidOption, pkcs11.PKCS11Error)):
+            await key.wrap_key(
+                key, mechanism=Mechanism.AES_ECB_ENCRYPT_DATA, mechanism_param=odd
+            )
     sealed = await pool.key(label="aes").encrypt(_DATA, mechanism_param=bytes(16))
     assert len(sealed) >= 16
 
@@ -626,7 +696,9 @@ async def test_a_wrong_time_limit_is_refused(call: str, timeout: object) -> None
         await _TIMED[call](pool, timeout)
 
 
-@pytest.mark.parametrize("timeout", [math.inf, 1e300, 10**12], ids=repr)
+@pytest.mark.parametrize(
+    "timeout", [math.inf, 1e300, 1.7e308, 10**12, 10**400], ids=["inf", *"1234"]
+)
 async def test_a_time_limit_that_never_comes_is_none(
     make_pool: MakePool, timeout: float
 ) -> None:
@@ -928,6 +1000,17 @@ async def test_a_blank_token_is_initialised(
         assert pool.token.slot_id == info.slot_id
         async with pool.security_officer("87654321"):
             pass
+
+
+async def test_a_blank_token_is_told_at_once(
+    make_pool: MakePool, token: ThrowawayToken
+) -> None:
+    """It is not down, and no wait makes it a token: init_token does."""
+    blank = await _blank(token.module)
+    pool = make_pool(token_label=None, slot_id=blank.slot_id)
+    with pytest.raises(TokenNotFound, match="init_token"):
+        await pool.open()
+    assert pool.state is PoolState.CLOSED
 
 
 async def test_a_token_without_a_users_pin_waits_for_the_officer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
@@ -36,7 +37,7 @@ from poolkit import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from conftest import MakePool
     from faultmodule import FaultModule
@@ -249,6 +250,73 @@ async def test_another_token_in_its_place_is_named_and_gets_no_pin(
         assert await _sign(key)
 
 
+@pytest.mark.parametrize("use", ["verify", "digest", "session", "destroy"])
+async def test_a_token_swapped_during_a_rest_is_sent_nothing(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    """Not even what needs no login: a key of the same number would be a stranger's."""
+    uses: dict[str, Callable[[Any, Any], Any]] = {
+        "verify": lambda _, key: key.verify(_DIGEST, bytes(64)),
+        "digest": lambda pool, _: digest(pool),
+        "session": lambda pool, _: _enters(pool.session()),
+        "destroy": lambda _, key: key.destroy(),
+    }
+    async with make_pool(module=fault.path, recovery_timeout=0.2) as pool:
+        public, _ = await pool.generate_keypair(
+            KeyType.EC, curve="secp256r1", store=True
+        )
+        await public.verify(_DIGEST, bytes(64), mechanism=Mechanism.ECDSA)
+        await _rested(pool, monkeypatch)
+        fault.token_info(pool.token.slot_id, label="stranger")
+        fault.reset_counts()
+        with pytest.raises(TokenUnavailable, match="stranger"):
+            await uses[use](pool, public)
+        sent = {name for name, count in fault.counts().items() if count}
+        assert sent <= _LOOKED
+        fault.token_info(pool.token.slot_id)
+        await _back(pool)
+        assert not await public.verify(_DIGEST, bytes(64), mechanism=Mechanism.ECDSA)
+
+
+_LOOKED = {
+    "C_OpenSession",
+    "C_CloseSession",
+    "C_GetSessionInfo",
+    "C_GetTokenInfo",
+    "C_GetSlotInfo",
+    "C_GetSlotList",
+    "C_Finalize",
+    "C_Initialize",
+    "C_GetInfo",
+}
+
+
+async def _enters(block: Any) -> None:
+    async with block:
+        pass
+
+
+async def _rested(pool: TokenPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a long rest: all sessions but the login's are closed."""
+    await eventually(lambda: pool.stats().sessions_open == 0)
+    monkeypatch.setattr("pkcs11_pool.engine.work.REST", 0.0)
+
+
+async def test_after_a_rest_the_token_is_asked_once(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not again while there is work."""
+    async with make_pool(module=fault.path) as pool:
+        await _rested(pool, monkeypatch)
+        fault.reset_counts()
+        await digest(pool)
+        assert fault.count("C_GetTokenInfo") == 1
+        monkeypatch.undo()
+        for _ in range(20):
+            await digest(pool)
+        assert fault.count("C_GetTokenInfo") == 1
+
+
 # -- Who waits, and how long ------------------------------------------------------
 
 
@@ -300,6 +368,73 @@ async def test_a_login_asked_for_in_an_outage_waits_for_the_token(
             tasks.start_soon(pool.logout)
             await anyio.wait_all_tasks_blocked()
         assert _who(pool) is LoginState.PUBLIC
+
+
+async def _awaited(pin: str) -> str:
+    await anyio.lowlevel.checkpoint()
+    return pin
+
+
+@pytest.mark.parametrize("source", ["given", "its own", "called", "awaited"])
+async def test_a_login_that_first_meets_an_outage_waits_for_the_token(
+    make_pool: MakePool, fault: FaultModule, token: Any, source: str
+) -> None:
+    """Nobody knew that the token was away: it is no error of whoever logs in."""
+    pins: dict[str, Any] = {
+        "called": lambda: token.user_pin,
+        "awaited": partial(_awaited, token.user_pin),
+    }
+    async with make_pool(module=fault.path, pin=pins.get(source, "1234")) as pool:
+        await pool.logout()
+        fault.go_down()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pool.login, "1234" if source == "given" else None)
+            await eventually(lambda: pool.state is PoolState.RECOVERING)
+            fault.come_back()
+        assert _who(pool) is LoginState.USER
+
+
+async def test_a_login_waits_no_longer_than_recovery_timeout(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """As operations do: then TokenUnavailable, and the next one at once."""
+    async with make_pool(module=fault.path, recovery_timeout=0.2) as pool:
+        await pool.logout()
+        fault.go_down()
+        for _ in range(2):
+            with anyio.fail_after(LAST_RESORT), pytest.raises(TokenUnavailable):
+                await pool.login()
+        fault.come_back()
+        await _back(pool)
+        await pool.login()
+
+
+async def test_a_login_whose_answer_is_lost_is_not_made_again(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The PIN may be a wrong one: one try for each time that somebody says so."""
+    async with make_pool(module=fault.path) as pool:
+        await pool.logout()
+        fault.reset_counts()
+        fault.on("C_Login", answer=CKR.DEVICE_ERROR)
+        with pytest.raises(pkcs11.DeviceError):
+            await pool.login()
+        assert fault.count("C_Login") == 1
+        await pool.login()
+
+
+async def test_a_login_is_put_off_three_times_at_most(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """A token that is well each time it is looked at keeps nobody for ever."""
+    async with make_pool(module=fault.path) as pool:
+        await pool.logout()
+        for nth in (1, 3, 5, 7):
+            fault.on("C_GetTokenInfo", nth=nth, answer=CKR.DEVICE_ERROR)
+        fault.reset_counts()
+        with pytest.raises(pkcs11.DeviceError):
+            await pool.login()
+        assert fault.count("C_Login") == 0
 
 
 async def test_who_was_logged_out_stays_out(
@@ -383,7 +518,7 @@ async def test_a_call_that_changes_the_token_is_not_repeated(
         fault.reset_counts()
         outcome: dict[str, Any] = {how: CKR.DEVICE_REMOVED}
         fault.on("C_GenerateKey", **outcome)
-        with pytest.raises(OutcomeUnknown, match="label") as caught:
+        with pytest.raises(OutcomeUnknown, match="label='new'") as caught:
             await pool.generate_key(KeyType.AES, 128, label="new", store=True)
         assert isinstance(caught.value.__cause__, pkcs11.DeviceRemoved)
         assert fault.count("C_GenerateKey") == 1
@@ -401,6 +536,103 @@ async def test_destroying_is_not_repeated(
         with pytest.raises(OutcomeUnknown):
             await key.destroy()
         assert fault.count("C_DestroyObject") == 1
+
+
+_NAMED: dict[str, Any] = {"label": "new", "id": b"\x07", "store": True}
+_FIND = "await pool.find({Attribute.LABEL: 'new', Attribute.ID: b'\\x07'})"
+_CUT_OFF: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+    "generate_key": (
+        "C_GenerateKey",
+        lambda p, _: p.generate_key(KeyType.AES, 128, **_NAMED),
+        ("generate_key(label='new', id=b'\\x07') on token 'demo' (serial ", _FIND),
+    ),
+    "generate_keypair": (
+        "C_GenerateKeyPair",
+        lambda p, _: p.generate_keypair(
+            KeyType.EC,
+            curve="secp256r1",
+            store=True,
+            label="other",
+            private_template={Attribute.LABEL: "new", Attribute.ID: b"\x07"},
+        ),
+        ("generate_keypair(label='new', id=b'\\x07')", _FIND),
+    ),
+    "create_object": (
+        "C_CreateObject",
+        lambda p, _: p.create_object(
+            {
+                Attribute.CLASS: ObjectClass.DATA,
+                Attribute.TOKEN: True,
+                Attribute.LABEL: "new",
+                Attribute.VALUE: b"tOpsEcret",
+            }
+        ),
+        ("create_object(label='new')", "await pool.find({Attribute.LABEL: 'new'})"),
+    ),
+    "without a name": (
+        "C_GenerateKey",
+        lambda p, _: p.generate_key(KeyType.AES, 128, store=True),
+        ("generate_key() on token 'demo'", "await pool.find()", "neither label nor id"),
+    ),
+    "copy": (
+        "C_CopyObject",
+        lambda _, k: k.copy({Attribute.LABEL: "new", Attribute.ID: b"\x07"}),
+        ("copy(label='new', id=b'\\x07')", _FIND),
+    ),
+    "set_attributes": (
+        "C_SetAttributeValue",
+        lambda _, k: k.set_attributes({Attribute.LABEL: "new"}),
+        ("set_attributes of label='old'", "{Attribute.LABEL: 'old'}", "its new one"),
+    ),
+    "destroy": (
+        "C_DestroyObject",
+        lambda _, k: k.destroy(),
+        ("destroy of label='old'", "still there", "{Attribute.LABEL: 'old'}"),
+    ),
+    "run": (
+        "C_DestroyObject",
+        lambda p, _: p.run(_destroys_all, rw=True),
+        ("run(_destroys_all) on token 'demo'", "what the function makes"),
+    ),
+}
+
+
+def _destroys_all(session: Any) -> None:
+    for item in session.get_objects():
+        item.destroy()
+
+
+@pytest.mark.parametrize("name", _CUT_OFF)
+async def test_a_call_with_an_unknown_outcome_says_where_to_look(
+    make_pool: MakePool, fault: FaultModule, name: str
+) -> None:
+    """Which call, on which token, and what to look for; and never a value."""
+    function, call, told = _CUT_OFF[name]
+    async with make_pool(module=fault.path) as pool:
+        key = await pool.generate_key(KeyType.AES, 128, label="old", store=True)
+        fault.on(function, replace=CKR.DEVICE_REMOVED)
+        with pytest.raises(OutcomeUnknown) as caught:
+            await call(pool, key)
+        text = str(caught.value)
+        assert [part for part in told if part not in text] == []
+        assert "CKR_DEVICE_REMOVED" in text
+        assert "tOpsEcret" not in text
+
+
+async def test_a_call_that_changes_the_token_and_hangs_says_where_to_look(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """At its deadline nobody knows either whether it happened."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_GenerateKey", hang="after")
+        with pytest.raises(PoolTimeout) as caught:
+            await pool.generate_key(KeyType.AES, 128, **_NAMED, timeout=0.2)
+        await hangs(fault, "C_GenerateKey")
+        assert caught.value.phase == "running"
+        assert "generate_key(label='new', id=b'\\x07')" in str(caught.value)
+        assert _FIND in str(caught.value)
+        fault.release()
+        await eventually(lambda: not pool.stats().calls_stuck)
 
 
 async def test_what_changes_the_token_and_was_not_sent_is_made(

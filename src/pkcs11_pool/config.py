@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 
 LABEL_BYTES = 32
 """Size of ``CK_TOKEN_INFO.label``."""
+LONGEST = 1e9
+"""Seconds. Longer is never, and more than the system's clocks and locks can count."""
+MOST_ULONG = (1 << 8 * struct.calcsize("@L")) - 1
+"""The largest ``CK_ULONG``."""
+_SHOWN_BITS = 128
+"""A longer number is not written out: Python itself refuses that from some size on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -51,12 +58,14 @@ class PoolOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, with what to write instead."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         _text("token_label", self.token_label)
         _text("token_model", self.token_model)
         _text("token_manufacturer", self.token_manufacturer)
         _text("name", self.name)
         _bytes("token_serial", self.token_serial)
-        _count("slot_id", self.slot_id, least=0)
+        _count("slot_id", self.slot_id, least=0, most=MOST_ULONG)
         if (
             self.token_label is None
             and self.token_serial is None
@@ -72,9 +81,10 @@ class PoolOptions:
         _count("max_sessions", self.max_sessions, least=1, optional=False)
         _count("max_waiting", self.max_waiting, least=0)
         for name in ("timeout", "open_timeout", "handle_max_age"):
-            check_seconds(name, getattr(self, name))
+            object.__setattr__(self, name, seconds(name, getattr(self, name)))
         for name in ("close_timeout", "recovery_timeout"):
             check_seconds(name, getattr(self, name), optional=False)
+            object.__setattr__(self, name, seconds(name, getattr(self, name)))
         if self.serialize is not None and not isinstance(self.serialize, bool):
             raise InvalidType(
                 _wrong("serialize", "True, False or None", self.serialize)
@@ -199,22 +209,51 @@ def module_path(value: str | os.PathLike[str]) -> str:
     """The path of a Cryptoki module as text."""
     if not isinstance(value, (str, os.PathLike)):
         raise InvalidType(_wrong("module", "a path (str or os.PathLike)", value))
-    path = os.fspath(value)
+    try:
+        path = os.fspath(value)
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise InvalidOption("module cannot be the path of a file") from None
+    except Exception as error:
+        raise InvalidType(_wrong("module", "a path of text", value)) from error
     if not isinstance(path, str):
         raise InvalidType(_wrong("module", "a path of text", value))
     if not path or "\0" in path:
-        message = f"module must be the path of a Cryptoki module, not {path!r}"
+        message = "module must be the path of a Cryptoki module, not empty and no NUL"
         raise InvalidOption(message)
-    return path
+    return str.__str__(path)
 
 
 def reserved_bytes(value: str | bytes | None) -> bytes | None:
     """Module parameters for ``C_Initialize``, without the closing NUL."""
     if isinstance(value, str):
-        return value.encode()
+        return encoded("init_reserved", value)
     if value is not None and not isinstance(value, bytes):
         raise InvalidType(_wrong("init_reserved", "str, bytes or None", value))
     return value
+
+
+def encoded(name: str, value: str) -> bytes:
+    """Text as the token takes it. It stays out of the message, and of its cause.
+
+    Raises:
+        InvalidOption: It has surrogates, which are no text.
+    """
+    try:
+        return value.encode()
+    except UnicodeEncodeError:
+        pass
+    raise InvalidOption(f"{name} cannot be written as UTF-8")
+
+
+def seconds(name: str, value: Any) -> float | None:
+    """A duration as a number that every clock and lock can count; None: for ever.
+
+    Raises:
+        InvalidType, InvalidOption: It is none.
+    """
+    check_seconds(name, value)
+    return None if value is None else float(min(value, LONGEST))
 
 
 def check_seconds(name: str, value: object, *, optional: bool = True) -> None:
@@ -224,14 +263,25 @@ def check_seconds(name: str, value: object, *, optional: bool = True) -> None:
     allowed = "a number of seconds" + (", or None for no limit" if optional else "")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidType(_wrong(name, allowed, value))
-    if math.isnan(value) or value < 0 or (value == math.inf and not optional):
-        message = f"{name} must be {allowed}, at least 0, not {value!r}"
+    # Written so that NaN is refused, and no number is too large to be looked at.
+    if not value >= 0 or (value == math.inf and not optional):
+        message = f"{name} must be {allowed}, at least 0, not {told(value)}"
         raise InvalidOption(message)
+
+
+def told(value: float) -> str:
+    """A number for a message, however long it is, and whatever shows it otherwise."""
+    if isinstance(value, float):
+        return repr(float(value))
+    number = int(value)
+    if number.bit_length() <= _SHOWN_BITS:
+        return str(number)
+    return f"a number of {number.bit_length()} bits"
 
 
 def check_label(name: str, value: str) -> None:
     """Refuse a token label that ``CK_TOKEN_INFO`` cannot hold."""
-    size = len(value.encode())
+    size = len(encoded(name, value))
     if size > LABEL_BYTES:
         message = f"{name} has {size} bytes of UTF-8; a token's label has at most 32"
         raise InvalidOption(message)
@@ -248,9 +298,22 @@ def option_names() -> tuple[str, ...]:
     return tuple(field.name for field in fields(PoolOptions))
 
 
+def _plain(value: Any) -> Any:
+    """A value of a subclass as one of the class itself: it is shown and compared."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, bytes):
+        return bytes(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    return value
+
+
 def _text(name: str, value: object) -> None:
     if value is not None and not isinstance(value, str):
         raise InvalidType(_wrong(name, "str or None", value))
+    if value is not None:
+        encoded(name, value)
 
 
 def _bytes(name: str, value: object) -> None:
@@ -258,14 +321,22 @@ def _bytes(name: str, value: object) -> None:
         raise InvalidType(_wrong(name, "bytes or None", value))
 
 
-def _count(name: str, value: object, *, least: int, optional: bool = True) -> None:
+def _count(
+    name: str,
+    value: object,
+    *,
+    least: int,
+    most: int | None = None,
+    optional: bool = True,
+) -> None:
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidType(_wrong(name, "a whole number", value))
     if value < least:
-        message = f"{name} must be at least {least}, not {value}"
-        raise InvalidOption(message)
+        raise InvalidOption(f"{name} must be at least {least}, not {told(value)}")
+    if most is not None and value > most:
+        raise InvalidOption(f"{name} must be at most {most}, not {told(value)}")
 
 
 def _wrong(name: str, allowed: str, value: Any) -> str:

@@ -256,6 +256,6 @@ class ModuleError(PoolError):
 class OutcomeUnknown(PoolError):
     """A call that must not be repeated was lost with the token.
 
-    It may have happened. Look at the token, for what it makes or changes, before
-    making it again.
+    It may have happened. The message names the call, the token, and what to look for
+    there before it is made again.
     """

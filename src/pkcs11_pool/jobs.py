@@ -8,6 +8,7 @@ wakes the waiter; what comes later is dropped.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -87,6 +88,19 @@ class Thread(Protocol):
         """Wait for its end."""
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a call changes the token: true wherever it is asked whether it does.
+
+    Attributes:
+        call: What was called, and with which names.
+        look: What to look for, when nobody knows whether it happened.
+    """
+
+    call: str
+    look: str
+
+
 class Job:
     """One operation, lease or request, and what became of it.
 
@@ -94,7 +108,7 @@ class Job:
         work: Called on a worker with the session.
         kind: What it needs to start.
         rw: Whether its session must be R/W.
-        changes: Whether it may change the token: the outcome is waited for.
+        changes: Whether it may change the token, or how: the outcome is waited for.
         restart: Whether it may start again after a lost login.
         repeats: Whether it may start again after a lost token, that may have done it.
         stays: Whether it is done in any case, also when nobody waits any more.
@@ -136,7 +150,7 @@ class Job:
         *,
         waiter: Waiter,
         deadline: float | None,
-        changes: bool = False,
+        changes: Change | bool = False,
         restart: bool = True,
         repeat: bool = False,
         rw: bool = False,

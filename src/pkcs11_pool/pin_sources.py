@@ -11,16 +11,19 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from pkcs11_pool.errors import InvalidOption, InvalidType, PinSourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 _MOST: Final = 4096
 """Bytes of a line that may be a PIN. Longer than any token takes."""
 
+_LONGEST: Final = 1e6
+"""Seconds that a program may be given, at most."""
 _CREDENTIALS: Final = "CREDENTIALS_DIRECTORY"
 _NO_TERMINAL: Final = (
     "there is no terminal to ask for the PIN on: use pins.env, pins.file, "
@@ -151,12 +154,15 @@ def command(arguments: Sequence[str], *, timeout: float = 30.0) -> Callable[[], 
         arguments: The program and its arguments. There is no shell.
         timeout: Seconds that it may take.
     """
-    if isinstance(arguments, str) or not all(isinstance(a, str) for a in arguments):
+    if not isinstance(arguments, Sequence) or isinstance(arguments, (str, bytes)):
         message = 'a command is a list of words, such as ["pass", "show", "hsm"]'
         raise InvalidType(message)
-    words = list(arguments)
-    if not words:
+    words = [_word("a word of a command", word) for word in arguments]
+    if not words or not words[0]:
         raise InvalidOption("a command has at least the name of a program")
+    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not number or not 0 < timeout <= _LONGEST:
+        raise InvalidOption("timeout must be a number of seconds, more than 0")
 
     def read() -> str:
         given = _said(words, timeout)
@@ -266,14 +272,29 @@ def _path(value: object) -> str:
         raise InvalidType(
             f"path must be str or os.PathLike, not {type(value).__name__}"
         )
-    path = os.fspath(value)
+    try:
+        path = os.fspath(value)
+        os.fsencode(path)
+    except Exception as error:
+        raise InvalidOption("path must be the path of a file, as text") from error
     if not isinstance(path, str) or not path or "\0" in path:
         raise InvalidOption("path must be the path of a file, as text")
-    return path
+    return str.__str__(path)
 
 
 def _check_word(name: str, value: object) -> None:
+    if not _word(name, value):
+        raise InvalidOption(f"{name} must be text that is not empty")
+
+
+def _word(name: str, value: object) -> str:
+    """Text that the system takes as a name."""
     if not isinstance(value, str):
         raise InvalidType(f"{name} must be str, not {type(value).__name__}")
-    if not value or "\0" in value:
-        raise InvalidOption(f"{name} must be text that is not empty")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise InvalidOption(f"{name} cannot be written as UTF-8") from None
+    if "\0" in value:
+        raise InvalidOption(f"{name} must be text without NUL")
+    return str.__str__(value)

@@ -173,16 +173,18 @@ def hide(value: object) -> Pin | NoPin:
         return PIN_PAD
     if not isinstance(value, str):
         return NoPin(InvalidType(f"a PIN is a str, not {type(value).__name__}"))
-    if not value:
+    try:
+        # Of a subclass only the text: what else it can do is not to be relied on.
+        text = str.__str__(value)
+        text.encode()
+    except (TypeError, UnicodeEncodeError):
+        # The codec's own error would hold the PIN.
+        return NoPin(InvalidOption("a PIN is text that can be written as UTF-8"))
+    if not text:
         return NoPin(
             InvalidOption("a PIN is not empty; for a token without one: pin=None")
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        # The codec's own error would hold the PIN.
-        return NoPin(InvalidOption("a PIN is text that can be written as UTF-8"))
-    return Secret(value)
+    return Secret(text)
 
 
 def hide_source(value: object) -> PinSource | NoPin:
@@ -356,5 +358,5 @@ def answer(given: object) -> Pin | PinSourceError:
         given.close()
     kind = type(given).__name__
     if isinstance(given, str):
-        kind = "text that is not UTF-8" if given else "an empty str"
+        kind = "text that is not UTF-8" if given != "" else "an empty str"
     return PinSourceError(f"the PIN source must give a non-empty str, not {kind}")

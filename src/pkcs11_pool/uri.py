@@ -34,6 +34,8 @@ _VALUE: Final = {
 _NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 _VERSION: Final = re.compile(r"(\d{1,3})(?:\.(\d{1,3}))?", re.ASCII)
 _SLOT: Final = re.compile(r"\d{1,20}", re.ASCII)
+_SLOTS: Final = 10**20
+"""As many digits as are read."""
 _SCHEME: Final = "pkcs11:"
 _BYTE: Final = 255
 
@@ -146,7 +148,9 @@ class Pkcs11URI:
         for field in fields(self):
             value: Any = given.get(field.name)
             if field.name.startswith("vendor_"):
-                value = _vendor(field.name.removeprefix("vendor_"), value or ())
+                value = _vendor(
+                    field.name.removeprefix("vendor_"), () if value is None else value
+                )
             elif value is not None:
                 _check(field.name, value)
             object.__setattr__(self, field.name, value)
@@ -225,7 +229,8 @@ def _parse(text: object) -> Pkcs11URI:
     path, mark, query = text.partition("?")
     if mark and not query:
         raise InvalidURI("nothing follows '?' in the PKCS#11 URI: take it out")
-    found: dict[str, Any] = {"vendor_path": [], "vendor_query": []}
+    # A vendor's attribute of the path stands once, as a key; one of the query may not.
+    found: dict[str, Any] = {"vendor_path": {}, "vendor_query": []}
     _take_all(found, "path", path[len(_SCHEME) :], len(_SCHEME) + 1)
     _take_all(found, "query", query, len(path) + 2)
     return Pkcs11URI(**found)
@@ -261,16 +266,15 @@ def _take(found: dict[str, Any], part: str, piece: str, place: int) -> None:
     if good is None or good.end() < len(value):
         _refuse(name, value, 0 if good is None else good.end(), start)
     octets = unquote_to_bytes(value)
-    key = name.replace("-", "_")
-    if name not in _KNOWN[part]:
-        given = found[f"vendor_{part}"]
-        if part == "path" and name in dict(given):
-            raise InvalidURI(f"{name} stands twice, again at character {place}")
-        given.append((name, octets))
+    known = name in _KNOWN[part]
+    if not known and part == "query":
+        found["vendor_query"].append((name, octets))
         return
-    if key in found:
+    once = found if known else found["vendor_path"]
+    key = name.replace("-", "_") if known else name
+    if key in once:
         raise InvalidURI(f"{name} stands twice, again at character {place}")
-    found[key] = _decoded(name, octets, start)
+    once[key] = _decoded(name, octets, start) if known else octets
 
 
 def _refuse(name: str, value: str, at: int, start: int) -> None:
@@ -341,7 +345,7 @@ def _check(field: str, value: object) -> None:
         raise InvalidURI(f"type is one of {', '.join(get_args(ObjectType))}")
     if name == "id" and not isinstance(value, bytes):
         raise InvalidURI(f"id must be bytes, not {type(value).__name__}")
-    if name == "slot-id" and (type(value) is not int or value < 0):
+    if name == "slot-id" and (type(value) is not int or not 0 <= value < _SLOTS):
         raise InvalidURI("slot_id must be the number of a slot")
     if name == "library-version" and not _is_version(value):
         raise InvalidURI("library_version must be (major, minor), each 0 to 255")
@@ -360,10 +364,16 @@ def _has_surrogates(value: str) -> bool:
 
 
 def _vendor(part: str, given: Any) -> tuple[tuple[str, bytes], ...]:
-    pairs = tuple(given.items() if isinstance(given, Mapping) else given)
+    try:
+        given = given.items() if isinstance(given, Mapping) else given
+        pairs = tuple((name, value) for name, value in given)
+    except Exception as error:
+        message = f"vendor_{part} must be a mapping, or pairs of a name and bytes"
+        raise InvalidURI(message) from error
     for name, value in pairs:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InvalidURI(f"{name!r} cannot be the name of an attribute")
+            shown = repr(name) if type(name) is str else f"a {type(name).__name__}"
+            raise InvalidURI(f"{shown} cannot be the name of an attribute")
         if name in _PATH or name in _QUERY:
             raise InvalidURI(f"{name} is no vendor's attribute")
         if not isinstance(value, bytes):

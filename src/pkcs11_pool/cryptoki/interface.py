@@ -17,7 +17,7 @@ import ctypes as c
 import gc
 import struct
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -26,9 +26,10 @@ from pkcs11 import exceptions as p11
 
 from pkcs11_pool.cryptoki import rv as ckr
 from pkcs11_pool.cryptoki.vendor import Mapper
+from pkcs11_pool.errors import InvalidOption, PoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import pkcs11
 
@@ -315,8 +316,39 @@ def pack_mechanism(
     """Pack a mechanism and its parameter as python-pkcs11 does.
 
     The result owns the memory: keep it until the call has returned.
+
+    Raises:
+        InvalidOption: The parameter does not fit the mechanism.
     """
-    return _native.MechanismWithParam(key_type, defaults, mechanism, param)
+    with argument_errors():
+        return _native.MechanismWithParam(key_type, defaults, mechanism, param)
+
+
+@contextmanager
+def argument_errors() -> Iterator[None]:
+    """Around a call of python-pkcs11, whose own errors are a riddle to a caller.
+
+    Raises:
+        InvalidOption: It could not pack an argument; a value was checked before, a
+            mechanism's parameter was not.
+    """
+    try:
+        yield
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        if isinstance(error, PoolError):
+            raise
+        message = (
+            "python-pkcs11 cannot pass on an argument; mechanism_param= must be what "
+            f"the mechanism takes ({type(error).__name__})"
+        )
+        raise InvalidOption(message) from error
 
 
 class _Wrapper:

@@ -64,9 +64,10 @@ def wrap_key(
         entry.require(Attribute.WRAP, target)
 
         def inner(other: Entry) -> bytes:
-            result: bytes = bound(session, entry).wrap_key(
-                bound(session, other), mechanism=mechanism, mechanism_param=param
-            )
+            with interface.argument_errors():
+                result: bytes = bound(session, entry).wrap_key(
+                    bound(session, other), mechanism=mechanism, mechanism_param=param
+                )
             return result
 
         return with_object(session, cache, wrapped, PRIVATE_OR_SECRET, inner)
@@ -95,7 +96,7 @@ def make_with_key(
             _destroy_all(session, leftover)
         made.clear()
         entry.require(capability, target)
-        with cache.changing():
+        with cache.changing(), interface.argument_errors():
             result = make(bound(session, entry))
         objects = result if isinstance(result, tuple) else (result,)
         entries = [
@@ -126,7 +127,7 @@ def make_from_parameters(
     def call(entry: Entry) -> list[Entry]:
         _destroy_all(session, made)
         packed = session.attributes(entry.handle, [int(kind) for kind in _PARAMETERS])
-        with cache.changing():
+        with cache.changing(), interface.argument_errors():
             pair = make(session.p11, key_type=entry.key_type, values=unpacked(packed))
         made[:] = [cache.describe(session, item.handle) for item in pair]
         return made
@@ -170,7 +171,7 @@ def make(
     session: Session, cache: HandleCache, call: Callable[[Any], Any]
 ) -> list[Entry]:
     """Generate or create objects: an entry for each one that was made."""
-    with cache.changing():
+    with cache.changing(), interface.argument_errors():
         result = call(session.p11)
     objects = result if isinstance(result, tuple) else (result,)
     return [cache.describe(session, item.handle) for item in objects]

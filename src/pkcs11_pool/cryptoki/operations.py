@@ -17,7 +17,7 @@ from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.util import dsa, ec
 
-from pkcs11_pool.cryptoki import interface, recovery, rv
+from pkcs11_pool.cryptoki import families, interface, recovery, rv
 from pkcs11_pool.cryptoki.keys import GONE, SessionObject, narrowed
 from pkcs11_pool.errors import (
     InvalidOption,
@@ -106,9 +106,15 @@ def packed(
         param is None or isinstance(param, tuple)
     )
     key = (key_type, id(known), mechanism, param)
-    if reusable and (kept := _packed.get(key)) is not None:
+    try:
+        kept = _packed.get(key) if reusable else None
+    except TypeError:
+        # Something in the parameter can change.
+        reusable, kept = False, None
+    if kept is not None:
         pair: tuple[object, int] = kept
         return pair
+    families.check(key_type, mechanism)
     packed = interface.pack_mechanism(key_type, dict(known), mechanism, param)
     pair = (packed, interface.mechanism_address(packed))
     if reusable:

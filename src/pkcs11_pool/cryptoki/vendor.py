@@ -14,6 +14,7 @@ from datetime import date
 from enum import IntEnum
 from typing import Any, Final, TypeVar
 
+from pkcs11 import attributes
 from pkcs11.attributes import AttributeMapper
 from pkcs11.constants import Attribute
 
@@ -67,11 +68,37 @@ def _pack(value: Any) -> bytes:
     raise TypeError(value)
 
 
+_OCTETS: Final = (bytes, bytearray, memoryview)
+_TAKEN: Final[dict[Any, tuple[tuple[type, ...], str]]] = {
+    attributes.handle_bool[0]: ((int,), "True or False"),
+    attributes.handle_ulong[0]: ((int,), "a number"),
+    attributes.handle_str[0]: ((str,), "str"),
+    attributes.handle_date[0]: ((date,), "datetime.date"),
+    attributes.handle_bytes[0]: ((*_OCTETS, list, tuple), "bytes"),
+    _pack: ((*_OCTETS, int, str, date), "bytes, str, a number or a date"),
+}
+"""What may be given for an attribute, by what packs it; the rest are enumerations."""
+_TEMPLATES: Final = range(0x40000211, 0x40000214)
+"""``CKA_WRAP_TEMPLATE``, ``CKA_UNWRAP_TEMPLATE``, ``CKA_DERIVE_TEMPLATE``: their value
+is made of addresses, which a module follows."""
+
+
 class Mapper(AttributeMapper):
     """python-pkcs11's attributes, and all others: by the value's type, and as bytes."""
 
     def _handler(self, key: Attribute) -> Any:
         return self.attribute_types.get(key, (_pack, bytes))
+
+    def wanted(self, key: Attribute, value: object) -> str | None:
+        """What a value must be that is none for this attribute; None: it may be.
+
+        python-pkcs11 makes zeros of a number where bytes belong, and a truth of any
+        text where a truth belongs.
+        """
+        if int(key) in _TEMPLATES:
+            return "left out: it holds a template, which the pool cannot pass on"
+        taken, text = _TAKEN.get(self._handler(key)[0], ((int,), "a number"))
+        return None if isinstance(value, taken) else text
 
     def unpack_attributes(self, key: Attribute, value: bytes) -> Any:
         """A value as Python has it; one that python-pkcs11 cannot read as it is.

@@ -30,7 +30,7 @@ from pkcs11_pool.errors import (
     TooManyWaiting,
     WouldDeadlock,
 )
-from pkcs11_pool.jobs import Job, Kind, Phase
+from pkcs11_pool.jobs import Change, Job, Kind, Phase
 from pkcs11_pool.state import PoolState, may_follow
 from pkcs11_pool.stats import Counters, RecentError, Times
 
@@ -63,6 +63,11 @@ RECENT = 20
 """How many errors are remembered for the statistics."""
 _FIRST = 1 << 62
 """Taken from a job's number, it puts it before all that were given one."""
+_INSIDE: Final = "while the call was inside the module: it may have happened"
+_ASKING: Final = (
+    "while the PIN source was asked, or the call was inside the module: it may yet "
+    "happen"
+)
 NO_WAIT = "timeout=0, and it would have to wait"
 
 
@@ -651,11 +656,11 @@ class Dispatch:
                     self._wait_times.add(job.wait_seconds)
             error = PoolTimeout(self._why_waiting_locked(), "waiting")
         else:
-            error = PoolTimeout(
-                "the deadline passed while the call was inside the module: it may have "
-                "happened",
-                "running",
-            )
+            where = _ASKING if job.kind is Kind.ACTOR else _INSIDE
+            text = f"the deadline passed {where}"
+            if isinstance(job.changes, Change):
+                text = f"{job.changes.call}: {text}. {job.changes.look}"
+            error = PoolTimeout(text, "running")
             if job.kind is not Kind.ACTOR:
                 self._write_off_locked(job, error)
                 self._run_times.add(now - job.since, job.is_operation)

@@ -25,6 +25,7 @@ from pkcs11_pool.errors import (
     StreamInterrupted,
     TokenUnavailable,
 )
+from pkcs11_pool.jobs import Change, Phase
 from pkcs11_pool.login.recovering import blocked
 from pkcs11_pool.state import LoginState, PoolState, SessionState
 
@@ -44,11 +45,7 @@ _RESTS: Final = (0.05, 0.1, 0.2, 0.4)
 _LOGGED_OUT: Final = frozenset(
     {SessionState.RO_PUBLIC_SESSION, SessionState.RW_PUBLIC_SESSION}
 )
-_UNKNOWN: Final = (
-    "the token was lost during the call ({error}): it may have happened. Before it is "
-    "made again, look at the token for what it makes or changes, by its label or id: "
-    "await pool.find({{Attribute.LABEL: …}})"
-)
+_LOOK: Final = "Look at the token for what it makes or changes, by its label or id"
 
 
 class _Clock:
@@ -128,12 +125,23 @@ class Outages(Leasing):
         # What a caller's function does with its session, he knows himself.
         known = fault is Fault.SESSION and not job.restart
         if job.changes and not known and not isinstance(error, PoolError):
-            unknown = OutcomeUnknown(_UNKNOWN.format(error=rv.text_of(error)))
-            unknown.__cause__ = error
-            return unknown
+            return self._unknown(job, error)
         if lane is not None and lane.cause is not None and not job.stays:
             return lane.error()
         return error
+
+    def _unknown(self, job: Job, error: Exception) -> OutcomeUnknown:
+        """What to tell of a call that changes the token and was lost with it."""
+        change = job.changes
+        if not isinstance(change, Change):
+            change = Change("the call", _LOOK)
+        token = self.actor.info or self.options.wanted_token
+        unknown = OutcomeUnknown(
+            f"{change.call} on token {token} was cut off ({rv.text_of(error)}): it may "
+            f"have happened. {change.look}"
+        )
+        unknown.__cause__ = error
+        return unknown
 
     def _without_login(self, job: Job, session: Session) -> bool:
         """Whether a job starts anew because it found no login.
@@ -255,6 +263,15 @@ class Outages(Leasing):
         """Whether nothing starts, because the token is or may be lost."""
         with self._lock:
             return self._outage is not None
+
+    def put_off(self, job: Job) -> bool:
+        """A request waits again; False: its caller has gone, or it was tried enough."""
+        with self._lock:
+            job.attempts += 1
+            if job.phase is not Phase.RUNNING or job.attempts >= _ATTEMPTS:
+                return False
+            job.phase = Phase.WAITING
+            return True
 
     def wait_quiet(self, deadline: float) -> bool:
         """Wait until nothing is inside the module; whether nothing is."""

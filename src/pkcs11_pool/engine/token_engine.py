@@ -321,6 +321,7 @@ class TokenEngine(Work):
                 rw = most = max(1, min(most, rw - 1))
         with self._lock:
             self._room.limit = SessionLimit(most, rw)
+            self._last_work = time.monotonic()
         self.become(PoolState.READY)
 
     def drain(self, deadline: float) -> None:

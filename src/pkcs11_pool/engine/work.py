@@ -39,6 +39,8 @@ _NOT: Final = Pause.NOT
 _READY: Final = PoolState.READY
 _LATE: Final = 0.0005
 """Seconds that a result may wait for others, so that one wake-up serves all."""
+REST: Final = 2.0
+"""Seconds without work in which nobody swaps a token."""
 _ENOUGH: Final = 4
 """Jobs in line that keep the workers busy while the loop makes new ones."""
 
@@ -189,6 +191,27 @@ class Work(Outages):
             return False
         session.close()
         return True
+
+    def session_for(self, worker: Worker, job: Job) -> Session:
+        """The same for a job that waits for it; after a rest, on the pool's own token.
+
+        Sessions die with their token, so one that stays open tells of no other. But
+        while nothing was done it may have been swapped, and the next session be a
+        stranger's: so the token is asked, after that session was opened.
+
+        Raises:
+            TokenUnavailable: Another token is in the slot. Nothing was sent to it.
+        """
+        session = self.open_session(worker, rw=job.rw)
+        now = time.monotonic()
+        if now - self._last_work > REST:
+            try:
+                self.actor.same_token()
+            except BaseException:
+                session.close()
+                raise
+            self._last_work = now
+        return session
 
     def no_session(self, worker: Worker, job: Job, error: Exception) -> None:
         """Opening failed: it is the caller's error, or the job waits for another try.

@@ -152,7 +152,7 @@ class Worker:
         if session is not None and not engine.is_stale(job, session):
             return session
         try:
-            return engine.open_session(self, rw=job.rw)
+            return engine.session_for(self, job)
         except Exception as error:  # noqa: BLE001  # raised at the caller
             engine.no_session(self, job, error)
             return None

@@ -17,7 +17,8 @@ from pkcs11.constants import Attribute, MechanismFlag, ObjectClass
 from pkcs11.mechanisms import KeyType, Mechanism
 from pkcs11.util import ec
 
-from pkcs11_pool.config import check_flag, check_seconds
+from pkcs11_pool import config
+from pkcs11_pool.config import check_flag
 from pkcs11_pool.cryptoki import interface
 from pkcs11_pool.cryptoki.vendor import member
 from pkcs11_pool.errors import InvalidOption, InvalidType
@@ -35,6 +36,10 @@ Data = str | bytes | bytearray | memoryview | Iterable[bytes] | AsyncIterable[by
 Template = Mapping[Attribute, Any]
 E = TypeVar("E", bound=IntEnum)
 
+_SHORT: Final = 40
+"""Characters of a wrong name that are shown."""
+_MOST_BITS: Final = 1 << 30
+"""Of random numbers in one call: they are in memory as a whole, 128 MiB then."""
 # RFC 8410; PKCS#11 v3.1, "Edwards EC private key objects", allows these.
 _EDWARDS: Final = {"ed25519": "1.3.101.112", "ed448": "1.3.101.113"}
 
@@ -43,8 +48,7 @@ def timeout(value: Timeout, default: float | None) -> float | None:
     """A time limit in seconds, or None."""
     if value is DEFAULT:
         return default
-    check_seconds("timeout", value)
-    return value
+    return config.seconds("timeout", value)
 
 
 def whole(value: object) -> bytes | None:
@@ -52,16 +56,23 @@ def whole(value: object) -> bytes | None:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
-        return value.encode()
+        return config.encoded("data", value)
     if isinstance(value, (bytearray, memoryview)):
-        return bytes(value)
+        return _bytes(value, "data")
     return None
+
+
+def _bytes(value: bytes | bytearray | memoryview, name: str) -> bytes:
+    try:
+        return bytes(value)
+    except ValueError as error:
+        raise InvalidOption(f"{name} is a memoryview that was released") from error
 
 
 def octets(value: object, name: str) -> bytes:
     """Bytes that are short: a signature, a wrapped key."""
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value)
+        return _bytes(value, name)
     message = f"{name} must be bytes, not {_kind(value)}"
     raise InvalidType(message)
 
@@ -86,21 +97,24 @@ def _member(kind: type[E], value: object, name: str) -> E:
         raise InvalidType(
             f"{name} must be a pkcs11.{kind.__name__}, not {_kind(value)}"
         )
-    found = member(kind, value)
+    found = member(kind, int(value))
     if found is None:
         raise InvalidType(
-            f"{name} {value:#x} is no pkcs11.{kind.__name__}, and a vendor's own is "
-            "0x80000000 or more"
+            f"{name}: {config.told(value)} is no pkcs11.{kind.__name__}, and a "
+            "vendor's own is 0x80000000 or more"
         )
     return found
 
 
 def der(signature_format: object) -> bool:
     """Whether signatures are DER; False is raw."""
-    if signature_format in ("raw", "der"):
-        return signature_format == "der"
-    message = f'signature_format must be "raw" or "der", not {signature_format!r}'
-    raise InvalidOption(message)
+    if isinstance(signature_format, str):
+        if signature_format in ("raw", "der"):
+            return signature_format == "der"
+        raise InvalidOption('signature_format must be "raw" or "der", no other text')
+    raise InvalidType(
+        f'signature_format must be "raw" or "der", not {_kind(signature_format)}'
+    )
 
 
 def key_type(value: object) -> KeyType:
@@ -121,9 +135,12 @@ def count(value: object, name: str, unit: str) -> int:
         message = f"{name} must be a whole number of {unit}, not {_kind(value)}"
         raise InvalidType(message)
     if value <= 0:
-        message = f"{name} must be more than 0 {unit}, not {value}"
+        message = f"{name} must be more than 0 {unit}, not {config.told(value)}"
         raise InvalidOption(message)
-    return value
+    if value > config.MOST_ULONG:
+        message = f"{name} is more than a token can be told: {config.told(value)}"
+        raise InvalidOption(message)
+    return int(value)
 
 
 def text(value: object, name: str) -> str:
@@ -134,15 +151,18 @@ def text(value: object, name: str) -> str:
     if not value:
         message = f"{name} must not be empty"
         raise InvalidOption(message)
+    config.encoded(name, value)
     return value
 
 
-def slot(value: object) -> int:
+def slot(value: Any) -> int:
     """The number of a slot."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    number = isinstance(value, int) and not isinstance(value, bool)
+    # A larger one would reach the module with its highest bits cut off.
+    if not number or not 0 <= value <= config.MOST_ULONG:
         message = "slot_id must be the number of a slot; list_tokens() shows them"
         raise InvalidType(message)
-    return value
+    return int(value)
 
 
 def bits(value: object) -> int:
@@ -151,6 +171,9 @@ def bits(value: object) -> int:
     if nbits % 8:
         message = f"nbits must be a multiple of 8, not {nbits}"
         raise InvalidOption(message)
+    if nbits > _MOST_BITS:
+        message = f"nbits must be at most {_MOST_BITS} in one call, not {nbits}"
+        raise InvalidOption(message)
     return nbits // 8
 
 
@@ -158,12 +181,7 @@ def name(
     label: object, id_: object, object_class: object, kind: object
 ) -> tuple[str | None, bytes | None, ObjectClass | None, KeyType | None]:
     """What names a key."""
-    if label is not None and not isinstance(label, str):
-        message = f"label must be str, not {_kind(label)}"
-        raise InvalidType(message)
-    if id_ is not None and not isinstance(id_, bytes):
-        message = f"id must be bytes, not {_kind(id_)}"
-        raise InvalidType(message)
+    _check_names(id_, label)
     if object_class is not None and not isinstance(object_class, ObjectClass):
         message = (
             f"object_class must be a pkcs11.ObjectClass, not {_kind(object_class)}"
@@ -173,17 +191,23 @@ def name(
     if label is None and id_ is None and object_class is None and checked is None:
         message = "which key? Give label=, id=, object_class= or key_type="
         raise InvalidOption(message)
-    return label, id_, object_class, checked
+    return label, id_, object_class, checked  # type: ignore[return-value]  # looked at
+
+
+def _check_names(id_: object, label: object) -> None:
+    if id_ is not None and not isinstance(id_, bytes):
+        raise InvalidType(f"id must be bytes, not {_kind(id_)}")
+    if label is not None and not isinstance(label, str):
+        raise InvalidType(f"label must be str, not {_kind(label)}")
+    if label is not None:
+        config.encoded("label", label)
 
 
 def making(
     id_: object, label: object, store: object, capabilities: object
 ) -> dict[str, Any]:
     """What every new key is told, as python-pkcs11 takes it."""
-    if id_ is not None and not isinstance(id_, bytes):
-        raise InvalidType(f"id must be bytes, not {_kind(id_)}")
-    if label is not None and not isinstance(label, str):
-        raise InvalidType(f"label must be str, not {_kind(label)}")
+    _check_names(id_, label)
     check_flag("store", store)
     if isinstance(capabilities, bool) or not isinstance(
         capabilities, (MechanismFlag, int, NoneType)
@@ -200,7 +224,16 @@ def names(value: object) -> tuple[Attribute, ...] | None:
         return None
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
         raise InvalidType(f"names must be an iterable of Attribute, not {_kind(value)}")
-    return tuple(_member(Attribute, item, "names") for item in value)
+    return tuple(_member(Attribute, item, "names") for item in _read(value, "names"))
+
+
+def _read(value: Iterable[Any], name: str) -> list[Any]:
+    """All items, at once: another thread may change what holds them."""
+    try:
+        return list(value)
+    except Exception as error:
+        message = f"{name} cannot be read, or was changed meanwhile: {_kind(error)}"
+        raise InvalidType(message) from error
 
 
 def template(value: object, name: str = "template") -> dict[Attribute, Any]:
@@ -209,15 +242,22 @@ def template(value: object, name: str = "template") -> dict[Attribute, Any]:
         message = f"{name} must be a mapping of pkcs11.Attribute, not {_kind(value)}"
         raise InvalidType(message)
     made = {}
-    for key, item in value.items():
-        try:
-            kind = _member(Attribute, key, name)
-        except InvalidType as error:
-            message = f"{name} has the key {key!r}, which is no pkcs11.Attribute"
-            raise InvalidType(message) from error
+    for key, item in _read(value.items(), name):
+        kind = _attribute(key, name)
         pack(kind, item, name)
         made[kind] = item
     return made
+
+
+def _attribute(key: object, name: str) -> Attribute:
+    try:
+        return _member(Attribute, key, name)
+    except InvalidType as error:
+        shown = (
+            repr(key) if type(key) is str and len(key) < _SHORT else f"a {_kind(key)}"
+        )
+        message = f"{name} has the key {shown}, which is no pkcs11.Attribute"
+        raise InvalidType(message) from error
 
 
 def packed(value: object, name: str = "template") -> list[tuple[int, bytes]]:
@@ -227,12 +267,15 @@ def packed(value: object, name: str = "template") -> list[tuple[int, bytes]]:
 
 def pack(kind: Attribute, value: Any, name: str = "template") -> bytes:
     """An attribute's value as the token takes it. Values stay out of the message."""
-    try:
-        packed: bytes = interface.MAPPER.pack_attribute(kind, value)
-    except Exception as error:
-        message = f"CKA_{kind.name} in {name} cannot be of type {_kind(value)}"
-        raise InvalidType(message) from error
-    return packed
+    wanted = interface.MAPPER.wanted(kind, value)
+    if wanted is None:
+        try:
+            packed: bytes = interface.MAPPER.pack_attribute(kind, value)
+        except Exception:  # noqa: BLE001  # it would show the value, or a part of it
+            wanted = "within what the token can be told"
+        else:
+            return packed
+    raise InvalidType(f"CKA_{kind.name} in {name} must be {wanted}, not {_kind(value)}")
 
 
 def makes_token_object(*, store: bool, given: Iterable[Template | None]) -> bool:
@@ -253,10 +296,11 @@ def curve(value: object, given: Template | None) -> dict[Attribute, Any]:
     if not isinstance(value, str):
         message = f'curve must be a name such as "secp256r1", not {_kind(value)}'
         raise InvalidType(message)
+    named = str.__str__(value)
     try:
-        params = ec.encode_named_curve_parameters(_EDWARDS.get(value.lower(), value))
+        params = ec.encode_named_curve_parameters(_EDWARDS.get(named.lower(), named))
     except ValueError as error:
-        message = f'{value!r} is no known curve; try "secp256r1"'
+        message = f'{named[:_SHORT]!r} is no known curve; try "secp256r1"'
         raise InvalidOption(message) from error
     made[Attribute.EC_PARAMS] = params
     return made

@@ -12,7 +12,7 @@ from pkcs11_pool import config
 from pkcs11_pool.cryptoki import interface, objects, operations
 from pkcs11_pool.cryptoki.keys import KeySpec
 from pkcs11_pool.engine.multipart import DIGEST, Plan
-from pkcs11_pool.faces import arguments
+from pkcs11_pool.faces import arguments, changes
 from pkcs11_pool.faces.arguments import DEFAULT, Data, Template, Timeout
 from pkcs11_pool.faces.keyref import KeyRef
 from pkcs11_pool.faces.making import Making
@@ -79,7 +79,12 @@ class Calls(Making):
         config.check_flag("repeat", repeat)
         work = self._calling(arguments.function(func), args)
         return await self._perform(
-            work, timeout, rw=rw, changes=rw, restart=repeat, repeat=repeat
+            work,
+            timeout,
+            rw=rw,
+            changes=changes.running(func) if rw else False,
+            restart=repeat,
+            repeat=repeat,
         )
 
     def _calling(
@@ -185,7 +190,7 @@ class Calls(Making):
             make,
             timeout=timeout,
             rw=rw,
-            changes=rw,
+            changes=changes.running(func) if rw else False,
             restart=repeat,
             repeat=repeat,
         )

@@ -8,7 +8,7 @@ from pkcs11.constants import Attribute, ObjectClass
 
 from pkcs11_pool.cryptoki import objects, operations
 from pkcs11_pool.errors import InvalidType
-from pkcs11_pool.faces import arguments
+from pkcs11_pool.faces import arguments, changes
 from pkcs11_pool.faces.arguments import DEFAULT, Template, Timeout
 from pkcs11_pool.faces.objectref import ObjectRef
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pkcs11.mechanisms import KeyType, Mechanism
 
     from pkcs11_pool.faces.keyref import KeyRef
+    from pkcs11_pool.jobs import Change
 
 
 class KeyMaker(ObjectRef):
@@ -129,6 +130,7 @@ class KeyMaker(ObjectRef):
         _, (ref,) = await self._make(
             operations.PRIVATE_OR_SECRET,
             Attribute.UNWRAP,
+            changes.making("unwrap_key", given, label=label, id_=id),
             lambda key: key.unwrap_key(object_class, kind, octets, **options),
             store=store,
             template=given,
@@ -191,6 +193,7 @@ class KeyMaker(ObjectRef):
         _, (ref,) = await self._make(
             operations.PRIVATE_OR_SECRET,
             Attribute.DERIVE,
+            changes.making("derive_key", given, label=label, id_=id),
             lambda key: key.derive_key(kind, length, **options),
             store=store,
             template=given,
@@ -254,6 +257,7 @@ class KeyMaker(ObjectRef):
         result, (ref,) = await self._make(
             operations.PUBLIC_OR_SECRET,
             Attribute.ENCAPSULATE,
+            changes.making("encapsulate_key", given, label=label, id_=id),
             lambda key: key.encapsulate_key(kind, length, **options),
             store=store,
             template=given,
@@ -320,6 +324,7 @@ class KeyMaker(ObjectRef):
         _, (ref,) = await self._make(
             operations.PRIVATE_OR_SECRET,
             Attribute.DECAPSULATE,
+            changes.making("decapsulate_key", given, label=label, id_=id),
             lambda key: key.decapsulate_key(octets, kind, length, **options),
             store=store,
             template=given,
@@ -355,6 +360,7 @@ class KeyMaker(ObjectRef):
         self,
         classes: tuple[int, ...],
         capability: Attribute,
+        change: Change,
         make: Callable[[Any], Any],
         *,
         store: bool,
@@ -368,7 +374,7 @@ class KeyMaker(ObjectRef):
             objects.make_with_key,
             timeout=timeout,
             rw=token,
-            changes=True,
+            changes=change,
             classes=classes,
             capability=capability,
             make=make,

@@ -16,7 +16,7 @@ from pkcs11_pool import config
 from pkcs11_pool.cryptoki import objects
 from pkcs11_pool.cryptoki.keys import SessionObject
 from pkcs11_pool.errors import InvalidOption, SessionObjectNeedsSession
-from pkcs11_pool.faces import arguments
+from pkcs11_pool.faces import arguments, changes
 from pkcs11_pool.faces.arguments import DEFAULT, Template, Timeout
 from pkcs11_pool.faces.keyref import KeyRef
 from pkcs11_pool.faces.objectref import ObjectRef
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.engine.token_engine import TokenEngine
     from pkcs11_pool.faces.calls import Calls
     from pkcs11_pool.faces.waiting import FaceWaiter
-    from pkcs11_pool.jobs import Job
+    from pkcs11_pool.jobs import Change, Job
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Making(ABC):
         timeout: Timeout,
         *,
         rw: bool = False,
-        changes: bool = False,
+        changes: Change | bool = False,
         restart: bool = True,
         repeat: bool = False,
         home: Calls | None = None,
@@ -72,7 +72,7 @@ class Making(ABC):
         *,
         waiter: FaceWaiter,
         rw: bool = False,
-        changes: bool = False,
+        changes: Change | bool = False,
         restart: bool = True,
         repeat: bool = False,
         target: SessionObject | None = None,
@@ -150,7 +150,8 @@ class Making(ABC):
             mechanism_param=mechanism_param,
             template=given,
         )
-        (ref,) = await self._make(call, timeout, store=store, given=[given])
+        change = changes.making("generate_key", given, label=label, id_=id)
+        (ref,) = await self._make(call, timeout, change, store=store, given=[given])
         return ref
 
     async def generate_keypair(
@@ -217,7 +218,8 @@ class Making(ABC):
             public_template=given[0],
             private_template=given[1],
         )
-        made = await self._make(call, timeout, store=store, given=given)
+        change = changes.making("generate_keypair", *given, label=label, id_=id)
+        made = await self._make(call, timeout, change, store=store, given=given)
         return made[0], made[1]
 
     async def generate_domain_parameters(
@@ -272,6 +274,7 @@ class Making(ABC):
         (ref,) = await self._make(
             lambda session: session.generate_domain_parameters(kind, length, **options),
             timeout,
+            changes.making("generate_domain_parameters", given),
             store=store,
             given=[given],
         )
@@ -383,6 +386,7 @@ class Making(ABC):
         (ref,) = await self._make(
             lambda session: session.create_object(given),
             timeout,
+            changes.making("create_object", given),
             store=False,
             given=[given],
         )
@@ -392,6 +396,7 @@ class Making(ABC):
         self,
         call: Callable[[Any], Any],
         timeout: Timeout,
+        change: Change,
         *,
         store: bool,
         given: Sequence[Template | None],
@@ -403,7 +408,7 @@ class Making(ABC):
             lambda session: objects.make(session, cache, call),
             timeout,
             rw=token,
-            changes=True,
+            changes=change,
         )
         return [self._ref(entry) for entry in entries]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pkcs11_pool.cryptoki import objects
 from pkcs11_pool.cryptoki.keys import SessionObject
 from pkcs11_pool.errors import InvalidOption, InvalidType
-from pkcs11_pool.faces import arguments
+from pkcs11_pool.faces import arguments, changes
 from pkcs11_pool.faces.arguments import DEFAULT, Template, Timeout
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.cryptoki.keys import Entry, Target
     from pkcs11_pool.faces.calls import Calls
+    from pkcs11_pool.jobs import Change
 
 
 class ObjectRef:
@@ -106,7 +107,11 @@ class ObjectRef:
         target = self._target
         token = not isinstance(target, SessionObject)
         changed: Entry = await self._perform(
-            objects.set_attributes, packed, timeout=timeout, rw=token, changes=True
+            objects.set_attributes,
+            packed,
+            timeout=timeout,
+            rw=token,
+            changes=changes.altering(target, packed),
         )
         if isinstance(target, SessionObject):
             return self
@@ -150,7 +155,11 @@ class ObjectRef:
         )
         calls._check_home(token=token)  # noqa: SLF001  # one package
         entry = await self._perform(
-            objects.copy, packed, timeout=timeout, rw=token, changes=True
+            objects.copy,
+            packed,
+            timeout=timeout,
+            rw=token,
+            changes=changes.making("copy", given),
         )
         made: Self = calls._ref(entry)  # type: ignore[assignment]  # noqa: SLF001
         return made
@@ -174,7 +183,12 @@ class ObjectRef:
             PKCS#11 v3.1, "Object management functions".
         """
         token = not isinstance(self._target, SessionObject)
-        await self._perform(objects.destroy, timeout=timeout, rw=token, changes=True)
+        await self._perform(
+            objects.destroy,
+            timeout=timeout,
+            rw=token,
+            changes=changes.destroying(self._target),
+        )
 
     def _perform(
         self,
@@ -182,7 +196,7 @@ class ObjectRef:
         *arguments_: Any,
         timeout: Timeout,
         rw: bool = False,
-        changes: bool = False,
+        changes: Change | bool = False,
         **options: Any,
     ) -> Awaitable[Any]:
         calls, target = self._calls, self._target

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool.cryptoki import objects
-from pkcs11_pool.faces import arguments
+from pkcs11_pool.faces import arguments, changes
 from pkcs11_pool.faces.arguments import DEFAULT, Template, Timeout
 from pkcs11_pool.faces.objectref import ObjectRef
 
@@ -76,7 +76,7 @@ class ParametersRef(ObjectRef):
             objects.make_from_parameters,
             timeout=timeout,
             rw=pair.token,
-            changes=True,
+            changes=pair.change,
             make=pair.make,
         )
         public, private = (calls._ref(entry) for entry in entries)  # noqa: SLF001
@@ -153,6 +153,7 @@ class LocalParameters:
         made = await self._calls._make(  # one package
             partial(pair.make, key_type=self.key_type, values=self.values),
             timeout,
+            pair.change,
             store=store,
             given=pair.given,
         )
@@ -176,6 +177,9 @@ class _Pair:
         ]
         self.token = arguments.makes_token_object(
             store=options["store"], given=self.given
+        )
+        self.change = changes.making(
+            "generate_keypair", *self.given, label=options["label"], id_=options["id"]
         )
         self._options = {
             **options,

@@ -14,7 +14,7 @@ from pkcs11_pool.errors import (
     PoolTimeout,
     WouldDeadlock,
 )
-from pkcs11_pool.faces import arguments
+from pkcs11_pool.faces import arguments, changes
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
 from pkcs11_pool.faces.calls import Calls
 from pkcs11_pool.faces.hiding import hides_pins
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.engine.multipart import MultiPart
     from pkcs11_pool.faces.keyref import KeyRef
     from pkcs11_pool.faces.waiting import FaceWaiter
+    from pkcs11_pool.jobs import Change
     from pkcs11_pool.state import TokenInfo
     from pkcs11_pool.stats import PoolStats
     from pkcs11_pool.uri import Pkcs11URI
@@ -545,7 +546,9 @@ class TokenPool(Calls):
         before, after = pins.secret(old), pins.secret(new)  # type: ignore[arg-type]
         arguments.timeout(timeout, None)
         work = pin_change(self._checked(), USER, before, after)
-        await self._perform(work, timeout, rw=True, changes=True, restart=False)
+        await self._perform(
+            work, timeout, rw=True, changes=changes.pin("set_pin"), restart=False
+        )
 
     # -- For code that is not async -----------------------------------------------
 
@@ -646,7 +649,7 @@ class TokenPool(Calls):
         *,
         waiter: FaceWaiter,
         rw: bool = False,
-        changes: bool = False,
+        changes: Change | bool = False,
         restart: bool = True,
         repeat: bool = False,
         target: SessionObject | None = None,
@@ -674,7 +677,7 @@ class TokenPool(Calls):
         timeout: Timeout,
         *,
         rw: bool = False,
-        changes: bool = False,
+        changes: Change | bool = False,
         restart: bool = True,
         repeat: bool = False,
         home: Calls | None = None,

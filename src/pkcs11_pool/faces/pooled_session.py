@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.engine.multipart import MultiPart
     from pkcs11_pool.engine.token_engine import TokenEngine
     from pkcs11_pool.faces.waiting import FaceWaiter
+    from pkcs11_pool.jobs import Change
     from pkcs11_pool.state import SessionInfo
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ class PooledSession(Calls):
         *,
         waiter: FaceWaiter,
         rw: bool = False,
-        changes: bool = False,
+        changes: Change | bool = False,
         restart: bool = True,
         repeat: bool = False,
         target: SessionObject | None = None,
@@ -135,7 +136,7 @@ class PooledSession(Calls):
         timeout: Timeout,
         *,
         rw: bool = False,
-        changes: bool = False,
+        changes: Change | bool = False,
         restart: bool = True,
         repeat: bool = False,
         home: Calls | None = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pkcs11_pool import events, pins
 from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.errors import OutcomeUnknown, PoolClosed, WouldDeadlock
+from pkcs11_pool.faces import changes
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
 from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.pooled_session import PooledSession
@@ -78,7 +79,9 @@ class SecurityOfficer:
             rv.check(code, "C_InitPIN")
             actor.pin_changed(new)
 
-        await self.session._perform(work, timeout, changes=True)  # noqa: SLF001  # one package
+        await self.session._perform(  # noqa: SLF001  # one package
+            work, timeout, changes=changes.pin("init_pin")
+        )
 
     @hides_pins
     async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
@@ -103,7 +106,9 @@ class SecurityOfficer:
             PKCS#11 v3.1, "Slot and token management functions".
         """
         work = pin_change(self._engine, SO, pins.secret(old), pins.secret(new))  # type: ignore[arg-type]
-        await self.session._perform(work, timeout, changes=True)  # noqa: SLF001
+        await self.session._perform(  # noqa: SLF001
+            work, timeout, changes=changes.pin("set_pin of the security officer")
+        )
 
 
 class SecurityOfficerBlock:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import exceptions as p11
 
-from pkcs11_pool import events, pins
+from pkcs11_pool import events
 from pkcs11_pool.cryptoki import interface, recovery, rv
 from pkcs11_pool.cryptoki.operations import raw_login, touch
 from pkcs11_pool.errors import (
@@ -33,6 +33,7 @@ from pkcs11_pool.errors import (
 from pkcs11_pool.jobs import Job, Phase
 from pkcs11_pool.login.attachment import came_to
 from pkcs11_pool.login.pin_guard import SO, USER
+from pkcs11_pool.login.question import Question
 from pkcs11_pool.login.recovering import Recovering
 from pkcs11_pool.pins import Source
 from pkcs11_pool.state import Epoch, LoginEvent, LoginState
@@ -53,6 +54,8 @@ _RETRY: Final = 0.2
 """Seconds between two tries to reach a module that is down, at opening."""
 _OFTEN: Final = 3
 """How often an idle session is used before the token would drop it."""
+_SOON: Final = 1.0
+"""Seconds that a recovery waits for a plain PIN source."""
 _IN: Final = frozenset({0, rv.CODES["CKR_USER_ALREADY_LOGGED_IN"]})
 
 
@@ -77,6 +80,10 @@ class LoginActor(Recovering):
         self._wanted_by_operations = False
         # Whether a caller was sent for the PIN and is not back.
         self._asking = False
+        # Whether the last PIN was sent. With its answer lost it is not sent again.
+        self._sent = False
+        # A plain PIN source that was asked and has not answered.
+        self._question: Question | None = None
         # Whether one of the requests said force=True.
         self._insisted = False
         self._so: Session | None = None
@@ -211,7 +218,8 @@ class LoginActor(Recovering):
                 with self._in_turn():
                     touch(self._anchor)
         except Exception as error:  # noqa: BLE001  # whatever it is, the next look tells
-            self._doubt(error)
+            if self._gone(error):
+                self._suspect(error)
         else:
             self._gate.keep_alive(idle)
 
@@ -225,9 +233,17 @@ class LoginActor(Recovering):
         try:
             handle(job, *arguments)
         except Exception as error:  # noqa: BLE001  # it is the caller's, raised there
-            # First of all: whoever hears of it must not meet what it left behind.
-            self._doubt(error)
-            self._gate.settle(job, None, error)
+            later = handle == self._log_in and not self._sent and _is_down(error)
+            lost = self._gone(error)
+            later = later and lost and self._gate.put_off(job)
+            if later:
+                # Nobody knew that the token was away.
+                self._postponed.append(partial(self._handle, job, handle, *arguments))
+            if lost:
+                # First of all: whoever hears of it must not meet what it left behind.
+                self._suspect(error)
+            if not later:
+                self._gate.settle(job, None, error)
 
     def _quiet(self, job: Job, *, leases: bool) -> bool:
         """Pause the queue for a request; whether it succeeded.
@@ -359,10 +375,18 @@ class LoginActor(Recovering):
 
     def _login_failed(self, error: BaseException) -> None:
         """What is lost with its token is restored with it; else all who wait fail."""
-        lost = recovery.classify(error).is_outage and (
-            self._gate.hold_off(error) or self._gate.is_held_off()
-        )
-        self._settle_logins(None if lost and not self._logins else error)
+        lost = self._gone(error)
+        waiting, self._logins = self._logins, []
+        for job in waiting:
+            # What was asked for by name waits for the token, too, then asks anew.
+            later = lost and not self._sent and _is_down(error)
+            if later and self._gate.put_off(job):
+                again = partial(self._handle, job, self._log_in, None, self._insisted)
+                self._postponed.append(again)
+            else:
+                self._gate.settle(job, None, error)
+        back = lost and recovery.classify(error).is_outage
+        self._settle_logins(None if back else error)
         if lost:
             self._suspect(error)
 
@@ -375,16 +399,19 @@ class LoginActor(Recovering):
             # Whoever was sent may have gone since, when nobody else was there.
             self._gate.send_another()
             return
-        if not source.is_async:
-            try:
-                pin = pins.ask(source)
-            except PinRefused as error:
-                self._pin_came(None, error)
-            else:
-                self._pin_came(pin, None)
-            return
         self._asking = True
-        self._gate.send_for_pin(source)
+        if source.is_async:
+            self._gate.send_for_pin(source)
+        elif self._question is None:
+            # One that hangs is asked no second time: whoever comes later joins in.
+            self._question = Question(source, self._mail.put, self._answered)
+
+    def _answered(self, question: Question) -> None:
+        """A plain PIN source has come back. Nobody may want its answer any more."""
+        self._question = None
+        if self._asking:
+            # Else it is not wanted: somebody logged in by another PIN, or out.
+            self._pin_came(question.pin, question.error)
 
     def _pin_came(self, pin: Pin | None, error: BaseException | None) -> None:
         if not self.is_well:
@@ -394,20 +421,19 @@ class LoginActor(Recovering):
             try:
                 self._try_login(pin, force=self._insisted)
             except Exception as failure:  # noqa: BLE001  # raised at the waiting
-                error = failure
+                self._login_failed(failure)
+                return
             else:
                 if self._wanted_by_operations:
                     self._gate.counted(recoveries_total=1)
         self._settle_logins(error)
 
     def _settle_logins(self, error: BaseException | None) -> None:
-        waiting, self._logins = self._logins, []
-        for job in waiting:
-            self._gate.settle(job, None, error)
+        self._fail_logins(error)
         self._wanted_by_operations = self._insisted = self._asking = False
         self._gate.login_settled(error)
 
-    def _fail_logins(self, error: PoolError) -> None:
+    def _fail_logins(self, error: BaseException | None) -> None:
         waiting, self._logins = self._logins, []
         for job in waiting:
             self._gate.settle(job, None, error)
@@ -420,7 +446,13 @@ class LoginActor(Recovering):
             if isinstance(source, Source):
                 if source.is_async:
                     return  # the first operation that needs it is sent for it
-                source = pins.ask(source)
+                self._ask(source, None)
+                # Used now, so that who goes on finds the login. _answered() follows.
+                question = self._question
+                pin = None if question is None else question.wait(_SOON)
+                if pin is None:
+                    return  # it hangs, and must not keep the token from coming back
+                source = pin
             self._try_login(source, force=False)
         except PinRefused as error:
             events.warning(events.LOGIN_FAILED, token=self._label, error=str(error))
@@ -451,9 +483,11 @@ class LoginActor(Recovering):
     def _send_pin(self, session: Session, user: int, pin: Pin, *, force: bool) -> None:
         """``C_GetTokenInfo`` and ``C_Login``, if this PIN may be tried."""
         who = SO if user == interface.CKU_SO else USER
+        self._sent = False
         self.info = fresh = self.same_token()
         self.guard.check(who, pin, fresh, force=force)
         events.info(events.LOGIN_STARTED, token=self._label, user=who)
+        self._sent = True
         code = raw_login(session.functions, session.handle, user, pin)
         wanted = LoginState.SO if who is SO else LoginState.USER
         if code in _IN or came_to(session, wanted, code):

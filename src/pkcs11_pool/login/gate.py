@@ -16,6 +16,9 @@ class Gate(Protocol):
     def begin(self, job: Job) -> bool:
         """The actor starts on a request; False if its caller has gone."""
 
+    def put_off(self, job: Job) -> bool:
+        """A request waits again; False: its caller has gone, or it was tried enough."""
+
     def settle(self, job: Job, result: Any, error: BaseException | None) -> bool:
         """A request is done; whether its caller is still there to hear of it."""
 

@@ -94,10 +94,14 @@ class Recovering(Attachment):
             self._way = _Way(error, self.attached.generation)
             self._go_on()
 
-    def _doubt(self, error: BaseException) -> None:
-        """The actor itself got this error: look at the token if it may be lost."""
-        if recovery.classify(error).tells_of_outage and self._gate.hold_off(error):
-            self._suspect(error)
+    def _gone(self, error: BaseException) -> bool:
+        """Whether an error that the actor got tells of a lost token, known or not.
+
+        Nothing starts then, until whoever asked calls :meth:`_suspect`.
+        """
+        return recovery.classify(error).tells_of_outage and (
+            self._gate.hold_off(error) or self._gate.is_held_off()
+        )
 
     def _start_over(self, error: BaseException) -> None:
         """Nobody knows who is logged in: close all, which logs out, and begin anew."""
