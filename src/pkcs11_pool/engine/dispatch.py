@@ -520,7 +520,8 @@ class Dispatch:
         The next of those takes the job then. Should all be inside long calls, the
         timekeeper comes and wakes more.
         """
-        if self._awake.is_full(now):
+        lines = self._lines
+        if self._awake.is_full(now, len(lines.reads) + lines.others):
             self._look_later_locked(now)
             return False
         if self._idle:
@@ -596,7 +597,9 @@ class Dispatch:
         if not (lines.reads or lines.others):
             return None
         job = lines.first(self._can_start_locked)
-        if job is None or worker in awake.at_work or not awake.is_full(now):
+        if job is None or worker in awake.at_work:
+            return job
+        if not awake.is_full(now, len(lines)):
             return job
         # It comes back from a long call, and the others do without it.
         self._look_later_locked(now)

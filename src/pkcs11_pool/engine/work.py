@@ -23,6 +23,7 @@ from pkcs11_pool.engine.timekeeper import timekeeper
 from pkcs11_pool.errors import LoginRequired, PoolClosed, PoolTimeout
 from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.state import LoginState
+from pkcs11_pool.stats import Times
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,6 +35,7 @@ _READ: Final = Kind.READ
 _LANE: Final = Kind.LANE
 _LEASE: Final = Kind.LEASE
 _RUNNING: Final = Phase.RUNNING
+_SETTLED: Final = Phase.SETTLED
 _NOT: Final = Pause.NOT
 _LATE: Final = 0.0005
 """Seconds that a result may wait for others, so that one wake-up serves all."""
@@ -82,7 +84,7 @@ class Work(Outages):
             waiter.wake()
         return claimed
 
-    def _claim_read_locked(
+    def _claim_read_locked(  # noqa: C901, PLR0912  # written out: a call costs more
         self, worker: Worker, ahead: Session | None, now: float
     ) -> tuple[Job, Session | None, None] | None:
         """The usual case: a worker that is at work takes the next R/O operation.
@@ -132,9 +134,9 @@ class Work(Outages):
         self._running += 1
         if worker.coming:
             self._awake.came(worker)
-            if reads:
+            if reads and (room.ahead or room.open_all < room.limit.total):
                 # There may be more for whom nobody was woken.
-                self._wake_for_next_locked()
+                self._wake_one_locked(now)
         return job, session, None
 
     def _claim_any_locked(
@@ -243,7 +245,7 @@ class Work(Outages):
 
     # -- Results ------------------------------------------------------------------
 
-    def deliver(
+    def deliver(  # noqa: C901  # written out, too
         self, worker: Worker, job: Job, result: Any, error: BaseException | None
     ) -> bool:
         """Settle a job that ran, and wake its caller; whether to open the next session.
@@ -262,17 +264,21 @@ class Work(Outages):
             self._counters.run_seconds_total += duration
             if worker.opened:
                 self._opened_locked(worker)
-            if job.kind is _READ:
-                times = self._run_times
-                times.fresh.append(duration)
-                if len(times.fresh) >= times.MANY:
-                    times.count()
+            settled = job.kind is _READ and error is None and not job.dropped
+            if settled and job.phase is _RUNNING and job.errand is None:
+                # As below, in short.
+                fresh = self._run_times.fresh
+                fresh.append(duration)
+                if len(fresh) >= Times.MANY:
+                    self._run_times.count()
                     self._wait_times.count()
+                if job.tick:
+                    self._deadlines.unwatch(job)
+                job.phase = _SETTLED
+                job.result = result
+                self._counters.operations_total += 1
             else:
-                self._ran_locked(worker, job, result, error, duration)
-            settled = self._settle_locked(job, result, error)
-            if job.lane is not None:
-                self._next_in_lane_locked(job.lane)
+                settled = self._ended_locked(worker, job, result, error, duration)
             waiting = len(self._lines.reads) + self._lines.others
             opens = (
                 not waiting
@@ -292,18 +298,22 @@ class Work(Outages):
             self._give_back(result)
         return opens
 
-    def _ran_locked(
+    def _ended_locked(
         self,
         worker: Worker,
         job: Job,
         result: Any,
         error: BaseException | None,
         duration: float,
-    ) -> None:
-        """What is different where a job is no R/O operation."""
+    ) -> bool:
+        """Any job is done, in whichever way; whether there is somebody to wake."""
         self._run_times.add(duration, job.is_operation)
         if job.kind is _LEASE:
             self._lent_locked(worker, result, error)
+        settled = self._settle_locked(job, result, error)
+        if job.lane is not None:
+            self._next_in_lane_locked(job.lane)
+        return settled
 
     def _explained(self, error: BaseException) -> BaseException:
         """An error with a text that says what to do."""
