@@ -142,6 +142,9 @@ class Ref:
     token: bool
     #: The object was destroyed through it.
     destroyed: bool = False
+    #: The login in which the object got a name through it that its holder did not
+    #: hear of: until its end it is known by its number.
+    follows: int | None = None
 
 
 @dataclass
@@ -413,7 +416,8 @@ class Model:
         if ref.destroyed:
             raise Refused("KeyNotFound")
         hidden = self.token_of(ref.life).user is not User.USER
-        if thing is None or thing.label != ref.label:
+        renamed = thing is not None and thing.label != ref.label
+        if thing is None or (renamed and ref.follows != self.epoch(ref.life)):
             # Nobody can tell whether a private object is gone or not to be seen,
             # unless it was seen under this login.
             unsure = hidden and ref.kind is not Kind.PUBLIC
@@ -449,7 +453,8 @@ class Model:
     def relabel(self, ref: Ref, where: str, label: str, *, heard: bool = True) -> None:
         """Change an object's label. The reference that is given knows the new one.
 
-        Whoever was cancelled has not heard of it, and has the old reference.
+        Whoever was cancelled has not heard of it, and has the old reference: that
+        names the object until the login changes.
         """
         thing = self.resolve(ref, where)
         if thing.token:
@@ -457,6 +462,8 @@ class Model:
         thing.label = label
         if heard:
             ref.label = label
+        else:
+            ref.follows = self.epoch(ref.life)
 
     def visible(
         self, life: str, where: str, label: str | None, *, labels: bool = False

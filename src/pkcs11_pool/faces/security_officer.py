@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool import events, pins
 from pkcs11_pool.cryptoki import recovery, rv
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pkcs11_pool.faces.calls import Calls
     from pkcs11_pool.pins import Secret
     from pkcs11_pool.state import TokenInfo
-
-_GOES_AWAY: Final = frozenset({recovery.Fault.TOKEN, recovery.Fault.MODULE})
 
 
 class SecurityOfficer:
@@ -215,7 +213,7 @@ def pin_change(engine: TokenEngine, user: str, old: Secret, new: Secret) -> Any:
         # Here and not behind the await: the caller may be cancelled by then.
         if code and user == USER:
             actor.pin_kept()
-        actor.guard.answered(user, old, code, "C_SetPIN")
+        actor.guard.answered(user, old, code, "C_SetPIN", actor.same_token)
         if user == USER:
             actor.pin_changed(new)
         else:
@@ -237,14 +235,15 @@ def _known(code: int, function: str) -> None:
     """Refuse an answer that does not tell whether the PIN was changed.
 
     Raises:
-        OutcomeUnknown: The token or its module went away during the call.
+        OutcomeUnknown: The token or its module went away during the call, or says no
+            more than that it failed.
     """
     error = rv.error_of(code, function) if code else None
-    if error is None or recovery.classify(error) not in _GOES_AWAY:
+    if error is None or not recovery.classify(error).tells_of_outage:
         return
     message = (
-        "the token went away while the PIN was changed: it may be the old or the new "
-        "one; try with pool.login(pin)"
+        "the token does not tell whether the PIN was changed: it may be the old or the "
+        "new one; try with pool.login(pin)"
     )
     raise OutcomeUnknown(message) from error
 

@@ -18,6 +18,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pkcs11 import exceptions as p11
+
 from pkcs11_pool import events, pins
 from pkcs11_pool.cryptoki import interface, recovery, rv
 from pkcs11_pool.cryptoki.operations import raw_login
@@ -29,6 +31,7 @@ from pkcs11_pool.errors import (
     TokenUnavailable,
 )
 from pkcs11_pool.jobs import Job, Phase
+from pkcs11_pool.login.attachment import came_to
 from pkcs11_pool.login.pin_guard import SO, USER
 from pkcs11_pool.login.recovering import Recovering
 from pkcs11_pool.state import Epoch, LoginEvent, LoginState
@@ -181,8 +184,9 @@ class LoginActor(Recovering):
         try:
             handle(job, *arguments)
         except Exception as error:  # noqa: BLE001  # it is the caller's, raised there
-            self._gate.settle(job, None, error)
+            # First of all: whoever hears of it must not meet what it left behind.
             self._doubt(error)
+            self._gate.settle(job, None, error)
 
     def _quiet(self, job: Job, *, leases: bool) -> bool:
         """Pause the queue for a request; whether it succeeded.
@@ -388,7 +392,8 @@ class LoginActor(Recovering):
         self.guard.check(who, pin, fresh, force=force)
         events.info(events.LOGIN_STARTED, token=self._label, user=who)
         code = raw_login(session.functions, session.handle, user, pin)
-        if code in _IN:
+        wanted = LoginState.SO if who is SO else LoginState.USER
+        if code in _IN or came_to(session, wanted, code):
             self.guard.accepted(who)
             self._gate.counted(logins_total=1)
             return
@@ -396,7 +401,7 @@ class LoginActor(Recovering):
         events.warning(
             events.LOGIN_FAILED, token=self._label, user=who, rv=rv.name_of(code)
         )
-        self.guard.answered(who, pin, code, "C_Login")
+        self.guard.answered(who, pin, code, "C_Login", self.same_token)
 
     def _pin_changed(self, pin: Pin) -> None:
         self._pin = pin
@@ -408,9 +413,13 @@ class LoginActor(Recovering):
         if not self._quiet(job, leases=False):
             self._repost()
             return
+        refused: p11.PKCS11Error | None = None
         try:
             if self.login.state is LoginState.USER:
-                self._raw_logout(self._open_anchor)
+                try:
+                    self._raw_logout(self._open_anchor)
+                except p11.PKCS11Error as error:
+                    refused = error
             # A chain of calls may be alive in the module after a logout.
             self._gate.interrupt(
                 LoginRequired(
@@ -419,6 +428,9 @@ class LoginActor(Recovering):
                 )
             )
             self._change(LoginEvent.OUT)
+            if refused is not None:
+                # The user's word stands: closing the last session logs out, too.
+                self._start_over(refused)
         finally:
             self._gate.resume()
             self._repost()
@@ -438,25 +450,35 @@ class LoginActor(Recovering):
             self._so_login(session, so_pin)
         except Exception as error:
             events.warning(events.SO_FAILED, token=self._label, error=str(error))
-            self._so_undo()
+            self._so_undo(error)
             raise
         self._so = session
         if self._gate.settle(job, session, None):
             events.info(events.SO_STARTED, token=self._label)
         else:
             # Its deadline passed inside C_Login: nobody is there to have the period.
-            self._so_undo()
+            self._so_undo(None)
 
-    def _so_undo(self) -> None:
+    def _so_undo(self, error: BaseException | None) -> None:
         """The period did not begin: back to what was before."""
         try:
+            if error is not None and self._is_unclear(error):
+                self._start_over(error)
+                return
             self._so_out()
             self._so_restore(None)
-        except Exception as error:  # noqa: BLE001  # the first error is the one to raise
-            events.warning(events.SO_FAILED, token=self._label, error=str(error))
+        except Exception as failure:  # noqa: BLE001  # the first is the one to raise
+            events.warning(events.SO_FAILED, token=self._label, error=str(failure))
+            if self._is_unclear(failure):
+                self._start_over(failure)
         finally:
             self._gate.resume()
             self._repost()
+
+    def _is_unclear(self, error: BaseException) -> bool:
+        """Whether the officer may be in, or the token away, for all we know."""
+        stays = self.login.state is LoginState.SO
+        return stays or recovery.classify(error).tells_of_outage
 
     def _so_out(self) -> None:
         """Log the SO out, if in. The anchor is the period's R/W session."""
@@ -487,6 +509,13 @@ class LoginActor(Recovering):
         try:
             self._so_out()
             asked = self._so_restore(job)
+        except Exception as error:
+            stays = self.login.state is LoginState.SO
+            if not (stays or recovery.classify(error).is_outage):
+                raise
+            # The login is restored with the rest.
+            self._start_over(error)
+            asked = False
         finally:
             self._gate.resume()
             self._repost()

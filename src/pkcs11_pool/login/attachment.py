@@ -7,16 +7,17 @@ only; everybody reads.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pkcs11 import exceptions as p11
+from pkcs11.constants import TokenFlag
 
 from pkcs11_pool.cryptoki import module as modules
-from pkcs11_pool.cryptoki import rv
+from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.cryptoki.session import Session
-from pkcs11_pool.errors import PoolClosed, TokenUnavailable
+from pkcs11_pool.errors import PoolClosed, TokenNotFound, TokenUnavailable
 from pkcs11_pool.login.pin_guard import PinGuard, guard_of
-from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState
+from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState, SessionState
 
 if TYPE_CHECKING:
     import pkcs11
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.renewal import Renewal
     from pkcs11_pool.login.gate import Gate
     from pkcs11_pool.state import TokenInfo
+
+_WHO: Final = {
+    SessionState.RO_PUBLIC_SESSION: LoginState.PUBLIC,
+    SessionState.RW_PUBLIC_SESSION: LoginState.PUBLIC,
+    SessionState.RO_USER_FUNCTIONS: LoginState.USER,
+    SessionState.RW_USER_FUNCTIONS: LoginState.USER,
+    SessionState.RW_SO_FUNCTIONS: LoginState.SO,
+}
 
 
 class Attachment:
@@ -69,7 +78,14 @@ class Attachment:
             self.module.claim(info, self._name or info.label)
             self.info = info
             self.guard = guard_of((self.module.path, info.identity))
-            self._anchor = self.new_session(rw=False)
+            try:
+                self._anchor = self.new_session(rw=False)
+            except p11.TokenNotRecognised as error:
+                # Else it is waited for, as one that is down.
+                if info.flags & TokenFlag.TOKEN_INITIALIZED:
+                    raise
+                message = f"{info}: initialise it by init_token()"
+                raise TokenNotFound(message) from error
 
     def _detach(self) -> None:
         module = self.module
@@ -112,8 +128,10 @@ class Attachment:
     def _raw_logout(self, session: Session) -> None:
         with self.attached.turn:
             code = session.functions.C_Logout(session.handle)
-        if code != rv.CODES["CKR_USER_NOT_LOGGED_IN"]:
-            rv.check(code, "C_Logout")
+            if code == rv.CODES["CKR_USER_NOT_LOGGED_IN"]:
+                return
+            if not came_to(session, LoginState.PUBLIC, code):
+                rv.check(code, "C_Logout")
 
     def _change(self, event: LoginEvent) -> None:
         # The order matters: operations that start from here on see the new epoch,
@@ -168,3 +186,21 @@ class Attachment:
     @property
     def _label(self) -> str:
         return self.info.label if self.info is not None else self._options.wanted_token
+
+
+def who_is_in(session: Session) -> LoginState:
+    """Who is logged in, by what the token says of a session."""
+    return _WHO[session.info().state]
+
+
+def came_to(session: Session, who: LoginState, code: int) -> bool:
+    """Whether a login or logout succeeded by its code; if that is vague, by asking.
+
+    Its answer may be lost on the way: the token has done it all the same.
+    """
+    if not code or not recovery.fault_of(code).tells_of_outage:
+        return not code
+    try:
+        return who_is_in(session) is who
+    except (p11.PKCS11Error, ValueError):
+        return False

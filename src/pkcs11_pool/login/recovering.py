@@ -20,9 +20,9 @@ from pkcs11_pool.cryptoki import module as modules
 from pkcs11_pool.cryptoki import recovery, renewal, rv
 from pkcs11_pool.errors import TokenUnavailable
 from pkcs11_pool.login import steps
-from pkcs11_pool.login.attachment import Attachment
+from pkcs11_pool.login.attachment import Attachment, who_is_in
 from pkcs11_pool.login.steps import Backoff, Step
-from pkcs11_pool.state import LoginEvent, LoginState, SessionState
+from pkcs11_pool.state import LoginEvent, LoginState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 _PATIENCE: Final = 1.0
 """Seconds that a round waits for calls inside the module, or for its turn."""
-_LOGGED_OUT: Final = frozenset(
-    {SessionState.RO_PUBLIC_SESSION, SessionState.RW_PUBLIC_SESSION}
-)
 
 
 class _Blocked(TokenUnavailable):
@@ -99,8 +96,16 @@ class Recovering(Attachment):
 
     def _doubt(self, error: BaseException) -> None:
         """The actor itself got this error: look at the token if it may be lost."""
-        if recovery.classify(error).is_outage and self._gate.hold_off(error):
+        if recovery.classify(error).tells_of_outage and self._gate.hold_off(error):
             self._suspect(error)
+
+    def _start_over(self, error: BaseException) -> None:
+        """Nobody knows who is logged in: close all, which logs out, and begin anew."""
+        self._gate.hold_off(error)
+        self._way = way = _Way(error, self.attached.generation)
+        self._lose(way)
+        way.step = Step.FIND
+        self._go_on()
 
     def _stand_back(self, asked: Renewal) -> None:
         """Another pool wants to initialise the module: keep out, then look."""
@@ -225,9 +230,13 @@ class Recovering(Attachment):
             if anchor is None or anchor.generation != module.generation:
                 message = f"{module.path} was initialised anew"
                 raise TokenUnavailable(message)
-            state = anchor.info().state
-            if self.login.state is not LoginState.PUBLIC and state in _LOGGED_OUT:
+            who, known = who_is_in(anchor), self.login.state
+            if who is LoginState.PUBLIC and known is not who:
                 raise p11.UserNotLoggedIn("the anchor is logged out")
+            if who is not known:
+                # The answer to a login or a logout was lost, or is somebody else's.
+                message = f"the token has {who.value} logged in, the pool {known.value}"
+                raise TokenUnavailable(message)
             self.same_token()
 
     def _lose(self, way: _Way) -> None:
