@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pkcs11_pool.jobs import Job
 
 _PROCESSORS = max(2, os.cpu_count() or 1)
+_MANY = 1000
+"""Jobs in line, as many as are wanted."""
 _WINDOW = 8
 """Calls that are measured before anything is concluded from them."""
 
@@ -49,7 +51,7 @@ def _measured(duration: float, computing: float = 0.0) -> Awake:
 def _at_work(awake: Awake, now: float) -> int:
     """How many come to work at one moment before no more should."""
     for count in range(1000):
-        if awake.is_full(now):
+        if awake.is_full(now, _MANY):
             return count
         awake.started(_Worker(), now)
     return 1000
@@ -97,8 +99,8 @@ def test_a_worker_inside_a_long_call_does_not_count() -> None:
     """One long call must not stop the pool."""
     awake = _measured(80e-6)
     first = _at_work(awake, 0.0)
-    assert awake.is_full(0.0001)
-    assert not awake.is_full(0.1)
+    assert awake.is_full(0.0001, _MANY)
+    assert not awake.is_full(0.1, _MANY)
     assert _at_work(awake, 0.1) == first
 
 
@@ -111,7 +113,7 @@ def test_a_worker_that_is_done_makes_room() -> None:
     for worker in workers[:-1]:
         awake.ended(worker)
         awake.ended(worker)
-    assert not awake.is_full(0.0)
+    assert not awake.is_full(0.0, _MANY)
     awake.ended(workers[-1])
     assert _at_work(awake, 0.0) >= 2
 
@@ -122,7 +124,32 @@ def test_those_who_are_woken_and_not_there_yet_are_few() -> None:
     workers = [_Worker() for _ in range(4)]
     for worker in workers:
         awake.woken(worker, 0.0)
-    assert awake.is_full(0.0)
+    assert awake.is_full(0.0, _MANY)
     assert [awake.came(worker) for worker in workers] == [True] * 4
     assert not awake.came(workers[0])
-    assert not awake.is_full(0.0)
+    assert not awake.is_full(0.0, _MANY)
+
+
+def test_on_a_fast_token_one_worker_serves_a_short_line() -> None:
+    """Two would only hand each other the interpreter's lock. A long line has more."""
+    awake = _measured(80e-6)
+    awake.started(_Worker(), 0.0)
+    assert awake.is_full(0.0, 1)
+    assert not awake.is_full(0.0, 64)
+
+
+def test_where_some_calls_are_long_nobody_waits_behind_one() -> None:
+    """A second worker is there for a short line, too."""
+    awake = Awake()
+    for i in range(_WINDOW):
+        awake.took(80e-6 if i % 2 else 0.001)
+    awake.started(_Worker(), 0.0)
+    assert not awake.is_full(0.0, 1)
+
+
+def test_one_worker_inside_a_long_call_does_not_keep_others_from_it() -> None:
+    """However fast the token was until then."""
+    awake = _measured(80e-6)
+    awake.started(_Worker(), 0.0)
+    assert awake.is_full(0.0001, 1)
+    assert not awake.is_full(0.1, 1)

@@ -95,8 +95,8 @@ CATALOGUE = (
     Mutation(
         "hand-over-twice",
         "engine/work.py",
-        "session = room.ahead.popleft() if room.ahead else None",
-        "session = room.ahead[0] if room.ahead else None",
+        "            session = room.ahead.popleft()\n",
+        "            session = room.ahead[0]\n",
         "A session is handed to one operation.",
         ("test_engine.py::test_no_session_serves_two_operations",),
     ),

@@ -8,6 +8,7 @@ numbers repeat, and a stale close would end a stranger's session.
 from __future__ import annotations
 
 import ctypes as c
+from ctypes import byref, c_ulong
 from typing import TYPE_CHECKING, Final
 
 from pkcs11.constants import Attribute
@@ -62,20 +63,9 @@ class Session:
         opened_at: When, on the monotonic clock; set for some that are opened ahead.
     """
 
-    __slots__ = (
-        "_p11",
-        "_token",
-        "epoch",
-        "functions",
-        "generation",
-        "handle",
-        "lent",
-        "module",
-        "opened_at",
-        "rw",
-    )
-
-    opened_at: float
+    lent = False
+    _p11: pkcs11.Session | None = None
+    opened_at = 0.0
 
     def __init__(
         self, module: Module, token: pkcs11.Token, *, rw: bool, epoch: Epoch
@@ -83,25 +73,23 @@ class Session:
         """``C_OpenSession``, without a login: all sessions share the actor's."""
         self.module = module
         self.functions = functions = module.functions
-        flags = _RW if rw else _RO
-        number = c.c_ulong()
+        number = c_ulong()
         code = functions.C_OpenSession(
-            token.slot.slot_id, flags, None, None, c.byref(number)
+            token.slot.slot_id, _RW if rw else _RO, None, None, byref(number)
         )
         if code:
             raise rv.error_of(code, "C_OpenSession")
         self.generation = module.generation
-        self.handle = number.value
+        self.handle = handle = number.value
         self._token = token
-        self._p11: pkcs11.Session | None = None
         # The number is new, so whoever had it before was closed behind our back, by
         # the token. It must not close this one, too.
-        if before := module.live.get(self.handle):
-            before.forget()
-        module.live[self.handle] = self
+        live = module.live
+        if handle in live:
+            live[handle].forget()
+        live[handle] = self
         self.rw = rw
         self.epoch = epoch
-        self.lent = False
 
     @property
     def p11(self) -> pkcs11.Session:
@@ -132,7 +120,10 @@ class Session:
         The number is taken out of the ``pkcs11.Session`` first, so that a caller
         who kept it cannot reach the session that gets the number next.
         """
-        handle = self.forget()
+        if self._p11 is None:
+            handle, self.handle = self.handle, 0
+        else:
+            handle = self.forget()
         module = self.module
         if not handle or self.generation != module.generation:
             return 0

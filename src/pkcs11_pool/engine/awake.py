@@ -21,6 +21,10 @@ _OURS: Final = 100e-6
 time of an operation at this rate only wait for each other."""
 _SHORT: Final = 0.0005
 """Seconds. Who is inside for longer than this, and than usual, counts no more."""
+_EACH: Final = 8
+"""Jobs in line for each worker beyond the first, on a fast token. One keeps up with
+fewer, and two that hand the interpreter's lock to each other take a fifth more of the
+processors for the same."""
 _WINDOW: Final = 8
 """Operations of which the shortest tells how fast the token is: the machine's load
 makes some longer than they are, none shorter."""
@@ -47,6 +51,9 @@ class Awake:
         self._shortest = math.inf
         self._spent = math.inf
         self._seen = 0
+        # How many of them were long, and whether hardly any is.
+        self._slow = 0
+        self._all_short = False
 
     def woken(self, worker: Thread, now: float) -> None:
         """A worker is woken."""
@@ -73,6 +80,7 @@ class Awake:
         """So long a worker was busy, and so long on a processor where that is known."""
         self._shortest = min(self._shortest, duration)
         self._spent = min(self._spent, spent)
+        self._slow += duration > _SHORT
         self._seen += 1
         if self._seen >= _WINDOW:
             self._conclude()
@@ -85,17 +93,22 @@ class Awake:
         self.most = max(self._least, most)
         # One long call among short ones must not keep others from starting.
         self._long = max(_SHORT, 4 * self._shortest)
+        # One worker is enough only where nobody waits long behind another.
+        self._all_short = most < self._least and self._slow <= _WINDOW // 4
         self._shortest = self._spent = math.inf
-        self._seen = 0
+        self._seen = self._slow = 0
 
-    def is_full(self, now: float) -> bool:
-        """Whether no more should be woken."""
+    def is_full(self, now: float, waiting: int) -> bool:
+        """Whether no more should be woken, with so many jobs in line."""
         if self._coming >= self._least:
             return True
-        if len(self.at_work) < self.most:
+        most = self.most
+        if self._all_short:
+            most = min(most, 1 + waiting // _EACH)
+        if len(self.at_work) < most:
             return False
         if now - self._looked > self._long:
             self._looked = now
             for worker in [w for w in self.at_work if now - w.since > self._long]:
                 self.at_work.discard(worker)
-        return len(self.at_work) >= self.most
+        return len(self.at_work) >= most

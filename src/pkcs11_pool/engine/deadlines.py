@@ -5,7 +5,7 @@ Pure. Adding and removing cost the same however many jobs there are.
 
 from __future__ import annotations
 
-import math
+from math import ceil, inf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,15 +23,19 @@ class Deadlines:
         # The tick of the job that came last: that bucket stays when it is empty, for
         # the next one.
         self._last = 0
+        self._bucket: set[Job] = set()
         # When it is looked next.
-        self._planned = math.inf
+        self._planned = inf
 
     def watch(self, job: Job) -> float | None:
         """Heed a job's deadline; a time to look, if none so early was planned."""
         deadline = job.deadline
         if deadline is None:
             return None
-        job.tick = tick = math.ceil(deadline / TICK)
+        job.tick = tick = ceil(deadline / TICK)
+        if tick == self._last:
+            self._bucket.add(job)
+            return None
         bucket = self._buckets.get(tick)
         if bucket is not None:
             bucket.add(job)
@@ -39,7 +43,7 @@ class Deadlines:
         if not self._buckets.get(self._last, True):
             del self._buckets[self._last]
         self._last = tick
-        self._buckets[tick] = {job}
+        self._buckets[tick] = self._bucket = {job}
         look = tick * TICK
         if look >= self._planned:
             return None
@@ -62,5 +66,5 @@ class Deadlines:
     def next(self) -> float:
         """When the next one is due, and it will be looked; ``inf`` for never."""
         used = (tick for tick, bucket in self._buckets.items() if bucket)
-        self._planned = min(used, default=math.inf) * TICK
+        self._planned = min(used, default=inf) * TICK
         return self._planned

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from pkcs11_pool.cryptoki import rv
 from pkcs11_pool.engine.awake import Awake
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.engine.leases import Chain, Lease
     from pkcs11_pool.jobs import Thread, Waiter
+
+T = TypeVar("T")
 
 # Reading a member of an Enum is a call into Python before 3.12: once is enough.
 _READ: Final = Kind.READ
@@ -102,6 +104,24 @@ class Pause(Enum):
 _NOT: Final = Pause.NOT
 
 
+class _State(Generic[T]):
+    """A part of the engine's state on which it depends whether all is as usual."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, _owner: object, name: str) -> None:
+        self._name = f"{name} "  # no attribute of the engine has this name
+
+    def __get__(self, engine: Dispatch, _owner: object = None) -> T:
+        value: T = engine.__dict__.get(self._name, self._default)
+        return value
+
+    def __set__(self, engine: Dispatch, value: T) -> None:
+        engine.__dict__[self._name] = value
+        engine.look_at_state()
+
+
 class Dispatch:
     """Lines, room, deadlines and idle workers of one token.
 
@@ -112,7 +132,9 @@ class Dispatch:
     def __init__(self, options: PoolOptions) -> None:
         self.options = options
         self.pid = _process.pid
-        self.state = PoolState.NEW
+        # Whether the pool is in the state that it is nearly always in, where jobs take
+        # a short way: one look for each of them in place of four.
+        self._usual = False
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._lines = Lines()
@@ -129,9 +151,6 @@ class Dispatch:
         self._resting: dict[Job, float] = {}
         # Requests that the actor has.
         self._requests: set[Job] = set()
-        self._pause = Pause.NOT
-        # A lost login is being restored: what may not start twice waits for it.
-        self._login_awaited = False
         self._so_lane: Lease | None = None
         self._awake = Awake()
         # Whether the timekeeper comes to look at jobs for which nobody was woken.
@@ -160,8 +179,15 @@ class Dispatch:
         #: garbage collector.
         self.orphans: deque[tuple[Lease, Chain | None]] = deque()
         self._ending = threading.Lock()
-        # Calls that were given up on and have not returned.
-        self._stuck = 0
+
+    #: Where the pool is in its life.
+    state = _State(PoolState.NEW)
+    # What may start.
+    _pause = _State(Pause.NOT)
+    # A lost login is being restored: what may not start twice waits for it.
+    _login_awaited = _State(False)  # noqa: FBT003  # its default
+    # Calls that were given up on and have not returned.
+    _stuck = _State(0)
 
     # -- In and out: called by the faces ------------------------------------------
 
@@ -181,10 +207,9 @@ class Dispatch:
         lines, room = self._lines, self._room
         with self._lock:
             if (
-                job.kind is _READ
-                and self._pause is _NOT
-                and self.state is _READY
-                and not (self._stuck or self._login_awaited or lines.others)
+                self._usual
+                and job.kind is _READ
+                and not lines.others
                 and len(lines.reads)
                 < room.limit.total - room.open_all + len(room.ahead)
                 and (self._idle or len(self._workers) < self._most_workers)
@@ -214,6 +239,12 @@ class Dispatch:
             self._wake_one_locked(now)
         elif self._login_awaited:
             self._send_one_locked()
+
+    def look_at_state(self) -> None:
+        """Called at each change of the state. Whoever changes it has the lock."""
+        self._usual = self.state is _READY and not (
+            self._pause is not _NOT or self._login_awaited or self._stuck
+        )
 
     def check_open(self) -> None:
         """Refuse a pool that is not open.
@@ -496,7 +527,8 @@ class Dispatch:
         The next of those takes the job then. Should all be inside long calls, the
         timekeeper comes and wakes more.
         """
-        if self._awake.is_full(now):
+        lines = self._lines
+        if self._awake.is_full(now, len(lines.reads) + lines.others):
             self._look_later_locked(now)
             return False
         if self._idle:
@@ -572,7 +604,9 @@ class Dispatch:
         if not (lines.reads or lines.others):
             return None
         job = lines.first(self._can_start_locked)
-        if job is None or worker in awake.at_work or not awake.is_full(now):
+        if job is None or worker in awake.at_work:
+            return job
+        if not awake.is_full(now, len(lines)):
             return job
         # It comes back from a long call, and the others do without it.
         self._look_later_locked(now)

@@ -21,9 +21,10 @@ from pkcs11_pool.engine.leases import Loan
 from pkcs11_pool.engine.outage import Outages
 from pkcs11_pool.engine.timekeeper import timekeeper
 from pkcs11_pool.errors import LoginRequired, PoolClosed, PoolError, PoolTimeout
-from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.login.each_session import log_in
-from pkcs11_pool.state import LoginState, PoolState
+from pkcs11_pool.state import LoginState
+from pkcs11_pool.stats import Times
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 _READ: Final = Kind.READ
 _LANE: Final = Kind.LANE
 _LEASE: Final = Kind.LEASE
+_RUNNING: Final = Phase.RUNNING
+_SETTLED: Final = Phase.SETTLED
 _NOT: Final = Pause.NOT
-_READY: Final = PoolState.READY
 _LATE: Final = 0.0005
 """Seconds that a result may wait for others, so that one wake-up serves all."""
 REST: Final = 2.0
@@ -67,60 +69,100 @@ class Work(Outages):
         the session that it opened behind its last job.
         """
         with self._lock:
-            usual = (
-                self._pause is _NOT
-                and self.state is _READY
-                and not (worker.lost or self._login_awaited)
-            )
-            if ahead is not None and usual and ahead.epoch == self.actor.login.epoch:
-                self._room.ahead.append(ahead)
-                worker.counted = ahead = None
-            if ahead is None:
-                claimed = self._next_locked(worker, usual=usual)
+            now = time.monotonic()
+            unwanted: Session | None = None
+            if ahead is not None and not (
+                self._usual
+                and ahead.epoch == self.actor.login.epoch
+                and not worker.lost
+            ):
+                unwanted = ahead
+            else:
+                claimed = self._claim_read_locked(
+                    worker, ahead, now
+                ) or self._claim_any_locked(worker, ahead, now)
                 held = self._held
                 if held:
-                    if claimed and worker.since - self._held_since < _LATE:
+                    if claimed and now - self._held_since < _LATE:
                         # They go on waiting: this worker goes on working.
                         held = []
                     else:
                         self._held = []
-        if ahead is not None:
-            # Not wanted any more. The worker counts as busy still: a pause waits for
-            # this, too.
-            ahead.close()
+        if unwanted is not None:
+            # The worker counts as busy still: a pause waits for this, too.
+            unwanted.close()
             return self.claim(worker, None)
         for waiter in held:
             waiter.wake()
         return claimed
 
-    def _next_locked(
-        self, worker: Worker, *, usual: bool
+    def _claim_read_locked(  # noqa: C901, PLR0912  # written out: a call costs more
+        self, worker: Worker, ahead: Session | None, now: float
+    ) -> tuple[Job, Session | None, None] | None:
+        """The usual case: a worker that is at work takes the next R/O operation.
+
+        As `_claim_any_locked` does for every job, in short. Where it counts for a
+        session that it has closed, the next one takes that one's place in the count.
+        """
+        room, lines = self._room, self._lines
+        reads, counted = lines.reads, worker.counted
+        if (
+            not reads
+            or not self._usual
+            or lines.others
+            or counted
+            or worker not in self._awake.at_work
+        ):
+            return None
+        session = ahead
+        if room.ahead:
+            session = room.ahead.popleft()
+            if ahead is not None:
+                room.ahead.append(ahead)
+            else:
+                room.open_all -= counted is not None
+        elif ahead is None:
+            if room.open_all - (counted is not None) >= room.limit.total:
+                return None
+            room.open_all += counted is None
+        worker.counted = False
+        if not worker.busy:
+            worker.busy = True
+            self._busy += 1
+        else:
+            if worker.spent is not None:
+                self._awake.took(now - worker.since, worker.spent)
+            if worker.opened:
+                self._opened_locked(worker)
+        job = reads.popleft()
+        job.wait_seconds = waited = now - job.since
+        self._wait_times.fresh.append(waited)
+        if job.waited:
+            self._counters.wait_seconds_total += waited
+        job.since = worker.since = now
+        job.phase = _RUNNING
+        job.worker = worker
+        worker.job = job
+        self._running += 1
+        if worker.coming:
+            self._awake.came(worker)
+            if reads and (room.ahead or room.open_all < room.limit.total):
+                # There may be more for whom nobody was woken.
+                self._wake_one_locked(now)
+        return job, session, None
+
+    def _claim_any_locked(
+        self, worker: Worker, ahead: Session | None, now: float
     ) -> tuple[Job, Session | None, Session | None] | None:
+        room = self._room
+        if ahead is not None:
+            room.ahead.append(ahead)
+            worker.counted = None
         if worker.lost:
             return None
-        now = time.monotonic()
-        room, lines, awake = self._room, self._lines, self._awake
         if worker.busy:
             self._tidied_locked(worker, now)
-        came = worker.coming and awake.came(worker)
-        session: Session | None
-        if (
-            usual
-            and lines.reads
-            and not lines.others
-            and worker in awake.at_work
-            and (room.ahead or room.open_all < room.limit.total)
-        ):
-            # As `_claim_locked` and `reserve` do for every job, in short.
-            job = lines.reads.popleft()
-            worker.since = now
-            self._start_locked(worker, job, now)
-            worker.counted = False
-            session = room.ahead.popleft() if room.ahead else None
-            room.open_all += session is None
-            if came and lines.reads:
-                self._wake_for_next_locked()
-            return job, session, None
+        came = worker.coming and self._awake.came(worker)
         found = self._claim_locked(worker, now, came=came)
         if found is None:
             return None
@@ -143,7 +185,7 @@ class Work(Outages):
             self._room.open_all -= 1
             self._room.open_rw -= worker.counted
             worker.counted = None
-        if self._pause is not _NOT:
+        if not self._usual:
             self._quiet.notify_all()
 
     # -- Sessions -----------------------------------------------------------------
@@ -272,7 +314,7 @@ class Work(Outages):
 
     # -- Results ------------------------------------------------------------------
 
-    def deliver(
+    def deliver(  # noqa: C901  # written out, too
         self, worker: Worker, job: Job, result: Any, error: BaseException | None
     ) -> bool:
         """Settle a job that ran, and wake its caller; whether to open the next session.
@@ -284,31 +326,38 @@ class Work(Outages):
         with self._lock:
             if worker.lost:
                 return False
+            now = time.monotonic()
             worker.job = None
             self._running -= 1
-            now = time.monotonic()
             duration = now - job.since
             self._counters.run_seconds_total += duration
-            self._run_times.add(duration, job.is_operation)
-            kind = job.kind
-            if kind is _LEASE:
-                self._lent_locked(worker, result, error)
             if worker.opened:
                 self._opened_locked(worker)
-            settled = self._settle_locked(job, result, error)
-            if job.lane is not None:
-                self._next_in_lane_locked(job.lane)
+            settled = job.kind is _READ and error is None and not job.dropped
+            if settled and job.phase is _RUNNING and job.errand is None:
+                # As below, in short.
+                fresh = self._run_times.fresh
+                fresh.append(duration)
+                if len(fresh) >= Times.MANY:
+                    self._run_times.count()
+                    self._wait_times.count()
+                if job.tick:
+                    self._deadlines.unwatch(job)
+                job.phase = _SETTLED
+                job.result = result
+                self._counters.operations_total += 1
+            else:
+                settled = self._ended_locked(worker, job, result, error, duration)
             waiting = len(self._lines.reads) + self._lines.others
             opens = (
-                kind is _READ
-                and not waiting
-                and self._pause is _NOT
-                and self.state is _READY
+                not waiting
+                and self._usual
+                and job.kind is _READ
                 # A spare for each busy worker.
                 and len(self._room.ahead) < self._busy
             )
-            if settled and waiting > _ENOUGH and self._hold_locked(job, now):
-                return opens
+            if waiting > _ENOUGH and settled and self._hold_locked(job, now):
+                return False
             held = self._held
             if held:
                 self._held = []
@@ -317,6 +366,23 @@ class Work(Outages):
         if not settled or not job.waiter.wake():
             self._give_back(result)
         return opens
+
+    def _ended_locked(
+        self,
+        worker: Worker,
+        job: Job,
+        result: Any,
+        error: BaseException | None,
+        duration: float,
+    ) -> bool:
+        """Any job is done, in whichever way; whether there is somebody to wake."""
+        self._run_times.add(duration, job.is_operation)
+        if job.kind is _LEASE:
+            self._lent_locked(worker, result, error)
+        settled = self._settle_locked(job, result, error)
+        if job.lane is not None:
+            self._next_in_lane_locked(job.lane)
+        return settled
 
     def _explained(self, error: BaseException) -> BaseException:
         """An error with a text that says what to do."""

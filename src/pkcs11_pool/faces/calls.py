@@ -290,7 +290,7 @@ class Calls(Making):
         kind = arguments.needed_mechanism(mechanism)
 
         async def digest(whole: bytes, timeout: Timeout) -> bytes:
-            return await self._perform(
+            return await self._read(
                 lambda session: operations.digest(
                     session, whole, kind, mechanism_param
                 ),
@@ -331,7 +331,7 @@ class Calls(Making):
             PKCS#11 v3.1, "Random number generation functions".
         """
         size = arguments.bits(nbits)
-        return await self._perform(
+        return await self._read(
             lambda session: operations.generate_random(session, size), timeout
         )
 

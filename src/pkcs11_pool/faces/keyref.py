@@ -434,7 +434,16 @@ class KeyRef(KeyMaker):
         options: dict[str, Any],
     ) -> Awaitable[Any]:
         """An operation on data: in one call, or in parts."""
-        given = arguments.whole(data)
+        given = data if type(data) is bytes else arguments.whole(data)
+        target = self._target
+        if given is not None and not isinstance(target, SessionObject):
+            calls = self._calls
+            cache = calls._engine.cache  # noqa: SLF001  # one package
+            return calls._read(  # noqa: SLF001
+                lambda session: whole(session, cache, target, given, **options),
+                timeout,
+                self._home,
+            )
         if given is not None:
             return self._perform(whole, given, timeout=timeout, **options)
         return consume(self._task(operation, whole, timeout, options), data)

@@ -23,7 +23,7 @@ from pkcs11_pool.faces.objectref import ObjectRef
 from pkcs11_pool.faces.parameters import LocalParameters, ParametersRef
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from pkcs11.constants import MechanismFlag
     from pkcs11.mechanisms import KeyType, Mechanism
@@ -63,6 +63,12 @@ class Making(ABC):
         target: SessionObject | None = None,
     ) -> T:
         """Run ``work`` on a worker thread, with a session."""
+
+    def _read(
+        self, work: Callable[[Session], T], timeout: Timeout, home: Calls | None = None
+    ) -> Awaitable[T]:
+        """Run ``work``, that changes nothing, as soon as this is called."""
+        return self._perform(work, timeout, home=home)
 
     @abstractmethod
     def _job(

@@ -22,13 +22,13 @@ from pkcs11_pool.faces.mapping import SyncResults
 from pkcs11_pool.faces.pooled_session import SessionBlock
 from pkcs11_pool.faces.security_officer import SecurityOfficerBlock, pin_change
 from pkcs11_pool.faces.waiting import blocking, checkpoint, current_waiter
-from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.jobs import Job, Kind, Reading
 from pkcs11_pool.login.pin_guard import USER
 from pkcs11_pool.state import LoginState, PoolState
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
     from types import TracebackType
 
     from pkcs11_pool.cryptoki.interface import Library
@@ -670,6 +670,32 @@ class TokenPool(Calls):
             target=target,
             holder=waiter.holder,
         )
+
+    def _read(
+        self, work: Callable[[Session], T], timeout: Timeout, home: Calls | None = None
+    ) -> Awaitable[T]:
+        # As `_perform`, for the operations that are nearly all: no coroutine is on the
+        # way but the one that waits.
+        engine = self._engine
+        limit = engine.options.timeout
+        if timeout is not DEFAULT:
+            limit = arguments.timeout(timeout, limit)
+        engine.check_process()
+        waiter = current_waiter()
+        job = Reading(
+            work,
+            waiter=waiter,
+            deadline=time.monotonic() + limit if limit else None,
+            nowait=limit == 0,
+            holder=waiter.holder,
+        )
+        try:
+            engine.submit(job)
+        except WouldDeadlock:
+            if home is None or getattr(home, "closed", True):
+                raise
+            return home._read(work, timeout)  # noqa: SLF001  # one package
+        return waiter.result(engine, job)
 
     async def _perform(
         self,

@@ -20,9 +20,11 @@ import sys
 import threading
 import time
 import weakref
+from asyncio import current_task, get_running_loop
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from weakref import ref
 
 import anyio
 import anyio.lowlevel
@@ -45,6 +47,7 @@ T = TypeVar("T")
 
 # Reading a member of an Enum is a call into Python before 3.12: once is enough.
 _SETTLED: Final = Phase.SETTLED
+_modules: Final = sys.modules
 LATE = 0.05
 """Seconds that a blocking caller allows the engine to give out a deadline."""
 _HIGH = 512
@@ -453,24 +456,29 @@ def current_waiter() -> FaceWaiter:
     local = _local
     if local.blocking:
         return _ThreadWaiter()
-    trio: Any = sys.modules.get("trio")
-    # While another thread still imports it, no loop of it runs.
-    if hasattr(trio, "lowlevel") and trio.lowlevel.in_trio_task():
+    trio: Any = _modules.get("trio")
+    if (
+        trio is not None
+        # While another thread still imports it, no loop of it runs.
+        and hasattr(trio, "lowlevel")
+        and trio.lowlevel.in_trio_task()
+    ):
         token = trio.lowlevel.current_trio_token()
         port = local.trio()
         if port is None or port.loop is not token:
             local.trio = _Kept(_TrioPort(token))
         me = weakref.ref(trio.lowlevel.current_task())
         return _TrioWaiter(local.trio, me, trio)
-    loop = asyncio.get_running_loop()
-    port = local.asyncio()
+    loop = get_running_loop()
+    way = local.asyncio
+    port = way()
     if port is None or port.loop is not loop:
         port = _asyncio_port(loop)
-        local.asyncio = (weakref.ref if isinstance(port, _EventPort) else _Kept)(port)
-    task = asyncio.current_task(loop)
+        way = (weakref.ref if isinstance(port, _EventPort) else _Kept)(port)
+        local.asyncio = way
+    task = current_task(loop)
     # Weak, or a session held by a task would keep the task, which keeps the session.
-    holder = None if task is None else weakref.ref(task)
-    return _AsyncioWaiter(local.asyncio, holder, loop)
+    return _AsyncioWaiter(way, None if task is None else ref(task), loop)
 
 
 async def checkpoint() -> None:
