@@ -659,3 +659,19 @@ def test_a_signature_that_uses_up_its_key_is_not_repeated(key_type: int) -> None
     with pytest.raises(OutcomeUnknown, match="used up"):
         with_object(session, cache, spec, None, sign)
     assert calls == 1
+
+
+@pytest.mark.parametrize("function", ["C_FindObjectsInit", "C_GetAttributeValue"])
+@pytest.mark.parametrize("rv", _GONE[:5], ids=hex)
+async def test_what_was_lost_before_the_change_was_sent_is_made_again(
+    make_pool: MakePool, fault: FaultModule, function: str, rv: int
+) -> None:
+    """While its object was looked up nothing had happened: nobody need ask what did."""
+    async with make_pool(module=fault.path) as pool:
+        await make_ec_key(pool)
+        key = pool.key(label="signer", object_class=ObjectClass.PRIVATE_KEY)
+        fault.on(function, answer=rv)
+        fault.reset_counts()
+        await key.destroy()
+        assert fault.count("C_DestroyObject") == 1
+        assert pool.stats().operations_failed == 0

@@ -92,6 +92,15 @@ struct fault_settings {
     struct fault_token_info info[TOKEN_INFOS];
 };
 
+/* One misfortune between any two calls, whichever they are. */
+enum { STRIKE_NO, STRIKE_ANSWER, STRIKE_REPLACE, STRIKE_SESSIONS, STRIKE_LOGIN, STRIKE_FINALIZE };
+
+struct fault_strike {
+    int kind;
+    CK_RV rv;
+    unsigned long after, times; /* the first call that is hit, from 1; how many are */
+};
+
 /* Written here, only read by the tests. */
 struct fault_status {
     unsigned long counts[FUNCTIONS], inside[FUNCTIONS], hanging[FUNCTIONS];
@@ -112,6 +121,10 @@ struct state {
     struct fault_status status;
     struct fault_settings settings;
     unsigned long waiters; /* in fault_wait */
+
+    struct fault_strike strike;
+    uint64_t struck_at; /* the first call that was hit, 0: none */
+    unsigned long struck;
 
     struct rule *rules;
     unsigned long last_rule;
@@ -164,5 +177,6 @@ void session_closed(const struct call *call);
 void object_destroyed(const struct call *call);
 CK_RV close_all(const CK_FUNCTION_LIST *real, CK_SLOT_ID slot);
 void all_lost(bool initialised);
+void lose_locked(int kind); /* STRIKE_SESSIONS, …_LOGIN or …_FINALIZE; nobody is inside */
 
 #endif

@@ -119,10 +119,12 @@ class Outages(Leasing):
             self.doubt(error)
         lost = lane is not None and lane.closing
         once = isinstance(error, OutcomeUnknown)
-        if not (lost or once) and job.repeats and self._again(job, wait=False):
+        unsent = recovery.is_unsent(error)
+        repeats = job.repeats or (job.restart and unsent)
+        if not (lost or once) and repeats and self._again(job, wait=False):
             return None
         # What a caller's function does with its session, he knows himself.
-        known = fault is Fault.SESSION and not job.restart
+        known = unsent or (fault is Fault.SESSION and not job.restart)
         if job.changes and not known and not isinstance(error, PoolError):
             unknown = OutcomeUnknown(_UNKNOWN.format(error=rv.text_of(error)))
             unknown.__cause__ = error
