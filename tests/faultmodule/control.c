@@ -179,7 +179,7 @@ static void consult_outage(struct call *call, int *answer)
 /* What is to be lost is lost while only this call is inside, and before it reaches the module: the
  * real module need not bear that its sessions go while it works in them. A session that cannot be
  * closed, or that nobody knows of, would stay for ever: one that closes is closed whatever is
- * answered, and none is opened. */
+ * answered, and none is opened. Nor does an operation begin in a session, to be in the way there. */
 static void consult_strike(struct call *call, int *answer)
 {
     struct fault_strike *strike = &state.strike;
@@ -197,7 +197,11 @@ static void consult_strike(struct call *call, int *answer)
     if (loses)
         lose_locked(strike->kind);
     else {
-        bool done = strike->kind == STRIKE_REPLACE && function != FN_C_OpenSession;
+        const char *name = function_names[function];
+        size_t length = strlen(name);
+        bool begins = length > 4 && strcmp(name + length - 4, "Init") == 0;
+        bool done =
+            strike->kind == STRIKE_REPLACE && function != FN_C_OpenSession && !begins;
         *answer = done || function == FN_C_CloseSession ? ANSWER_REPLACED : ANSWER_INSTEAD;
         call->replacement = strike->rv;
     }

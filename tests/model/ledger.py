@@ -63,6 +63,8 @@ class _Open:
     #: It is somebody's for longer than one operation: the login's own, or lent.
     kept: bool = False
     searched: bool = False
+    #: A search in it could not be ended.
+    unended: bool = False
     #: Numbers of the keys with which something began here.
     begun_with: set[int] = field(default_factory=set)
     busy_until: int = 0
@@ -111,7 +113,13 @@ class Blow:
             self.functions = tuple(call.function for call in hit)
             last = max(self.hits)
         else:
-            gone = {CKR.SESSION_HANDLE_INVALID, CKR.CRYPTOKI_NOT_INITIALIZED}
+            gone = {
+                CKR.SESSION_HANDLE_INVALID,
+                CKR.CRYPTOKI_NOT_INITIALIZED,
+                CKR.OBJECT_HANDLE_INVALID,
+                CKR.KEY_HANDLE_INVALID,
+                CKR.USER_NOT_LOGGED_IN,
+            }
             last = max((c.sequence for c in after if c.rv in gone), default=0)
         self.changed = any(c.function in CHANGES and c.sequence <= last for c in calls)
         return self
@@ -244,15 +252,19 @@ class Ledger:
 
     def _is_excused(self, call: Call) -> bool:
         """Whether it was the fault that answered so, or what the fault took away."""
-        blow = self._blow
+        blow, session = self._blow, self._sessions.get(call.session or 0)
+        if call.rv == CKR.OPERATION_ACTIVE and call.function == "C_FindObjectsInit":
+            return session is not None and session.unended
         if blow is None or call.sequence < blow.first:
             return False
-        if call.sequence in blow.hits:
-            return True
-        if call.rv == CKR.USER_ALREADY_LOGGED_IN:
-            return blow.kind == "replace" and "C_Login" in blow.functions
+        lost = blow.kind == "replace" and "C_Login" in blow.functions
+        if call.sequence in blow.hits or call.rv == CKR.USER_ALREADY_LOGGED_IN:
+            return call.sequence in blow.hits or lost
         if call.rv == CKR.CRYPTOKI_NOT_INITIALIZED:
             return self._is_finalized
+        if call.rv == CKR.SESSION_READ_WRITE_SO_EXISTS:
+            # Nobody but the token knows that he is in.
+            return not {"C_Login", "C_Logout"}.isdisjoint(blow.functions)
         return call.rv == CKR.SESSION_HANDLE_INVALID and call.session in self._dead
 
     def _finalized(self) -> None:
@@ -328,6 +340,8 @@ class Ledger:
         if not session.kept and session.epoch < self._began_with.get(session.slot, 0):
             raise Broken(f"session {call.session} is of an earlier login")
         session.searched |= call.function == "C_FindObjects"
+        if call.function == "C_FindObjectsFinal":
+            session.unended = bool(call.rv)
         if call.object is not None:
             self._named(call, session)
 

@@ -99,38 +99,39 @@ class Misfortune:
         return outcome in self._errors(step, blow)
 
     def _errors(self, step: Step, blow: Blow) -> set[str]:
-        trouble = self.trouble
-        raw = "" if self.is_loss else CODES[self.rv][1]
-        if self.kind == "sessions":
-            raw = "SessionHandleInvalid"
-        if self.kind == "finalize":
-            raw = "PKCS11Error"
         if isinstance(step, steps.Logout):
             # The user's word stands, whatever the token says.
             return set()
-        if trouble in {Trouble.CALLER, Trouble.UNSURE}:
-            # Nobody can make it good.
-            told = {raw}
-        elif trouble is Trouble.LOGIN:
-            told = {"LoginRequired"} if not self.is_loss else set()
-            if isinstance(step, steps.Make):
-                told = {"LoginRequired"}
-        elif isinstance(step, _TOLD) or blow.struck >= _TRIES:
-            told = {raw}
-        else:
-            told = set()
-        if (
-            (step.changes or isinstance(step, steps.Visit))
-            and blow.changed
-            and trouble is not Trouble.LOGIN
-        ):
+        trouble = self.trouble
+        told = self._told(step, blow)
+        sends = step.changes or isinstance(step, steps.Visit)
+        if sends and blow.changed:
             # It may have happened.
             told.add("OutcomeUnknown")
         if isinstance(step, (steps.Officer, steps.Visit)) and self.may_end_sessions:
             # It is several calls in one session, and that is over.
             told |= {"SessionClosed", "SessionObjectDestroyed"}
+        if trouble is Trouble.LOGIN and isinstance(step, (steps.Login, steps.Officer)):
+            told |= {"UserNotLoggedIn"}
         return told
+
+    def _told(self, step: Step, blow: Blow) -> set[str]:
+        """The errors of the token that reach the caller as they are."""
+        trouble, raw = self.trouble, self._raw
+        if trouble is Trouble.LOGIN:
+            made_again = self.is_loss and not isinstance(step, steps.Make)
+            return set() if made_again else {"LoginRequired"}
+        # Nobody can make good what is the caller's, or says nothing.
+        plain = trouble in {Trouble.CALLER, Trouble.UNSURE}
+        once = isinstance(step, _TOLD) or blow.struck >= _TRIES
+        return {raw} if plain or once else set()
+
+    @property
+    def _raw(self) -> str:
+        lost = {"sessions": "SessionHandleInvalid", "finalize": "PKCS11Error"}
+        return lost.get(self.kind) or CODES[self.rv][1]
 
     def may_have_happened(self, outcome: str, blow: Blow) -> bool:
         """Whether a step that came to this error may have been done all the same."""
-        return outcome == "OutcomeUnknown" or blow.kind == "replace"
+        # Also where only what was to be learnt of the new object is lost.
+        return outcome == "OutcomeUnknown" or blow.kind == "replace" or blow.changed

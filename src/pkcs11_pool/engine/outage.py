@@ -101,7 +101,12 @@ class Outages(Leasing):
             fault = _asked(session)
         if fault.is_outage:
             return self._cut_off(job, session, error, fault)
-        if fault in (Fault.LOGIN, Fault.HANDLE) and self._without_login(job, session):
+        made = isinstance(error, OutcomeUnknown)
+        if (
+            fault in (Fault.LOGIN, Fault.HANDLE)
+            and not made
+            and self._without_login(job, session)
+        ):
             return None
         return error
 
