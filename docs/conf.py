@@ -8,9 +8,11 @@ listed here, so that the build passes on any machine. Our own names must always 
 from __future__ import annotations
 
 import re
+from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
+
+logger = logging.getLogger(__name__)
 
 project = "pkcs11-pool"
 author = "The pkcs11-pool authors"
@@ -243,8 +247,27 @@ def say_what_is_needed(_app: Sphinx, _page: str, source: list[str]) -> None:
     )
 
 
+def find_dead_links(app: Sphinx, error: Exception | None) -> None:
+    """Warn of links within the site that lead nowhere.
+
+    Sphinx checks those that writers make, not those that it makes itself: in the
+    listings of sources, each Python module has but one place in the reference.
+    """
+    if error is not None or app.builder.format != "html":
+        return
+    pages = {path.resolve(): path.read_text() for path in app.outdir.rglob("*.html")}
+    names = {path: set(re.findall(r'\bid="(.+?)"', pages[path])) for path in pages}
+    for path, text in pages.items():
+        for link, anchor in re.findall(r'href="([^":?#]*)#([^"]+)"', text):
+            target = (path.parent / link).resolve() if link else path
+            if target in names and unescape(anchor) not in names[target]:
+                page = path.relative_to(app.outdir.resolve())
+                logger.warning("%s: %s#%s leads nowhere", page, link, anchor)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
+    app.connect("build-finished", find_dead_links)
     app.connect("source-read", say_what_is_needed)
     app.connect("missing-reference", house_name, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,13 +1,17 @@
 """Make the screenshots of the status page, on a throwaway token under some load.
 
-    python docs/screenshots.py
+    python docs/screenshots.py          all of it
+    python docs/screenshots.py --top    what ``pkcs11-pool top`` shows of it, alone
 
-Writes ``docs/_static/status/*.png``. Needs SoftHSM2, Chromium and its driver.
+Writes ``docs/_static/status/*.png``, which needs Chromium and its driver, and a block
+of ``docs/how-to/watch-a-service.md``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,7 +76,25 @@ def shoot(paths: tuple[str, str], url: str) -> None:
             driver.save_screenshot(str(target / f"{name}.png"))
 
 
-async def main(token: softhsm.ThrowawayToken, paths: tuple[str, str]) -> None:
+def watch(url: str) -> None:
+    """Write what ``top`` shows at its second reading into its page."""
+    command = [sys.executable, "-m", "pkcs11_pool", "top", url]
+    command += ["--count", "2", "--interval", "2"]
+    done = subprocess.run(  # noqa: S603  # our own program
+        command, capture_output=True, text=True, check=True
+    )
+    title = "pkcs11-pool at "
+    lines = [line.rstrip() for line in done.stdout.splitlines() if line.strip()]
+    last = max(n for n, line in enumerate(lines) if title in line)
+    shown = "\n".join(lines[last:])
+    block = f"```text\n$ pkcs11-pool top http://localhost:8000/pools\n{shown}\n```\n"
+    page = HERE / "how-to" / "watch-a-service.md"
+    marked = re.compile(r"(?s)(<!-- top: .*? -->\n).*(<!-- end of top -->)")
+    text = page.read_text()
+    page.write_text(marked.sub(lambda found: found[1] + block + found[2], text))
+
+
+async def main(token: softhsm.ThrowawayToken, paths: tuple[str, str] | None) -> None:
     """Serve the status app of a pool that is at work."""
     async with TokenPool(
         token.module, token_label=token.label, pin=token.user_pin, name="signing"
@@ -82,14 +104,16 @@ async def main(token: softhsm.ThrowawayToken, paths: tuple[str, str]) -> None:
         )
         async with served(StatusApp(pool, allow_anonymous=True)) as url:
             work = asyncio.create_task(load(pool, callers=12))
-            await asyncio.to_thread(shoot, paths, url)
+            await asyncio.to_thread(watch, url)
+            if paths is not None:
+                await asyncio.to_thread(shoot, paths, url)
             work.cancel()
             await asyncio.wait([work])
 
 
 if __name__ == "__main__":
-    found = find_browser()
-    if found is None:
+    found = None if "--top" in sys.argv else find_browser()
+    if found is None and "--top" not in sys.argv:
         sys.exit("no Chromium: apt-get install chromium chromium-driver")
     with softhsm.throwaway_token() as throwaway:
         asyncio.run(main(throwaway, found))

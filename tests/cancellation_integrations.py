@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import pkgutil
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from asn1crypto import crl, csr
+from aiohttp import web
+from asn1crypto import cms, crl, csr
 from asn1crypto import x509 as asn1
 from pkcs11 import Mechanism
+from pyhanko.sign.signers import Signer
 
 from cancellation_table import Case, Ground, coroutines_of
 from pkcs11_pool import integrations
-from pkcs11_pool.integrations import cryptography, jose, lifespan, tuf, x509
+from pkcs11_pool.integrations import (
+    aiohttp,
+    cryptography,
+    jose,
+    lifespan,
+    pdf,
+    tuf,
+    x509,
+)
 from pkcs11_pool.integrations.envelope import Envelope
 
 if TYPE_CHECKING:
@@ -52,6 +64,14 @@ async def _load_issuer(ground: Ground) -> None:
         ground.state["issuer"] = await x509.load_issuer(ground.key("signer"), _NAME)
 
 
+async def _load_pdf(ground: Ground) -> None:
+    await _load_issuer(ground)
+    if "pdf" not in ground.state:
+        own = await ground.state["issuer"].self_signed(days=1, ca=False)
+        ground.state["certificate"] = own
+        ground.state["pdf"] = await pdf.load_signer(ground.key("signer"), own)
+
+
 # -- Calls that are more than one line ---------------------------------------------
 
 
@@ -78,16 +98,40 @@ async def _request(ground: Ground) -> None:
     assert isinstance(await issuer.crl(number=1, days=1), crl.CertificateList)
 
 
-async def _life(ground: Ground) -> None:
-    def make() -> TokenPool:
-        pool: TokenPool = ground.make_pool(
-            token_label=ground.other.label, pin=ground.other.user_pin
-        )
-        ground.state["pool"] = pool
-        return pool
+async def _cms(ground: Ground) -> None:
+    signer: pdf.PoolSigner = ground.state["pdf"]
+    digest = hashlib.sha256(_DATA).digest()
+    made = await signer.async_sign(digest, "sha256")
+    assert isinstance(made, cms.ContentInfo)
 
-    async with lifespan.open_pool(make) as pool:
+
+async def _answered(ground: Ground) -> None:
+    async def handle(_request: Any) -> web.StreamResponse:
+        await ground.key("signer").sign(_DATA, mechanism=Mechanism.ECDSA_SHA256)
+        raise AssertionError("SoftHSM2 has no such mechanism")
+
+    answer = await aiohttp.answer_errors(None, handle)  # type: ignore[arg-type]
+    assert answer.status == 400
+
+
+def _make(ground: Ground) -> TokenPool:
+    pool: TokenPool = ground.make_pool(
+        token_label=ground.other.label, pin=ground.other.user_pin
+    )
+    ground.state["pool"] = pool
+    return pool
+
+
+async def _life(ground: Ground) -> None:
+    async with lifespan.open_pool(lambda: _make(ground)) as pool:
         await pool.digest(_DATA, mechanism=Mechanism.SHA256)
+
+
+async def _aiohttp_life(ground: Ground) -> None:
+    app = web.Application()
+    context = aiohttp.pool_context(lambda: _make(ground))
+    async with asynccontextmanager(context)(app):
+        await app[aiohttp.POOL].digest(_DATA, mechanism=Mechanism.SHA256)
 
 
 async def _nothing_of_it(ground: Ground) -> None:
@@ -163,22 +207,42 @@ INTEGRATIONS = [
         "C_Sign",
         before=_load_issuer,
     ),
+    Case(
+        "pdf.load_signer",
+        lambda g: pdf.load_signer(g.key("signer"), g.state["certificate"]),
+        "C_GetAttributeValue",
+        before=_load_pdf,
+    ),
+    Case(
+        "pdf.PoolSigner.async_sign_raw",
+        lambda g: g.state["pdf"].async_sign_raw(_DATA, "sha256"),
+        "C_Sign",
+        before=_load_pdf,
+    ),
+    Case(
+        "pdf.PoolSigner.async_sign",
+        _cms,
+        "C_Sign",
+        before=_load_pdf,
+        asyncio_only=True,
+    ),
     Case("lifespan.open_pool", _life, after=_nothing_of_it, alone=True),
+    Case("aiohttp.pool_context", _aiohttp_life, after=_nothing_of_it, alone=True),
+    Case("aiohttp.answer_errors", _answered, "C_SignInit"),
 ]
 
-_LEFT_OUT = {
-    "pdf": "pyHanko awaits on asyncio only, and hashes a document around each call",
-    "aiohttp": "a server's own tasks cancel it: see the tests of the frameworks",
-}
-"""Modules whose coroutines are not in the table, and why."""
+_FOREIGN = {
+    f"pdf.PoolSigner.{name}"
+    for name, member in vars(Signer).items()
+    if inspect.iscoroutinefunction(member)
+} - {"pdf.PoolSigner.async_sign", "pdf.PoolSigner.async_sign_raw"}
+"""What is pyHanko's own; all of it comes to these two."""
 
 
 def integration_coroutines() -> set[str]:
     """All that a user of an integration can await, found by looking."""
-    found = set()
+    found = {"aiohttp.pool_context"}  # a function that gives one
     for info in pkgutil.iter_modules(integrations.__path__):
-        if info.name in _LEFT_OUT:
-            continue
         module: Any = importlib.import_module(f"{integrations.__name__}.{info.name}")
         found |= {f"{info.name}.{name}" for name in coroutines_of(module)}
         found |= {
@@ -189,4 +253,4 @@ def integration_coroutines() -> set[str]:
             and inspect.isfunction(thing)
             and inspect.isasyncgenfunction(inspect.unwrap(thing))
         }
-    return found
+    return found - _FOREIGN

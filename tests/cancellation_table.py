@@ -105,6 +105,7 @@ class Case:
         after: Looked at after each run; how often the change is there, or None.
         alone: It is no matter of an open pool.
         in_session: It is run in a session as well.
+        asyncio_only: What it stands on knows no other loop.
     """
 
     covers: str
@@ -117,6 +118,7 @@ class Case:
     after: Callable[[Ground], Awaitable[int | None]] | None = None
     alone: bool = False
     in_session: bool = False
+    asyncio_only: bool = False
 
     def __str__(self) -> str:
         """The first of what it covers, for the names of tests."""

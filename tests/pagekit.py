@@ -6,7 +6,9 @@ All blocks of a page share their names, and a token that is thrown away:
   page imports trio, else asyncio), another one on a plain thread.
 - ``text``, right behind it: what it printed; ``...`` stands for anything.
 - ``console``: lines with ``$`` are run in a shell, the others are what comes back.
-  What one command exports, the next ones have.
+  What one command exports, the next ones have. One that ends with ``&`` is a server:
+  it is waited for, and goes on until the page or another server comes. Its port 8000
+  stands for one that is free.
 - ``<!-- save: NAME -->`` right before a block: a file that later commands use.
 - ``<!-- invisible-code-block: python`` up to ``-->``: runs, and does not show.
 - ``<!-- skip: next "reason" -->``: is not run; the tests count these.
@@ -30,6 +32,9 @@ import inspect
 import io
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -41,6 +46,7 @@ from unittest import SkipTest
 
 import anyio.from_thread
 import pkcs11
+import pytest
 import uvicorn
 from pkcs11 import KeyType
 from sybil.document import Document, PythonDocStringDocument
@@ -177,6 +183,8 @@ class Page:
         self._pool: TokenPool | None = None
         self._portal: BlockingPortal
         self._shell = _shell(home.with_name(home.name + "-bin"), token)
+        self._server: subprocess.Popen[bytes] | None = None
+        self._port = _free_port()
         self._printed = ""
         self._end = 0
 
@@ -201,6 +209,7 @@ class Page:
             # What a page sets for its commands is nothing to the tests behind it.
             at_end.callback(_restore, dict(os.environ))
             at_end.callback(self._close)
+            at_end.callback(self._stop_server)
             if self.keys:
                 self._portal.call(self._make_keys)
             for example in document.examples():
@@ -213,7 +222,7 @@ class Page:
         text = str(example.parsed)
         saved = _SAVE.search(example.document.text[: example.region.start])
         if saved:
-            (self.home / saved[1]).write_text(text.replace(MODULE, self._module))
+            (self.home / saved[1]).write_text(self._real(text))
             return
         if _MAKES_A_POOL.search(text):
             self._close()
@@ -242,7 +251,12 @@ class Page:
         assert not steps[0], "a console block begins with a command"
         for step in steps[1:]:
             command, _, expected = _command(step)
-            words = command.replace(MODULE, self._module)
+            words = self._real(command)
+            if words.startswith("curl ") and shutil.which("curl") is None:
+                pytest.skip("curl is not here")
+            if words.endswith("&"):
+                self._serve(words.removesuffix("&"))
+                continue
             done = subprocess.run(
                 ["/bin/bash", "-c", f'. "$STATE"\n{words}\nexport -p > "$STATE"'],
                 cwd=self.home,
@@ -253,9 +267,44 @@ class Page:
                 check=False,
                 timeout=100,
             )
-            _compare(expected.replace(MODULE, self._module), done.stdout)
+            _compare(self._real(expected), done.stdout)
+
+    def _serve(self, words: str) -> None:
+        """Start a server, and wait until it listens."""
+        self._stop_server()
+        self._server = subprocess.Popen(
+            ["/bin/bash", "-c", f'. "$STATE"\nexec {words}'],
+            cwd=self.home,
+            env=os.environ | self._shell,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+        )
+
+        def listens() -> bool:
+            assert self._server is not None
+            assert self._server.poll() is None, f"it has ended: {words}"
+            with socket.socket() as client:
+                return client.connect_ex(("127.0.0.1", self._port)) == 0
+
+        wait_for(listens)
+
+    def _stop_server(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.send_signal(signal.SIGINT)  # as a reader does, who then has a prompt
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+                raise
 
     # -- What they find -----------------------------------------------------------
+
+    def _real(self, text: str) -> str:
+        """What stands in a page, with what is there in the place of it."""
+        text = text.replace(MODULE, self._module)
+        return re.sub(r"\b8000\b", str(self._port), text)
 
     @property
     def _module(self) -> str:
@@ -286,6 +335,13 @@ class Page:
         async with self._make_pool() as pool:
             for name in self.keys:
                 await _make_key(pool, name)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def _restore(environment: dict[str, str]) -> None:

@@ -760,7 +760,8 @@ def test_importing_is_measured_in_turns(
     """Each ratio is of two that came one after the other; the first pair is dropped."""
     order: list[str] = []
 
-    def seconds(names: str) -> float:
+    def seconds(names: str, environment: Mapping[str, str]) -> float:
+        assert "PYTHONDONTWRITEBYTECODE" not in environment
         pair = len(order) // 2
         order.append(names)
         # The machine is ten times slower in every other pair.

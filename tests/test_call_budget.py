@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from pkcs11 import KeyType, Mechanism
+from pkcs11 import Attribute, KeyType, Mechanism
 
-from poolkit import blocking, eventually, make_ec_key, settled
+from poolkit import blocking, copy_object, eventually, make_ec_key, settled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -62,9 +62,44 @@ async def _operations(pool: TokenPool) -> dict[str, tuple[Any, dict[str, int]]]:
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["sign", "verify", "encrypt", "decrypt", "digest", "random"]
-)
+_NAMES = ["sign", "verify", "encrypt", "decrypt", "digest", "random"]
+
+
+async def _spent(
+    pool: TokenPool,
+    fault: FaultModule,
+    operation: Callable[[], Awaitable[object]],
+    callers: int = 1,
+) -> dict[str, int]:
+    """What the module was called for, over many operations in the steady state."""
+    await _warm(operation)
+    await settled(pool)
+    before = fault.counts()
+
+    async def caller() -> None:
+        for _ in range(_MANY // callers):
+            await operation()
+
+    async with anyio.create_task_group() as group:
+        for _ in range(callers):
+            group.start_soon(caller)
+    await settled(pool)
+    after = fault.counts()
+    spent = {k: after[k] - before.get(k, 0) for k in after}
+    return {k: n for k, n in spent.items() if n}
+
+
+def _assert_within_budget(
+    spent: dict[str, int], calls: dict[str, int], ahead: int
+) -> None:
+    """Its own calls and a session for each; only sessions ahead may differ."""
+    opened, closed = spent.pop("C_OpenSession"), spent.pop("C_CloseSession")
+    assert spent == {k: n * _MANY for k, n in calls.items()}
+    assert abs(opened - _MANY) <= ahead
+    assert abs(closed - _MANY) <= ahead
+
+
+@pytest.mark.parametrize("name", _NAMES)
 @pytest.mark.parametrize("callers", [1, _CALLERS])
 async def test_an_operation_costs_its_own_calls_and_a_session(
     make_pool: MakePool, fault: FaultModule, name: str, callers: int
@@ -73,41 +108,53 @@ async def test_an_operation_costs_its_own_calls_and_a_session(
     most = 2 * _CALLERS
     async with make_pool(module=fault.path, max_sessions=most) as pool:
         operation, calls = (await _operations(pool))[name]
-        await _warm(operation)
-        await settled(pool)
-        before = fault.counts()
-
-        async def caller() -> None:
-            for _ in range(_MANY // callers):
-                await operation()
-
-        async with anyio.create_task_group() as group:
-            for _ in range(callers):
-                group.start_soon(caller)
-        await settled(pool)
-        after = fault.counts()
-    spent = {k: after[k] - before.get(k, 0) for k in after}
-    spent = {k: n for k, n in spent.items() if n}
-    opened, closed = spent.pop("C_OpenSession"), spent.pop("C_CloseSession")
-    assert spent == {k: n * _MANY for k, n in calls.items()}
-    assert abs(opened - _MANY) <= most
-    assert abs(closed - _MANY) <= most
+        spent = await _spent(pool, fault, operation, callers)
+    _assert_within_budget(spent, calls, most)
 
 
-async def test_more_objects_on_the_token_cost_no_call_more(
-    make_pool: MakePool, fault: FaultModule
+@pytest.mark.parametrize("objects", [10, 5000])
+async def test_an_operation_costs_the_same_however_many_objects_there_are(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken, objects: int
 ) -> None:
-    """A number that is known is not looked for again, however much else is there."""
+    """A number that is known is not looked for again: each operation, one by one."""
+    async with make_pool(module=fault.path) as pool:
+        await pool.generate_key(KeyType.AES, 128, label="other", store=True)
+    copy_object(token, objects)
+    async with make_pool(module=fault.path) as pool:
+        assert await pool.run(_count) == objects
+        found = await _operations(pool)
+        assert list(found) == _NAMES
+        for operation, calls in found.values():
+            _assert_within_budget(await _spent(pool, fault, operation), calls, 8)
+
+
+def _count(session: Any) -> int:
+    return sum(1 for _ in session.get_objects({Attribute.LABEL: "other"}))
+
+
+_LARGE = {
+    "ML-DSA-44": 2420,
+    "ML-DSA-87": 4627,
+    "SLH-DSA-128s": 7856,
+    "SLH-DSA-256f": 49856,
+}
+
+
+@pytest.mark.parametrize("size", list(_LARGE.values()), ids=list(_LARGE))
+async def test_the_largest_signatures_cost_no_size_query_either(
+    make_pool: MakePool, fault: FaultModule, size: int
+) -> None:
+    """The fault module answers as a token that has such keys."""
     async with make_pool(module=fault.path) as pool:
         key = await make_ec_key(pool)
-        for i in range(50):
-            await pool.generate_key(KeyType.AES, 128, label=f"other {i}", store=True)
-        await _warm(lambda: key.sign(_DIGEST, mechanism=Mechanism.ECDSA))
-        before = fault.count("C_FindObjectsInit")
-        for _ in range(_MANY):
-            await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
-        assert fault.count("C_FindObjectsInit") == before
-        assert fault.count("C_GetAttributeValue") < _MANY
+        fault.signature_size = size
+
+        async def sign() -> None:
+            signature = await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+            assert len(signature) == size
+
+        spent = await _spent(pool, fault, sign)
+    _assert_within_budget(spent, {"C_SignInit": 1, "C_Sign": 1}, 8)
 
 
 @pytest.mark.parametrize("function", ["C_CloseSession", "C_OpenSession"])

@@ -32,7 +32,7 @@ from checkpoints import WAYS, Cancelled, Held, Posted, Way, every, numbers
 from faultmodule import FaultModule
 from keykit import is_signature, make_secret, sha256
 from pkcs11_pool import TokenPool, softhsm
-from poolkit import LAST_RESORT, digest, eventually, hangs, make_ec_key
+from poolkit import ASYNCIO_ONLY, LAST_RESORT, digest, eventually, hangs, make_ec_key
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -47,6 +47,7 @@ _HOMES = [
     for home in ("pool", "session")
     if case.in_session or home == "pool"
     if home == "session" or case.covers != "PooledSession.info"
+    if not case.asyncio_only
 ]
 _HELD = [
     parameters
@@ -54,6 +55,7 @@ _HELD = [
     if isinstance(case := parameters.values[0], Case)
     if case.function and case.covers != "TokenPool.open"
 ]
+_ON_ASYNCIO = [case for case in (*CASES, *INTEGRATIONS) if case.asyncio_only]
 
 
 class _Shared:
@@ -279,6 +281,17 @@ async def test_cancelled_at_every_checkpoint(
     """Gauges rest, nobody waits, what changes happened once or not, and it works."""
     posted = Posted(monkeypatch)
     async with _ground(shared, case, home) as ground:
+        assert await _everywhere(ground, case, posted) > 3
+
+
+@ASYNCIO_ONLY
+@pytest.mark.parametrize("case", _ON_ASYNCIO, ids=str)
+async def test_cancelled_at_every_checkpoint_on_asyncio(
+    shared: _Shared, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    """The same for what stands on a library that knows no other loop."""
+    posted = Posted(monkeypatch)
+    async with _ground(shared, case, "pool") as ground:
         assert await _everywhere(ground, case, posted) > 3
 
 

@@ -173,9 +173,14 @@ def test_new_pins_are_typed_and_not_shown(
     """Where no word names a source."""
     del token_directory
     monkeypatch.setenv("PKCS11_MODULE", str(soft_hsm.module))
-    typed.answers = ["87654321", "4321"]
+    typed.answers = ["87654321", "87654321", "4321", "4321"]
     told = bare("init-token", "mine")
-    assert typed.asked == ["PIN of the security officer: ", "First PIN of the user: "]
+    assert typed.asked == [
+        "New PIN of the security officer: ",
+        "The same again: ",
+        "First PIN of the user: ",
+        "The same again: ",
+    ]
     assert "4321" not in told.err.replace("87654321", "")
     typed.answers = ["4321"]
     bare("random", "8", "--token", "mine")
@@ -188,24 +193,6 @@ def test_new_pins_are_typed_and_not_shown(
     bare("random", "8", "--token", "mine")
     # Asked once for each command, however often the pool logs in.
     assert typed.answers == []
-
-
-def test_the_user_changes_the_pin_and_the_officer_sets_it(
-    run: Run, token: ThrowawayToken, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Each from sources."""
-    new = tmp_path / "new"
-    new.write_text("5678\n")
-    new.chmod(0o600)
-    run("set-pin", "--new-pin-file", str(new))
-    run("random", "8", status=4)
-    monkeypatch.setenv("PKCS11_PIN", "5678")
-    run("random", "8")
-    monkeypatch.setenv("SO", token.so_pin)
-    monkeypatch.setenv("NEW", "9999")
-    words = ("set-pin", "--by-officer", "--so-pin-env", "SO", "--new-pin-env", "NEW")
-    assert run(*words, "--json").json == {"changed": True}
-    run("random", "8", "--pin-env", "NEW")
 
 
 # -- Keys -----------------------------------------------------------------------------
@@ -358,10 +345,15 @@ def test_random_octets(run: Run, tmp_path: Path) -> None:
         (["sign", __file__, "--key", "x", "--mechanism", "y"], 2, "no mechanism"),
         (["sign", __file__, "--id", "xyz"], 2, "'xyz' is not hexadecimal"),
         (["keygen", "x", "--type", "dsa"], 2, '"ec", "ed25519"'),
-        (["keygen", "x", "--curve", "none"], 2, "no known curve"),
+        (["random", "8", "--pin-env", "1234"], 2, "takes the name of a variable"),
+        (["random", "8", "9"], 2, "'9': more words than random takes"),
+        (["random", "8", "--pin-file", "/none"], 4, "/none: No such file or"),
+        (["tokens", "--module", __file__], 3, "loaded: invalid ELF header"),
+        (["sign", __file__, "--uri", "pkcs11:token=demo"], 2, "not quoted"),
         (["init-token", 33 * "x", "--so-pin-env", "PKCS11_PIN"], 2, "33 bytes"),
         (["set-pin", "--new-pin-env", "NONE"], 4, "NONE is not set"),
-        (["top", "localhost"], 2, "http://HOST:PORT/PATH"),
+        (["top", "localhost"], 2, "http://localhost?"),
+        (["top", "ftp://localhost"], 2, "http://HOST:PORT/PATH"),
         (["top", "http://127.0.0.1:9/x"], 7, "does not answer"),
         (["completion", "tcsh"], 2, '"bash"'),
     ],

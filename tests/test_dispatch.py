@@ -1,19 +1,33 @@
-"""Under load: sessions stay within their limit, and the event loop goes on."""
+"""Sessions ahead and behind, who is woken for what, and the loop that goes on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 import pytest
+import structlog
 from pkcs11 import Mechanism
 
-from poolkit import eventually, make_ec_key, settled
+from pkcs11_pool import LoginState, events
+from pkcs11_pool.faces import waiting
+from poolkit import (
+    LAST_RESORT,
+    Hold,
+    digest,
+    eventually,
+    hangs,
+    make_ec_key,
+    settled,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from conftest import MakePool
     from faultmodule import FaultModule
+    from pkcs11_pool import TokenPool
+    from pkcs11_pool.softhsm import ThrowawayToken
 
 _DIGEST = b"d" * 32
 _LIMIT = 4
@@ -85,3 +99,214 @@ async def test_the_loop_goes_on_whatever_hangs(
 
 async def _sign(key: object) -> None:
     await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)  # type: ignore[attr-defined]
+
+
+# -- Sessions ahead and behind --------------------------------------------------------
+
+
+async def _all_at_once(pool: TokenPool, callers: int) -> None:
+    """Let so many operations be inside at one moment, and be tidied up after."""
+    with Hold() as hold:
+        async with anyio.create_task_group() as group:
+            for _ in range(callers):
+                group.start_soon(pool.run, hold)
+            await hold.entered(callers)
+            hold.let_go()
+    await settled(pool)
+
+
+async def _some_ahead(pool: TokenPool) -> None:
+    """Bring the pool to have at least two sessions ahead."""
+    await _all_at_once(pool, 4)
+    while pool.stats().sessions_ahead < 2:
+        await _all_at_once(pool, 4)
+
+
+async def test_the_next_operation_goes_to_a_spare_worker_with_a_session(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """It waits neither for the tidying behind the last one nor for a session."""
+    async with make_pool(module=fault.path) as pool:
+        await _some_ahead(pool)
+        there = {session.number for session in fault.sessions()}
+        fault.on("C_CloseSession", hang="before")
+        await digest(pool)
+        await hangs(fault, "C_CloseSession")
+        with anyio.fail_after(LAST_RESORT):
+            await digest(pool)
+        last = fault.calls("C_Digest")[-2:]
+        assert last[0].thread != last[1].thread
+        assert {call.session for call in last} <= there
+        fault.release()
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+async def test_there_is_a_spare_session_for_each_running_operation_and_no_more(
+    make_pool: MakePool, fault: FaultModule, callers: int
+) -> None:
+    """More would be opened for nobody, however many the pool may have."""
+    async with make_pool(module=fault.path, max_sessions=16) as pool:
+        for _ in range(10):
+            await _all_at_once(pool, callers)
+            assert 1 <= pool.stats().sessions_ahead <= callers
+            assert len(fault.sessions()) <= callers + 1  # the anchor
+
+
+@pytest.mark.parametrize("how", ["logout", "lost", "so"])
+async def test_no_session_opened_ahead_survives_a_change_of_the_login(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken, how: str
+) -> None:
+    """Each is closed at once, or replaced when it is its turn; none is used."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        await _some_ahead(pool)
+        before = pool.stats().sessions_ahead
+        old = {session.number for session in fault.sessions()}
+        if how == "logout":
+            await pool.logout()
+            assert pool.stats().sessions_ahead == 0
+            await pool.login()
+        elif how == "so":
+            async with pool.security_officer(token.so_pin):
+                assert pool.stats().sessions_ahead == 0
+        else:
+            fault.lose_login()
+            await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+        assert pool.login_state is LoginState.USER
+        fault.clear_log()
+        for _ in range(before + 1):
+            await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+        assert old.isdisjoint(call.session for call in fault.calls("C_Sign"))
+        await settled(pool)
+        await eventually(lambda: pool.stats().sessions_open == 0)
+        assert len(fault.sessions()) == 1
+
+
+# -- Who is woken ---------------------------------------------------------------------
+
+
+async def test_the_worker_that_went_idle_last_is_woken_first(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Its stack and its caches are warm; the others may sleep on."""
+    async with make_pool(module=fault.path) as pool:
+        await _some_ahead(pool)
+        fault.clear_log()
+        for _ in range(12):
+            await digest(pool)
+            await settled(pool)
+        threads = [call.thread for call in fault.calls("C_Digest")]
+        assert len(threads) == 12
+        assert len(set(threads)) == 1
+
+
+async def test_on_a_fast_token_few_workers_do_all(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Those that come back from a call take the next job: nobody else is woken."""
+    callers = 64
+    async with make_pool(module=fault.path, max_sessions=callers) as pool:
+        key = await make_ec_key(pool)
+
+        async def caller() -> None:
+            for _ in range(20):
+                await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+
+        async with anyio.create_task_group() as group:
+            for _ in range(callers):
+                group.start_soon(caller)
+        # What came before the pool knew how fast the token is does not count.
+        last = fault.calls("C_Sign")[-600:]
+        busiest = sorted(
+            (
+                sum(call.thread == one for call in last)
+                for one in {c.thread for c in last}
+            ),
+            reverse=True,
+        )
+        assert sum(busiest[:8]) >= 0.9 * len(last)
+
+
+async def test_behind_a_slow_token_all_may_be_inside(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Also when it was fast until now: those inside for long do not count."""
+    callers = 16
+    async with make_pool(module=fault.path, max_sessions=callers) as pool:
+        for _ in range(20):
+            await digest(pool)
+        await settled(pool)
+        fault.on("C_Digest", hang="before", every=True)
+        async with anyio.create_task_group() as group:
+            for _ in range(callers + 4):
+                group.start_soon(digest, pool)
+            await hangs(fault, "C_Digest", callers)
+            assert pool.stats().operations_waiting == 4
+            fault.clear()
+
+
+async def test_many_results_wake_the_loop_once(
+    pool: TokenPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it has not taken the first, those that follow need no wake-up."""
+    wakes = 0
+
+    def counted(schedule: Any) -> Any:
+        def count(port: object) -> None:
+            nonlocal wakes
+            wakes += 1
+            schedule(port)
+
+        return count
+
+    kinds = ("_EventPort", "_TrioPort")
+    for kind in (getattr(waiting, name) for name in kinds):
+        monkeypatch.setattr(kind, "_schedule", counted(kind._schedule))  # noqa: SLF001
+    with Hold() as hold:
+        async with anyio.create_task_group() as group:
+            for _ in range(8):
+                group.start_soon(pool.run, hold)
+            await hold.entered(8)
+            wakes = 0
+            hold.let_go()
+            # On the loop's own thread: it stands still until all results are there.
+            wait_for(lambda: pool.stats().operations_running == 0)
+    assert wakes == 1
+
+
+class _Touchy:
+    """A logger that nobody may ask for anything."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(name)
+
+
+@pytest.mark.parametrize("configured", [False, True])
+async def test_an_operation_logs_nothing(
+    pool: TokenPool, monkeypatch: pytest.MonkeyPatch, *, configured: bool
+) -> None:
+    """So logging costs it nothing, whether it is on or off."""
+    key = await make_ec_key(pool)
+    await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+    with monkeypatch.context() as patch:
+        patch.setattr(events, "_log", _Touchy())
+        patch.setattr(structlog, "is_configured", lambda: configured)
+        signature = await key.sign(_DIGEST, mechanism=Mechanism.ECDSA)
+        assert await key.verify(_DIGEST, signature, mechanism=Mechanism.ECDSA)
+        assert await digest(pool)
+
+
+async def test_a_session_that_is_being_closed_still_counts(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Those opened ahead, too, that an idle pool gives back: the token has them yet."""
+    async with make_pool(module=fault.path, max_sessions=4) as pool:
+        await _some_ahead(pool)
+        fault.on("C_CloseSession", hang="before", every=True)
+        await hangs(fault, "C_CloseSession")  # nobody had anything to do
+        with anyio.move_on_after(0.2):
+            async with anyio.create_task_group() as group:
+                for _ in range(4):
+                    group.start_soon(digest, pool)
+        assert len(fault.sessions()) <= 4 + 1  # the anchor
+        fault.clear()

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 SKIPPED = {
     "docs/contributing.md": 4,
-    "docs/how-to/fastapi.md": 1,
     "docs/how-to/index.md": 1,
     "docs/tutorial/first-signature.md": 1,
 }
@@ -107,6 +106,32 @@ def test_every_public_name_is_in_the_reference() -> None:
         name for name in pkcs11_pool.__all__ if not re.search(rf"\b{name}\b", text)
     }
     assert names == set()
+
+
+def test_every_how_to_page_is_in_one_group_of_the_sidebar() -> None:
+    """The same groups in the list of pages, under the titles of the pages."""
+    docs = ROOT / "docs"
+    tree = re.compile(
+        r'(?s)```\{toctree\}\n:hidden:\n:caption: "How-to: (.*?)"\n(.*?)```'
+    )
+    sidebar = {
+        group: re.findall(r"how-to/(\S+)", pages)
+        for group, pages in tree.findall((docs / "index.md").read_text())
+    }
+    listed: dict[str, list[str]] = {}
+    titles = {}
+    for line in (docs / "how-to/index.md").read_text().splitlines():
+        if line.startswith("## "):
+            group = line[3:4].lower() + line[4:]
+        elif found := re.fullmatch(r"- \[(.+)\]\((\S+)\.md\)", line):
+            listed.setdefault(group, []).append(found[2])
+            titles[found[2]] = found[1]
+    assert listed == sidebar
+    pages = {page.stem: page for page in (docs / "how-to").glob("*.md")}
+    del pages["index"]
+    assert sorted(titles) == sorted(name for names in listed.values() for name in names)
+    for name, page in pages.items():
+        assert f"# {titles[name]}\n" in page.read_text()
 
 
 def test_the_tables_are_those_of_the_code() -> None:

@@ -68,6 +68,19 @@ def test_a_module_that_is_not_there(bare: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ELF is of Linux")
+def test_modules_of_this_machine_are_named(
+    bare: Run, monkeypatch: pytest.MonkeyPatch, soft_hsm: SoftHSM
+) -> None:
+    """Where the one that was given cannot be it; else how to get one to try."""
+    there = (str(soft_hsm.module), "/none.so")
+    monkeypatch.setattr(checks, "TYPICAL_MODULES", there)
+    advice = bad(bare, "--module", "/none.so")[1]
+    assert advice.endswith(f"on this machine: {soft_hsm.module}")
+    monkeypatch.setattr(checks, "TYPICAL_MODULES", ())
+    assert "pkcs11-pool softhsm" in bad(bare, "--module", "/none.so")[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF is of Linux")
 def test_a_module_for_another_machine(
     bare: Run, soft_hsm: SoftHSM, tmp_path: Path
 ) -> None:
@@ -86,7 +99,53 @@ def test_a_library_that_is_no_module(bare: Run) -> None:
     """It has no C_GetFunctionList."""
     import _ctypes  # noqa: PLC0415
 
-    assert "C_GetFunctionList" in bad(bare, "--module", _ctypes.__file__)[0]
+    text, advice = bad(bare, "--module", _ctypes.__file__)
+    assert "C_GetFunctionList" in text
+    assert "it is some other library" in advice
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        (
+            "x.so cannot be loaded: libnone.so.3: cannot open shared object file: No",
+            "install the package with libnone.so.3",
+        ),
+        ("x.so cannot be loaded: undefined symbol: X", "for this release"),
+        ("/lib/libc.so.6: version `GLIBC_9.9' not found", "for this release"),
+        ("x.so cannot be initialised: C_Initialize returned CKR_x", "its daemon"),
+    ],
+)
+def test_what_the_loader_says_has_its_own_advice(said: str, advice: str) -> None:
+    """By the words of the system."""
+    finding = checks.of_load(said)
+    assert finding.level == "bad"
+    assert advice in finding.advice
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ELF is of Linux")
+def test_a_module_that_brings_the_process_down(
+    bare: Run, soft_hsm: SoftHSM, tmp_path: Path
+) -> None:
+    """Another process has tried it first: this one lives, and says so."""
+    half = tmp_path / "libhalf.so"
+    half.write_bytes(soft_hsm.module.read_bytes()[:4096])
+    text, advice = bad(bare, "--module", str(half))
+    assert text.startswith("the module brings the process down (SIG")
+    assert "Install its package anew" in advice
+
+
+def test_a_module_that_never_comes_back(
+    bare: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: ThrowawayToken
+) -> None:
+    """As with an HSM whose server hangs."""
+    hangs = tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\nexec sleep 600\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr("pkcs11_pool.cli.doctor._ANOTHER", (str(hangs),))
+    text, advice = bad(bare, "--module", str(token.module), "--timeout", "0.1")
+    assert text == "the module does not come back within 0.1 s"
+    assert "daemon" in advice
 
 
 def as_nobody(code: str) -> str:
@@ -104,6 +163,13 @@ def as_nobody(code: str) -> str:
     return done.stdout + done.stderr
 
 
+def open_to_all(directory: Path) -> None:
+    """Let everybody go through it, and those above it."""
+    for parent in [directory, *directory.parents]:
+        if parent.stat().st_uid == os.geteuid() and not parent.stat().st_mode & 1:
+            parent.chmod(parent.stat().st_mode | 0o111)
+
+
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0, reason="only root can become another user"
 )
@@ -115,9 +181,7 @@ def test_a_module_that_this_user_cannot_read(soft_hsm: SoftHSM, tmp_path: Path) 
     module = tmp_path / "libsofthsm2.so"
     module.write_bytes(soft_hsm.module.read_bytes())
     module.chmod(0o600)
-    for parent in [tmp_path, *tmp_path.parents]:
-        if parent.stat().st_uid == os.geteuid() and not parent.stat().st_mode & 1:
-            parent.chmod(parent.stat().st_mode | 0o111)
+    open_to_all(tmp_path)
     told = as_nobody(f"print(*checks.of_file(Path({str(module)!r})))")
     assert "cannot be read by nobody" in told
     assert "chmod a+r" in told
@@ -141,9 +205,27 @@ def test_softhsm_without_its_configuration(tmp_path: Path) -> None:
     path.write_text(f"directories.tokendir = {tmp_path / 'none'}\n")
     (one,) = softhsm_findings(path)
     assert "mkdir -m 700" in one.advice
-    path.write_text(f"directories.tokendir = {tmp_path}\n")
+    path.write_bytes(b"\xff\n" + f"directories.tokendir = {tmp_path}\n".encode())
     (one,) = softhsm_findings(path)
     assert one.level == "good"
+    (one,) = softhsm_findings(tmp_path)
+    assert one.text == f"{tmp_path} is no file"
+    assert one.advice.startswith("set SOFTHSM2_CONF to a file")
+
+
+@needs_root
+def test_a_configuration_that_this_user_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the mode to give it."""
+    conf = tmp_path / "conf"
+    conf.write_text("directories.tokendir = /tmp\n")
+    conf.chmod(0o600)
+    open_to_all(tmp_path)
+    monkeypatch.setenv("SOFTHSM2_CONF", str(conf))
+    told = as_nobody("print(*checks.of_softhsm(Path('/libsofthsm2.so')))")
+    assert f"{conf} cannot be read by nobody" in told
+    assert "chmod a+r" in told
 
 
 @needs_root
@@ -202,6 +284,7 @@ def test_a_token_that_is_not_named_is_only_noted(
     findings = found(run, status=0)
     assert findings[-1]["level"] == "warning"
     assert "which token" in findings[-1]["text"]
+    assert "--token-label" in findings[-1]["advice"]
 
 
 def test_a_user_without_a_pin(
@@ -215,7 +298,7 @@ def test_a_user_without_a_pin(
     del token_directory, soft_hsm
     monkeypatch.setenv("SO", "12345678")
     run("init-token", "fresh", "--so-pin-env", "SO", "--no-user-pin")
-    findings = found(bare, "--no-login", status=1)
+    findings = found(bare, "--no-login", "--token", "fresh", status=1)
     (one,) = [finding for finding in findings if finding["level"] == "bad"]
     assert "its user has no PIN" in one["text"]
     assert "--by-officer" in one["advice"]
@@ -256,9 +339,64 @@ def test_a_pin_that_is_locked_or_nearly_so_is_not_sent(
     monkeypatch.setenv("PKCS11_MODULE", str(fault.path))
     fault.token_info(flags_set=int(flag))
     findings = found(run, status=1)
-    texts = [finding["text"] for finding in findings if finding["level"] == "bad"]
-    assert said in texts[0]
+    (one,) = [finding for finding in findings if finding["level"] == "bad"]
+    assert said in one["text"]
+    assert "--by-officer" in one["advice"]
+    (kept,) = [finding for finding in findings if finding["level"] == "warning"]
+    assert kept["text"] == "the PIN was not sent"
     assert fault.count("C_Login") == 0
+
+
+def test_a_wrong_pin_of_before_is_noted(
+    run: Run, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It works; but somebody has a wrong PIN."""
+    monkeypatch.setenv("PKCS11_MODULE", str(fault.path))
+    fault.token_info(flags_set=int(pkcs11.TokenFlag.USER_PIN_COUNT_LOW))
+    (one,) = [f for f in found(run, status=0) if f["level"] != "good"]
+    assert "a wrong PIN was sent" in one["text"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        (pkcs11.TokenFlag.SO_PIN_LOCKED, "the security officer's PIN is locked"),
+        (pkcs11.TokenFlag.SO_PIN_FINAL_TRY, "is locked by one more wrong one"),
+        (pkcs11.TokenFlag.SO_PIN_COUNT_LOW, "was wrong since the last login"),
+    ],
+)
+def test_the_officers_pin_is_looked_at_too(
+    run: Run,
+    fault: FaultModule,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: pkcs11.TokenFlag,
+    said: str,
+) -> None:
+    """The user can go on, so it is noted."""
+    monkeypatch.setenv("PKCS11_MODULE", str(fault.path))
+    fault.token_info(flags_set=int(flag))
+    (one,) = [f for f in found(run, status=0) if f["level"] != "good"]
+    assert said in one["text"]
+
+
+def test_what_is_wrong_with_another_token_is_only_noted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is meant is good."""
+    monkeypatch.setenv("SO", "12345678")
+    run("init-token", "other", "--so-pin-env", "SO", "--no-user-pin")
+    (one,) = [f for f in found(run, status=0) if f["level"] != "good"]
+    assert "'other'" in one["text"]
+    assert "no PIN" in one["text"]
+
+
+def test_the_one_token_that_is_there_is_one_token(run: Run) -> None:
+    """And one object is one object."""
+    texts = [finding["text"] for finding in found(run, status=0)]
+    assert "the module answers, and shows 2 tokens" in texts
+    assert "0 objects to be seen" in texts
+    run("keygen", "x", "--type", "aes")
+    assert "1 object to be seen" in [f["text"] for f in found(run, status=0)]
 
 
 def test_a_pin_source_that_has_none(run: Run, tmp_path: Path) -> None:

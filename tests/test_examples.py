@@ -20,7 +20,7 @@ SAID = {
     "sign_jwt.py": "100 tokens verify, the last is for user 99",
     "asyncio_sign.py": "100 of 100 signatures verify, after 1 login",
     "batch_of_signatures.py": "number 4321: InvalidType: an item must be bytes",
-    "fastapi_sign.py": "sign {'detail': \"no key 'stranger'\"}",
+    "fastapi_sign.py": "sign There is no such key.\nready? ready",
     "key_ceremony.py": "5. the minutes are signed: True",
     "trio_sign.py": "the signature verifies",
 }

@@ -31,6 +31,7 @@ from pkcs11_pool import (
     TokenPool,
     WouldDeadlock,
 )
+from pkcs11_pool.asgi import StatusApp
 from pkcs11_pool.integrations import aiohttp as for_aiohttp
 from pkcs11_pool.integrations import fastapi as for_fastapi
 from pkcs11_pool.integrations import litestar as for_litestar
@@ -326,6 +327,68 @@ async def test_aiohttp_has_the_pool_while_it_is_up(
     text = await answer.text()
     assert json.loads(text)["code"] == "KeyNotFound"
     assert "secret-label" not in text
+
+
+async def shows_its_status(ask: Any, root: str) -> None:
+    """As the status app does elsewhere: whom it answers, and what."""
+    answer = await ask("GET", f"{root}/readyz")
+    assert (answer[0], answer[2]) == (200, b"ready\n")
+    for path in ("", "/"):
+        status, headers, body = await ask("GET", f"{root}{path}")
+        assert status == 200
+        assert headers["Content-Type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert int(headers["Content-Length"]) == len(body)
+    status, headers, body = await ask("GET", f"{root}/status.json?x=1")
+    assert [pool["state"] for pool in json.loads(body)["pools"]] == ["ready"]
+    status, headers, head = await ask("HEAD", f"{root}/status.json")
+    assert (status, head) == (200, b"")
+    assert headers["Content-Length"] != "0"
+    assert (await ask("GET", f"{root}/nothing/here"))[0] == 404
+    assert (await ask("POST", f"{root}/status.json"))[0] == 405
+    answer = await ask("GET", f"{root}/", Host="attacker.example")
+    assert answer[0] == 400
+    assert b"allowed_hosts" in answer[2]
+    assert (await ask("GET", f"{root}x/"))[0] == 404
+
+
+@ASYNCIO_ONLY
+async def test_quart_shows_the_status_page(make_pool: MakePool) -> None:
+    """Below a path; the rest is the application's own."""
+    served = Served(make_pool)
+    app = quart_app(served.make)
+    for_quart.mount_status(app, "/pools/", StatusApp(allow_anonymous=True))
+    client = Client(app)
+
+    async def ask(method: str, path: str, **headers: str) -> Any:
+        answer = await client.http.request(method, path, headers=headers)
+        return answer.status_code, answer.headers, answer.content
+
+    async def body() -> None:
+        assert (await ask("GET", "/work"))[0] == 200
+        await shows_its_status(ask, "/pools")
+
+    assert (await ask("GET", "/pools/readyz"))[0] == 503
+    await client.run(body)
+
+
+@ASYNCIO_ONLY
+@pytest.mark.parametrize("within", ["", "/pools"])
+async def test_aiohttp_shows_the_status_page(make_pool: MakePool, within: str) -> None:
+    """Below a path of the application, or of one that is a part of it."""
+    app = web.Application()
+    app.cleanup_ctx.append(for_aiohttp.pool_context(Served(make_pool).make))
+    part = web.Application() if within else app
+    for_aiohttp.mount_status(part, "/pools", StatusApp(allow_anonymous=True))
+    if within:
+        app.add_subapp(within, part)
+    async with AiohttpClient(TestServer(app)) as client:
+
+        async def ask(method: str, path: str, **headers: str) -> Any:
+            async with client.request(method, path, headers=headers) as answer:
+                return answer.status, answer.headers, await answer.read()
+
+        await shows_its_status(ask, f"{within}/pools")
 
 
 async def test_a_failed_start_has_a_note(make_pool: MakePool) -> None:

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from pkcs11_pool import TokenPool
     from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken
 
-KEYS = ["rsa", "p256", "p384", "p521", "k256", "ed25519"]
+KEYS = ["rsa", "p256", "p384", "p521", "k256", "ed25519", "ed448"]
 SHA256 = hashes.SHA256()
 # What tokens still have to do, and what they need not.
 SHA1 = hashes.SHA1()  # noqa: S303
@@ -113,11 +113,11 @@ def test_each_class_has_all_that_cryptography_asks_for(ours: Any, theirs: Any) -
 def test_a_key_never_leaves_its_token(threaded: TokenPool) -> None:
     """Whatever asks for its value is refused; a copy is the key itself."""
     format_ = PrivateFormat.PKCS8
-    for label in ("rsa", "p256", "ed25519"):
+    for label in ("rsa", "p256", "ed25519", "ed448"):
         key = loaded(threaded, label)
         with pytest.raises(KeyNotExportable, match=f"{label}.*never leaves the token"):
             key.private_bytes(Encoding.PEM, format_, NoEncryption())
-        value = key.private_bytes_raw if label == "ed25519" else key.private_numbers
+        value = key.private_bytes_raw if label.startswith("ed") else key.private_numbers
         with pytest.raises(KeyNotExportable):
             value()
         assert copy.deepcopy(key) is copy.copy(key) is key
@@ -199,9 +199,17 @@ def test_a_digest_longer_than_the_order_is_cut_before_it_is_sent() -> None:
         assert algorithms.ecdsa("sha512", bits).message(b"message")[0] == sent
 
 
-def test_ed25519_signatures_verify(threaded: TokenPool) -> None:
-    """Of a message of any length."""
-    key = loaded(threaded, "ed25519")
+@pytest.mark.parametrize(
+    ("label", "kind"),
+    [
+        ("ed25519", integration.TokenEd25519PrivateKey),
+        ("ed448", integration.TokenEd448PrivateKey),
+    ],
+)
+def test_eddsa_signatures_verify(threaded: TokenPool, label: str, kind: Any) -> None:
+    """On both curves, of a message of any length."""
+    key = loaded(threaded, label)
+    assert type(key) is kind
     for data in (b"", b"message", bytes(100_000)):
         key.public_key().verify(key.sign(data), data)
 
@@ -372,12 +380,12 @@ def certificate(key: Any, serial: int, digest: Any = SHA256) -> x509.Certificate
     return builder.sign(key, digest)
 
 
-@pytest.mark.parametrize("label", ["rsa", "p256", "ed25519"])
+@pytest.mark.parametrize("label", ["rsa", "p256", "ed25519", "ed448"])
 async def test_many_certificates_are_signed_at_once(
     token: ThrowawayToken, label: str
 ) -> None:
     """From as many worker threads, through a few sessions; each one verifies."""
-    digest = None if label == "ed25519" else SHA256
+    digest = None if label.startswith("ed") else SHA256
     async with pool_on(token) as pool:
         key = await load_private_key(pool.key(label=label))
         made = await in_threads(lambda n: certificate(key, n + 1, digest))
@@ -387,11 +395,11 @@ async def test_many_certificates_are_signed_at_once(
         cert.verify_directly_issued_by(cert)
 
 
-@pytest.mark.parametrize("label", ["rsa", "p256", "ed25519"])
+@pytest.mark.parametrize("label", ["rsa", "p256", "ed25519", "ed448"])
 def test_the_other_builders_sign_too(threaded: TokenPool, label: str) -> None:
     """CSR, CRL and OCSP response: each verifies by its own means."""
     key = loaded(threaded, label)
-    digest = None if label == "ed25519" else SHA256
+    digest = None if label.startswith("ed") else SHA256
     request = x509.CertificateSigningRequestBuilder(NAME).sign(key, digest)
     assert request.is_signature_valid
     revoked = x509.RevokedCertificateBuilder(7, NOW).build()
@@ -413,8 +421,8 @@ def test_the_other_builders_sign_too(threaded: TokenPool, label: str) -> None:
         .responder_id(ocsp.OCSPResponderEncoding.HASH, cert)
         .sign(key, digest)
     )
-    how = {"rsa": (PKCS1v15(), SHA256), "p256": (ec.ECDSA(SHA256),), "ed25519": ()}
-    key.public_key().verify(answer.signature, answer.tbs_response_bytes, *how[label])
+    how = {"rsa": (PKCS1v15(), SHA256), "p256": (ec.ECDSA(SHA256),)}.get(label, ())
+    key.public_key().verify(answer.signature, answer.tbs_response_bytes, *how)
 
 
 def test_a_certificate_may_be_signed_with_pss(threaded: TokenPool) -> None:
@@ -435,6 +443,7 @@ def test_a_certificate_may_be_signed_with_pss(threaded: TokenPool) -> None:
         ("p384", "ES384"),
         ("p521", "ES512"),
         ("ed25519", "EdDSA"),
+        ("ed448", "EdDSA"),
     ],
 )
 def test_pyjwt_signs_with_the_key(

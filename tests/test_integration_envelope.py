@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,16 @@ from cryptography.hazmat.primitives.keywrap import aes_key_unwrap
 from pkcs11 import Attribute, KeyType, MechanismFlag
 
 from keykit import SECRET, data_of, make_secret
-from pkcs11_pool import InvalidCiphertext, InvalidOption, InvalidType, KeyNotFound
+from pkcs11_pool import (
+    InvalidCiphertext,
+    InvalidOption,
+    InvalidType,
+    KeyNotFound,
+    PoolTimeout,
+)
+from pkcs11_pool.integrations import envelope as integration
 from pkcs11_pool.integrations.envelope import Envelope, kek_of
-from poolkit import hangs
+from poolkit import LAST_RESORT, Hold, eventually, hangs
 from signkit import MANY, at_once, pool_on, token_with
 
 if TYPE_CHECKING:
@@ -154,13 +163,44 @@ async def test_each_way_to_wrap(pool: TokenPool, label: str, wrap: str) -> None:
     assert await left_on(pool) == []
 
 
-async def test_a_way_that_the_token_lacks_is_the_tokens_answer(
-    pool: TokenPool,
+@pytest.mark.parametrize(
+    ("label", "wrap", "ways"),
+    [
+        # SoftHSM2 does OAEP with SHA-1 alone.
+        ("rsa", "rsa-oaep-sha256", ["rsa-oaep-sha1"]),
+        # The default is for AES keys.
+        ("rsa", "aes-kw", ["rsa-oaep-sha1"]),
+        ("kek-a", "rsa-oaep-sha1", ["aes-kw", "aes-kwp"]),
+    ],
+)
+async def test_a_way_that_the_kek_lacks_is_told_with_those_that_it_has(
+    pool: TokenPool, label: str, wrap: str, ways: list[str]
 ) -> None:
-    """SoftHSM2 does OAEP with SHA-1 alone: encrypting says so at once."""
-    with pytest.raises(pkcs11.ArgumentsBad):
-        await one_kek(pool, "rsa", wrap="rsa-oaep-sha256").encrypt(b"data")
+    """The token was asked for each of them; what it answered is the cause."""
+    with pytest.raises(InvalidOption, match=f"does not wrap by '{wrap}'") as caught:
+        await one_kek(pool, label, wrap=wrap).encrypt(b"data")
+    assert str(caught.value).endswith(
+        "give " + " or ".join(f"wrap={way!r}" for way in ways)
+    )
+    assert isinstance(caught.value.__cause__, pkcs11.PKCS11Error)
     assert await left_on(pool) == []
+    for way in ways:
+        envelope = one_kek(pool, label, wrap=way)
+        assert await envelope.decrypt(await envelope.encrypt(b"data")) == b"data"
+
+
+async def test_a_key_that_wraps_in_no_way_is_told(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Then another kind of KEK is needed; any other error is the token's own."""
+    async with make_pool(module=fault.path) as pool:
+        rule = fault.on("C_WrapKey", answer=0x70, every=True)
+        with pytest.raises(InvalidOption, match="another KEK, an AES key or an RSA"):
+            await one_kek(pool).encrypt(b"data")
+        fault.remove(rule)
+        fault.on("C_WrapKey", answer=0x06, every=True)
+        with pytest.raises(pkcs11.exceptions.FunctionFailed):
+            await one_kek(pool).encrypt(b"data")
 
 
 async def test_a_new_kek_takes_over(pool: TokenPool) -> None:
@@ -234,6 +274,90 @@ async def test_the_data_key_cannot_be_read(
     assert seen == {Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False}
 
 
+WITH_TIMEOUT: dict[str, Any] = {
+    "encrypt": lambda envelope, _blob, **time: envelope.encrypt(b"data", **time),
+    "decrypt": lambda envelope, blob, **time: envelope.decrypt(blob, **time),
+    "rewrap": lambda envelope, blob, **time: envelope.rewrap(blob, **time),
+    "generate_data_key": lambda envelope, _blob, **time: envelope.generate_data_key(
+        **time
+    ),
+}
+"""Each coroutine of an envelope, called with a time limit."""
+
+
+@pytest.mark.parametrize("call", WITH_TIMEOUT.values(), ids=WITH_TIMEOUT)
+async def test_who_waits_for_a_session_waits_no_longer_than_was_said(
+    token: ThrowawayToken, call: Any
+) -> None:
+    """For some time, or not at all; the pool's own limit is where nothing is said."""
+    async with pool_on(token, max_sessions=1, timeout=0.05) as pool:
+        old = await one_kek(pool, "kek-b").encrypt(b"data", timeout=LAST_RESORT)
+        new, kek = pool.key(label="kek-a"), pool.key(label="kek-b")
+        envelope = Envelope({"kek-a": new, "kek-b": kek})
+        async with anyio.create_task_group() as group:
+            with Hold() as hold:
+                group.start_soon(functools.partial(pool.run, hold, timeout=None))
+                await hold.entered()
+                for time in ({}, {"timeout": 0.05}, {"timeout": 0}):
+                    with pytest.raises(PoolTimeout) as caught:
+                        await call(envelope, old, **time)
+                    assert caught.value.phase == "waiting"
+        assert await call(envelope, old, timeout=LAST_RESORT)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("encrypt", "C_GenerateKey"),
+        ("encrypt", "C_WrapKey"),
+        ("encrypt", "C_Encrypt"),
+        ("decrypt", "C_UnwrapKey"),
+        ("decrypt", "C_Decrypt"),
+        ("rewrap", "C_UnwrapKey"),
+        ("rewrap", "C_WrapKey"),
+        ("generate_data_key", "C_GenerateRandom"),
+        ("generate_data_key", "C_WrapKey"),
+    ],
+)
+async def test_a_call_that_hangs_is_given_up_in_time(
+    make_pool: MakePool, fault: FaultModule, name: str, function: str
+) -> None:
+    """Whichever it is; and nothing of it stays on the token."""
+    async with make_pool(module=fault.path, close_timeout=0.05) as pool:
+        old = await one_kek(pool, "kek-b").encrypt(b"data")
+        keks = {label: pool.key(label=label) for label in ("kek-a", "kek-b")}
+        fault.on(function, hang="before")
+        with pytest.raises(PoolTimeout) as caught:
+            await WITH_TIMEOUT[name](Envelope(keks), old, timeout=0.06)
+        assert caught.value.phase == "running"
+        fault.release()
+        fault.clear()
+        await eventually(lambda: not pool.stats().calls_stuck)
+        assert await left_on(pool) == []
+
+
+async def test_the_time_limit_is_for_all_calls_together(
+    pool: TokenPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first took, the second does not have."""
+    envelope = one_kek(pool)
+    blob = await envelope.encrypt(b"data")
+
+    class Clock:
+        """A minute goes by whenever somebody looks."""
+
+        monotonic = itertools.count(0, 60).__next__
+
+    monkeypatch.setattr(integration, "time", Clock)
+    for call in WITH_TIMEOUT.values():
+        if call is not WITH_TIMEOUT["rewrap"]:  # under its KEK already
+            assert await call(envelope, blob, timeout=600)
+            with pytest.raises(PoolTimeout, match="between two calls") as caught:
+                await call(envelope, blob, timeout=100)
+            assert caught.value.phase == "running"
+    assert await left_on(pool) == []
+
+
 async def test_wrong_arguments_are_refused_at_the_door(
     pool: TokenPool, token: ThrowawayToken
 ) -> None:
@@ -262,6 +386,7 @@ async def test_wrong_arguments_are_refused_at_the_door(
         (envelope.decrypt(b"blob"), InvalidCiphertext, "no blob of an Envelope"),
         (envelope.rewrap(b""), InvalidCiphertext, "no blob of an Envelope"),
         (envelope.generate_data_key(nbits=12), InvalidOption, "multiple of 8"),
+        (envelope.encrypt(b"", timeout=-1), InvalidOption, "timeout"),
         (Envelope({"x": pool.key("x")}).encrypt(b""), KeyNotFound, "label='x'"),
     ):
         with pytest.raises(error, match=says):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pkcs11_pool import TokenPool
     from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken
 
-KEYS = ["rsa", "p256", "p384", "p521", "k256", "ed25519", "aes"]
+KEYS = ["rsa", "p256", "p384", "p521", "k256", "ed25519", "ed448", "aes"]
 WAYS = [
     ("rsa", "RS256"),
     ("rsa", "RS512"),
@@ -37,6 +37,8 @@ WAYS = [
     ("k256", "ES256K"),
     ("ed25519", "EdDSA"),
     ("ed25519", "Ed25519"),
+    ("ed448", "EdDSA"),
+    ("ed448", "Ed448"),
 ]
 
 

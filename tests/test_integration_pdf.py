@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+import anyio.to_thread
 import pytest
 from asn1crypto import algos
 from asn1crypto import x509 as asn1
@@ -20,7 +21,7 @@ from pyhanko.sign.signers import PdfSignatureMetadata, PdfSigner
 from pyhanko.sign.validation import validate_pdf_signature
 from pyhanko_certvalidator import ValidationContext
 
-from pkcs11_pool import InvalidOption, InvalidType, KeyNotFound
+from pkcs11_pool import InvalidOption, InvalidType, KeyNotFound, WrongLoop
 from pkcs11_pool.integrations.pdf import load_signer
 from pkcs11_pool.integrations.x509 import load_issuer
 from poolkit import ASYNCIO_ONLY, blocking
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pkcs11_pool import TokenPool
     from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken
 
-KEYS = ["rsa", "p256", "p521", "ed25519"]
+KEYS = ["rsa", "p256", "p521", "ed25519", "ed448"]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,7 @@ def status_of(file: io.BytesIO, trusted: Any) -> Any:
         ("p256", {}, "sha256_ecdsa"),
         ("p521", {}, "sha512_ecdsa"),
         ("ed25519", {}, "ed25519"),
+        ("ed448", {}, "ed448"),
     ],
 )
 async def test_pyhanko_validates_each_kind_of_signature(
@@ -144,6 +146,23 @@ async def test_a_thread_signs_where_pyhanko_has_no_loop(pool: TokenPool) -> None
 
     states = await at_once(lambda n: blocking(sign, n), 10)
     assert all(status.bottom_line for status in states)
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_on_trio_each_awaited_signature_says_what_to_do(pool: TokenPool) -> None:
+    """Of a file and of other data; what it says to do then signs."""
+    own = await certificate_of(pool, "p256")
+    signer = await load_signer(pool.key(label="p256"), own)
+    before = pool.stats().operations_total
+    with pytest.raises(WrongLoop, match=r"run_sync\(signer\.sign_pdf, writer"):
+        await signed(signer)
+    with pytest.raises(WrongLoop, match="asyncio only"):
+        await signer.async_sign_general_data(b"data", "sha256")
+    assert pool.stats().operations_total == before
+    writer = IncrementalPdfFileWriter(pdf())
+    pdf_signer = PdfSigner(PdfSignatureMetadata(field_name="Signature1"), signer)
+    file = await anyio.to_thread.run_sync(pdf_signer.sign_pdf, writer)
+    assert (await blocking(status_of, file, own)).bottom_line
 
 
 @ASYNCIO_ONLY

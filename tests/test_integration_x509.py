@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pkcs11_pool import TokenPool
     from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken
 
-KEYS = ["rsa", "p256", "p384", "p521", "ed25519"]
+KEYS = ["rsa", "p256", "p384", "p521", "ed25519", "ed448"]
 CA = {"country_name": "DE", "organization_name": "Example", "common_name": "CA"}
 WAYS: list[tuple[str, dict[str, Any]]] = [
     ("rsa", {}),
@@ -36,6 +36,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("p384", {"hash_name": "sha512"}),
     ("p521", {}),
     ("ed25519", {}),
+    ("ed448", {}),
 ]
 
 

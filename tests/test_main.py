@@ -79,7 +79,7 @@ def test_a_bad_number_is_named(
         (["dance"], "'dance' is no command. Commands: tokens, objects, "),
         (["dmeo"], "'dmeo' is no command. Did you mean demo?"),
         (["demo", "--fast"], "Unknown option: --fast"),
-        (["demo", "more"], "Unused Tokens: ['more']"),
+        (["demo", "more"], "'more': more words than demo takes. `pkcs11-pool demo"),
     ],
 )
 def test_words_that_are_not_known_are_refused(

@@ -66,3 +66,63 @@ def test_the_package_alone_imports_nothing() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["set()", "True"]
+
+
+NOT_FOR_THE_POOL = {
+    "getpass": "PINs that are typed",
+    "pathlib": "nothing; structlog and AnyIO do without",
+    "pkcs11_pool.faces.administration": "tokens that are initialised",
+    "pkcs11_pool.login.tokens": "the same",
+    "pkcs11_pool.softhsm": "tests and demos",
+    "pkcs11_pool.uri": "PKCS#11 URIs",
+    "random": "the rest between tries, when a token is lost",
+    "secrets": "nothing; os.urandom is what it calls",
+    "shlex": "URIs with a program, and messages",
+    "trio": "loops of trio",
+    "uvloop": "loops of uvloop",
+}
+"""What ``from pkcs11_pool import TokenPool`` leaves alone, and who imports it."""
+
+WATCHED = """\
+import sys
+sys.modules["rich"] = None  # structlog imports it where it is, at a great cost
+count = 0
+def watch(frame, event, argument):
+    global count
+    count += 1
+    return watch
+sys.settrace(watch)
+{}
+sys.settrace(None)
+print(count, *sys.modules)
+"""
+
+
+def watched(statement: str) -> tuple[int, set[str]]:
+    """How many lines and calls of Python an import is, and all that is there then."""
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED.format(statement)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    count, *modules = done.stdout.split()
+    return int(count), set(modules)
+
+
+def test_a_pool_imports_what_each_pool_needs_and_no_more() -> None:
+    """What few need is imported when they need it; and it adds up to little.
+
+    Lines are counted and not seconds: the benchmark measures those.
+    """
+    base, before = watched("import anyio, pkcs11, structlog")
+    whole, there = watched("from pkcs11_pool import TokenPool")
+    there -= before
+    assert there & set(NOT_FOR_THE_POOL) == set()
+    top = ("asgi", "bench", "chaos", "cli", "demo", "faults", "integrations")
+    assert not [
+        one
+        for one in there
+        if one.startswith("pkcs11_pool.") and one.split(".")[1] in top
+    ]
+    assert whole <= 1.35 * base

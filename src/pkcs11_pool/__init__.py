@@ -44,15 +44,16 @@ if TYPE_CHECKING:
         TooManyWaiting,
         WouldBlockLoop,
         WouldDeadlock,
+        WrongLoop,
     )
     from pkcs11_pool.faces.administration import init_token, list_tokens
     from pkcs11_pool.faces.keyref import KeyRef
-    from pkcs11_pool.faces.mapping import Results
+    from pkcs11_pool.faces.mapping import Results, SyncResults
     from pkcs11_pool.faces.objectref import ObjectRef
     from pkcs11_pool.faces.pool import TokenPool
     from pkcs11_pool.faces.pooled_session import PooledSession
     from pkcs11_pool.faces.security_officer import SecurityOfficer
-    from pkcs11_pool.faces.streams import CryptStream
+    from pkcs11_pool.faces.streams import CryptStream, SyncStream
     from pkcs11_pool.state import (
         Access,
         LoginState,
@@ -103,6 +104,8 @@ __all__ = [
     "SessionObjectNeedsSession",
     "SessionState",
     "StreamInterrupted",
+    "SyncResults",
+    "SyncStream",
     "TokenAmbiguous",
     "TokenInUse",
     "TokenInfo",
@@ -112,6 +115,7 @@ __all__ = [
     "TooManyWaiting",
     "WouldBlockLoop",
     "WouldDeadlock",
+    "WrongLoop",
     "init_token",
     "list_tokens",
     "pins",
@@ -123,11 +127,13 @@ _HOMES: Final = {
     "list_tokens": "pkcs11_pool.faces.administration",
     "KeyRef": "pkcs11_pool.faces.keyref",
     "Results": "pkcs11_pool.faces.mapping",
+    "SyncResults": "pkcs11_pool.faces.mapping",
     "ObjectRef": "pkcs11_pool.faces.objectref",
     "TokenPool": "pkcs11_pool.faces.pool",
     "PooledSession": "pkcs11_pool.faces.pooled_session",
     "SecurityOfficer": "pkcs11_pool.faces.security_officer",
     "CryptStream": "pkcs11_pool.faces.streams",
+    "SyncStream": "pkcs11_pool.faces.streams",
     "Access": "pkcs11_pool.state",
     "LoginState": "pkcs11_pool.state",
     "PoolState": "pkcs11_pool.state",

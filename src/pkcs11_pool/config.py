@@ -23,7 +23,7 @@ LABEL_BYTES = 32
 """Size of ``CK_TOKEN_INFO.label``."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class PoolOptions:
     """What :class:`~pkcs11_pool.TokenPool` was told, all of it valid."""
 

@@ -42,6 +42,7 @@ __all__ = [
     "TooManyWaiting",
     "WouldBlockLoop",
     "WouldDeadlock",
+    "WrongLoop",
 ]
 
 
@@ -180,6 +181,13 @@ class WouldBlockLoop(PoolError):
     """A blocking call was made on a thread that runs an event loop.
 
     Await the async form, or call from a worker thread.
+    """
+
+
+class WrongLoop(PoolError):
+    """Another library that takes part here runs on asyncio, and this is trio.
+
+    Use its blocking form on a worker thread; the message says how. Nothing was sent.
     """
 
 

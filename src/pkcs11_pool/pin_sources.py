@@ -7,11 +7,7 @@ frame that raises holds no PIN: what was read is decoded where nothing can fail.
 
 from __future__ import annotations
 
-import getpass
-import importlib
-import importlib.util
 import os
-import shlex
 import stat
 import subprocess
 import sys
@@ -106,6 +102,8 @@ def prompt(text: str = "PIN of the token: ") -> Callable[[], str]:
     def read() -> str:
         if not can_prompt():
             raise PinSourceError(_NO_TERMINAL)
+        import getpass  # noqa: PLC0415  # for those who are asked
+
         try:
             return getpass.getpass(text)
         except EOFError:
@@ -124,6 +122,8 @@ def keyring(service: str, username: str) -> Callable[[], str]:
     """
     _check_word("service", service)
     _check_word("username", username)
+    import importlib.util  # noqa: PLC0415  # for those who have one
+
     if importlib.util.find_spec("keyring") is None:
         raise InvalidOption(
             "pins.keyring needs the package: pip install 'pkcs11-pool[keyring]'"
@@ -134,6 +134,8 @@ def keyring(service: str, username: str) -> Callable[[], str]:
         ring = importlib.import_module("keyring")
         given: str | None = ring.get_password(service, username)
         if given is None:
+            import shlex  # noqa: PLC0415  # for this text alone
+
             where = shlex.join([service, username])
             message = f"the keyring has no such PIN; set it by: keyring set {where}"
             raise PinSourceError(message)
@@ -201,7 +203,9 @@ def _first_line(path: str, *, check: bool, pipe: bool) -> str:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise PinSourceError(f"cannot read a PIN from {path}: {error}") from error
+        # Its own text has the path, too.
+        message = f"cannot read a PIN from {path}: {error.strerror}"
+        raise PinSourceError(message) from error
     if wrong:
         raise PinSourceError(wrong)
     if line is None:
@@ -223,6 +227,8 @@ def _objection(
         return f"{path} is no file that a PIN could stand in"
     if not check:
         return None
+    import shlex  # noqa: PLC0415  # for what this says
+
     quoted, user = shlex.quote(path), os.geteuid()
     if told.st_uid not in (user, 0):
         return (

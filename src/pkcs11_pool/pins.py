@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import inspect
+import os
 import re
-import secrets
-import shlex
 from collections.abc import Awaitable, Callable
 from typing import Final, NoReturn
 
@@ -51,7 +50,7 @@ _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 # Keyed per process: a memory dump of the book of rejected PINs alone does not
 # allow to try PINs against it.
-_KEY: Final = secrets.token_bytes(32)
+_KEY: Final = os.urandom(32)
 
 
 class Secret:
@@ -244,6 +243,8 @@ def from_pin_source(where: str, *, allow_command: bool = False) -> PinCallable:
 
 
 def _words(text: str) -> list[str]:
+    import shlex  # noqa: PLC0415  # for the few who name a program
+
     try:
         words = shlex.split(text)
     except ValueError as error:

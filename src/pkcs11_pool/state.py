@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Final, NewType
+from typing import Final, NewType
 
-if TYPE_CHECKING:
-    from pkcs11.constants import TokenFlag
+from pkcs11.constants import TokenFlag
 
 Epoch = NewType("Epoch", int)
 """Number of a login state of one token. Handles are good for one epoch."""
@@ -194,5 +193,8 @@ class TokenInfo:
 
     def __str__(self) -> str:
         """For messages: the label, the serial and the slot."""
+        if not self.flags & TokenFlag.TOKEN_INITIALIZED:
+            # It has no name yet.
+            return f"uninitialised token (slot {self.slot_id})"
         serial = self.serial.decode(errors="replace")
         return f"{self.label!r} (serial {serial}, slot {self.slot_id})"

@@ -152,7 +152,7 @@ class PoolStats:
     recent_errors: tuple[RecentError, ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Counters:
     """The counters of a pool. Written under the engine's lock only."""
 

@@ -167,6 +167,7 @@ class _Settings(ctypes.Structure):
         ("limit", ctypes.c_ulong),
         ("limit_rw", ctypes.c_ulong),
         ("down", ctypes.c_ulong),
+        ("signature_size", ctypes.c_ulong),
         ("cant_lock", ctypes.c_int),
         ("hide_reserved", ctypes.c_int),
         ("no_slots", ctypes.c_int),
@@ -721,6 +722,15 @@ class FaultModule:
             settings.pin_len = len(typed)
             settings.pin[: len(typed)] = typed
             self._lib.fault_set_settings(ctypes.byref(settings))
+
+    @property
+    def signature_size(self) -> int:
+        """How many bytes ``C_Sign`` gives, more than the real ones; 0: those."""
+        return int(self._settings().signature_size)
+
+    @signature_size.setter
+    def signature_size(self, value: int) -> None:
+        self._change(signature_size=value)
 
     def session_limit(self, total: int | None = None, rw: int | None = None) -> None:
         """Answer ``CKR_SESSION_COUNT`` to what would open more; ``None``: no limit."""

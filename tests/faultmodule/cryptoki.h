@@ -55,6 +55,7 @@ typedef struct {
 #define CKR_SESSION_HANDLE_INVALID 0x0B3UL
 #define CKR_UNWRAPPING_KEY_HANDLE_INVALID 0x0F0UL
 #define CKR_WRAPPING_KEY_HANDLE_INVALID 0x113UL
+#define CKR_BUFFER_TOO_SMALL 0x150UL
 #define CKR_CRYPTOKI_NOT_INITIALIZED 0x190UL
 
 #define CKA_TOKEN 0x001UL
@@ -144,7 +145,7 @@ typedef struct CK_FUNCTION_LIST CK_FUNCTION_LIST;
     KEY(C_DigestKey, (CK_SESSION_HANDLE session, CK_OBJECT_HANDLE key), (session, key))            \
     SESSION(C_DigestFinal, OUT_PARAMETERS, (session, out, out_len))                                \
     KEY(C_SignInit, INIT_PARAMETERS, (session, mechanism, key))                                    \
-    SESSION(C_Sign, IN_OUT_PARAMETERS, (session, in, in_len, out, out_len))                        \
+    OWN(C_Sign, IN_OUT_PARAMETERS, (session, in, in_len, out, out_len))                            \
     SESSION(C_SignUpdate, IN_PARAMETERS, (session, in, in_len))                                    \
     SESSION(C_SignFinal, OUT_PARAMETERS, (session, out, out_len))                                  \
     KEY(C_SignRecoverInit, INIT_PARAMETERS, (session, mechanism, key))                             \

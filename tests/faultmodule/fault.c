@@ -384,6 +384,33 @@ static CK_RV my_C_UnwrapKey(CK_SESSION_HANDLE session, CK_MECHANISM *mechanism,
     return leave(&call);
 }
 
+/* A signature as large as a test wants it: the real one, and counting bytes after it. What is asked
+ * for its size, or given too little room, leaves the operation active. */
+static CK_RV my_C_Sign(CK_SESSION_HANDLE session, CK_BYTE *in, CK_ULONG in_len, CK_BYTE *out,
+                       CK_ULONG *out_len)
+{
+    struct call call;
+    if (enter(&call, FN_C_Sign, session, 0) && session_in(&call, &session)) {
+        lock();
+        CK_ULONG size = state.settings.signature_size;
+        unlock();
+        if (size == 0) {
+            call.rv = REAL(C_Sign, (session, in, in_len, out, out_len));
+        } else if (out == NULL || *out_len < size) {
+            call.rv = out == NULL ? CKR_OK : CKR_BUFFER_TOO_SMALL;
+            *out_len = size;
+        } else {
+            call.rv = REAL(C_Sign, (session, in, in_len, out, out_len));
+            if (call.rv == CKR_OK) {
+                for (CK_ULONG i = *out_len; i < size; i++)
+                    out[i] = (CK_BYTE)i;
+                *out_len = size;
+            }
+        }
+    }
+    return leave(&call);
+}
+
 static CK_RV my_C_DeriveKey(CK_SESSION_HANDLE session, CK_MECHANISM *mechanism,
                             CK_OBJECT_HANDLE base, CK_ATTRIBUTE *template, CK_ULONG count,
                             CK_OBJECT_HANDLE *created)

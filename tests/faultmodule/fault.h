@@ -86,6 +86,7 @@ struct fault_token_info {
 struct fault_settings {
     unsigned long latency_us, limit, limit_rw;
     unsigned long down; /* what every call is answered, 0: nothing */
+    unsigned long signature_size; /* of what C_Sign gives, 0: as the real module has it */
     int cant_lock, hide_reserved, no_slots, pin_pad, infos, down_stays;
     unsigned long pin_len;
     CK_BYTE pin[PIN_SIZE];

@@ -12,7 +12,13 @@ import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
-from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
+from cyclopts import (
+    App,
+    CycloptsError,
+    Parameter,
+    UnknownCommandError,
+    UnusedCliTokensError,
+)
 
 from pkcs11_pool.cli.exits import Exit, explained
 
@@ -27,12 +33,13 @@ COMMANDS: Final = {
     "objects": (f"{_HERE}.tokens:objects", "List the objects of a token."),
     "init-token": (f"{_HERE}.tokens:init", "Initialise a token."),
     "set-pin": (f"{_HERE}.tokens:set_pin", "Change or reset the user's PIN."),
-    "keygen": (f"{_HERE}.keys:keygen", "Make a key on the token."),
+    "keygen": (f"{_HERE}.keygen:keygen", "Make a key on the token."),
     "sign": (f"{_HERE}.keys:sign", "Sign a file with a key of the token."),
     "verify": (f"{_HERE}.keys:verify", "Verify a signature on the token."),
     "random": (f"{_HERE}.keys:random", "Random octets from the token."),
     "doctor": (f"{_HERE}.doctor:doctor", "Find what is wrong with a set-up."),
     "top": (f"{_HERE}.top:top", "Watch a running service."),
+    "softhsm": (f"{_HERE}.softhsm:command", "Have SoftHSM2 at hand, without root."),
     "demo": (f"{_HERE}.running:demo", "Real signatures on a throwaway token."),
     "bench": (f"{_HERE}.running:bench", "Measure the pool on a token."),
     "chaos": (f"{_HERE}.running:chaos", "Kill a token's server under load."),
@@ -40,9 +47,11 @@ COMMANDS: Final = {
 }
 """Each command: where it is, and what it does in a line."""
 
+_BAD: Final = Exit.USAGE
+_PINS: Final = ("--pin", "--so-pin", "--new-pin")
 _NO_PINS: Final = (
-    "a PIN is no word of a command, because others see it: --pin-env, --pin-file, "
-    "--pin-credential, --pin-keyring or --pin-prompt"
+    "a PIN is no word of a command, because others see it: {0}-env, {0}-file, "
+    "{0}-credential, {0}-keyring or {0}-prompt"
 )
 
 
@@ -93,11 +102,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    if any(word.split("=")[0] in ("--pin", "--so-pin", "--new-pin") for word in given):
-        return _say(_NO_PINS, Exit.USAGE)
+    for word in given:
+        if (name := word.partition("=")[0]) in _PINS:
+            return _say(_NO_PINS.format(name), _BAD)
     if not given:
         app()(["--help"], result_action="return_value")
-        return Exit.USAGE
+        return _BAD
     try:
         status = app(given[0])(
             given,
@@ -109,13 +119,19 @@ def _run(given: list[str]) -> int:
         # Its own text would import every command.
         near = difflib.get_close_matches(given[0], COMMANDS, 1)
         hint = f"Did you mean {near[0]}?" if near else f"Commands: {_commands()}."
-        return _say(f"{given[0]!r} is no command. {hint}", Exit.USAGE)
+        return _say(f"{given[0]!r} is no command. {hint}", _BAD)
+    except UnusedCliTokensError as error:
+        more = " ".join(map(repr, error.unused_tokens or ()))
+        return _say(f"{more}: more words than {given[0]} takes. {_help(given)}", _BAD)
     except CycloptsError as error:
         text = " ".join(str(error).split())
         end = "" if text.endswith((".", "?")) else "."
-        help_ = f"{NAME} {given[0]} --help"
-        return _say(f"{text}{end} `{help_}` has the words.", Exit.USAGE)
+        return _say(f"{text}{end} {_help(given)}", _BAD)
     return Exit.OK if status is None else int(status)
+
+
+def _help(given: list[str]) -> str:
+    return f"`{NAME} {given[0]} --help` has the words."
 
 
 def _with_values(words: list[str]) -> list[str]:

@@ -10,12 +10,15 @@ import getpass
 import grp
 import os
 import platform
+import re
 import shlex
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
+
+from pkcs11_pool.cli.options import TYPICAL_MODULES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,8 +110,8 @@ def of_file(path: Path) -> Iterator[Finding]:
     if not path.exists():
         yield bad(
             f"there is no {path}",
-            "install the module's package, or give the right --module "
-            "(SoftHSM2: apt-get install softhsm2)",
+            "install the module's package, or give the right --module"
+            f"{here() or ' (`pkcs11-pool softhsm` gets one to try)'}",
         )
         return
     try:
@@ -138,6 +141,36 @@ def of_file(path: Path) -> Iterator[Finding]:
     yield good(f"{path} is a library for {platform.machine()}")
 
 
+def of_load(text: str) -> Finding:
+    """A module that the loader or ``C_Initialize`` refused, by what they said."""
+    if "C_GetFunctionList" in text:
+        return bad(
+            text,
+            "it is some other library: give the .so file that the vendor calls the "
+            f"PKCS#11 or Cryptoki module{here()}",
+        )
+    missing = re.search(r"(\S+): cannot open shared object file", text)
+    if missing is not None:
+        return bad(
+            text,
+            f"install the package with {missing[1]}, which the module needs, or name "
+            "its directory in LD_LIBRARY_PATH",
+        )
+    if "undefined symbol" in text or "version `" in text:
+        return bad(text, "install the module's package for this release of the system")
+    return bad(
+        text,
+        "is a package missing that the module needs (ldd shows which), or its daemon "
+        "not running?",
+    )
+
+
+def here() -> str:
+    """The modules that are on this machine, as the end of an advice."""
+    there = [path for path in TYPICAL_MODULES if _exists(Path(path))]
+    return f"; on this machine: {', '.join(there)}" if there else ""
+
+
 _ELF_OF: Final = {name: made_for for made_for, name in _MACHINES.items()}
 
 
@@ -157,8 +190,15 @@ def of_softhsm(path: Path) -> Iterator[Finding]:
             "SOFTHSM2_CONF to its path",
         )
         return
+    if not configuration.is_file():
+        yield bad(
+            f"{configuration} is no file",
+            "set SOFTHSM2_CONF to a file that has directories.tokendir = /a/directory",
+        )
+        return
     try:
-        text = configuration.read_text()
+        # Whatever else stands in it, the one line that counts is found.
+        text = configuration.read_text(errors="replace")
     except OSError as error:
         yield bad(
             f"{configuration} cannot be read by {_user()}: {error.strerror}",

@@ -6,19 +6,22 @@ on is good. A wrong PIN is sent once; one that could lock the token is not sent.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from signal import Signals
+from subprocess import DEVNULL
 from typing import TYPE_CHECKING
 
 import anyio
 from pkcs11 import PKCS11Error
 from pkcs11.constants import TokenFlag
 
-from pkcs11_pool import pins
 from pkcs11_pool.cli import checks, output
 from pkcs11_pool.cli.checks import Finding, bad, good, warning
 from pkcs11_pool.cli.exits import CommandError, Exit, explained
-from pkcs11_pool.cli.options import PIN_VARIABLE, TokenOptions
+from pkcs11_pool.cli.options import TokenOptions
+from pkcs11_pool.cli.output import counted
 from pkcs11_pool.errors import (
     ModuleInUse,
     PinRefused,
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 _MARKS = {"good": ("ok", "green"), "warning": ("note", "yellow"), "bad": ("BAD", "red")}
 _FEW_SESSIONS = 9
+_ANOTHER = (sys.executable, "-m", "pkcs11_pool")
 
 
 def doctor(
@@ -88,14 +92,40 @@ async def _findings(where: TokenOptions, *, login: bool) -> AsyncIterator[Findin
         yield finding
     if any(finding.level == "bad" for finding in before):
         return
+    if (crash := await _tried(path, where.timeout)) is not None:
+        yield crash
+        return
     try:
         tokens = await list_tokens(path)
     except (PoolError, PKCS11Error) as error:
         yield _of_module(error)
         return
-    yield good(f"the module answers, and shows {len(tokens)} tokens")
+    yield good(f"the module answers, and shows {counted(len(tokens), 'token')}")
     async for finding in _of_tokens(where, tokens, login=login):
         yield finding
+
+
+async def _tried(path: Path, seconds: float) -> Finding | None:
+    """Whether a process that only lists the tokens lives through it.
+
+    A module that is loaded can bring a process down, or never come back: so another
+    process goes first. What it says otherwise is found out here again.
+    """
+    words = (*_ANOTHER, "tokens", "--json", "--module", str(path))
+    try:
+        with anyio.fail_after(seconds):
+            done = await anyio.run_process(words, check=False, stderr=DEVNULL)
+    except TimeoutError:
+        return bad(
+            f"the module does not come back within {seconds:g} s",
+            "is its server or daemon running, and reachable from here?",
+        )
+    if done.returncode >= 0:
+        return None
+    return bad(
+        f"the module brings the process down ({Signals(-done.returncode).name})",
+        "is the file whole? Install its package anew, for this release of the system",
+    )
 
 
 def _of_module(error: Exception) -> Finding:
@@ -104,11 +134,7 @@ def _of_module(error: Exception) -> Finding:
             "the module is initialised already by other code in this process",
             "open the pool first and give pool.lib to that code, or finalise it there",
         )
-    return bad(
-        _text(error),
-        "is a package missing that the module needs (ldd shows which), or its daemon "
-        "not running?",
-    )
+    return checks.of_load(_text(error))
 
 
 async def _of_tokens(
@@ -125,14 +151,17 @@ async def _of_tokens(
     if not ready:
         yield bad("no token is initialised", "pkcs11-pool init-token LABEL")
         return
+    named = where.token_label or where.parsed().token
     for info in ready:
-        yield _of_token(info)
+        for finding in (_of_token(info), *_of_officer(info)):
+            # What is wrong with another token than the one that is meant is noted.
+            other = finding.level == "bad" and named not in (None, info.label)
+            yield replace(finding, level="warning") if other else finding
     try:
         pool = where.pool(login=False)
-    except (CommandError, PoolError):
+    except (CommandError, PoolError) as error:
         yield warning(
-            "which token is meant was not said, so no login was tried",
-            "give --token-label (or PKCS11_TOKEN)",
+            "which token is meant is not clear, so no login was tried", _text(error)
         )
         return
     async for finding in _of_login(where, pool, login=login):
@@ -162,6 +191,35 @@ def _of_token(info: TokenInfo) -> Finding:
     return good(name)
 
 
+def _of_officer(info: TokenInfo) -> list[Finding]:
+    """What the token says of the security officer's PIN."""
+    flags, who = info.flags, f"token {info}: the security officer's PIN"
+    wipe = "pkcs11-pool init-token --wipe, which destroys all objects"
+    if flags & TokenFlag.SO_PIN_LOCKED:
+        return [
+            warning(
+                f"{who} is locked",
+                f"the user goes on; a user's PIN that is lost too needs {wipe}",
+            )
+        ]
+    if flags & TokenFlag.SO_PIN_FINAL_TRY:
+        return [
+            warning(
+                f"{who} is locked by one more wrong one",
+                "find the right one before anything tries it; a locked one needs "
+                f"{wipe}",
+            )
+        ]
+    if flags & TokenFlag.SO_PIN_COUNT_LOW:
+        return [
+            warning(
+                f"{who} was wrong since the last login",
+                "a good login of the officer clears this; find who has a wrong one",
+            )
+        ]
+    return []
+
+
 async def _of_login(
     where: TokenOptions, pool: TokenPool, *, login: bool
 ) -> AsyncIterator[Finding]:
@@ -172,8 +230,7 @@ async def _of_login(
                 yield finding
             if login:
                 yield await _of_pin(where, pool)
-            count = len(await pool.find())
-            yield good(f"{count} objects are to be seen")
+            yield good(f"{counted(len(await pool.find()), 'object')} to be seen")
     except (PoolError, PKCS11Error) as error:
         yield bad(_text(error), "`pkcs11-pool tokens` shows what is there")
 
@@ -191,16 +248,17 @@ def _of_sessions(info: TokenInfo) -> list[Finding]:
 
 async def _of_pin(where: TokenOptions, pool: TokenPool) -> Finding:
     try:
-        source = _pin(where)
-        if source is None:
-            return warning(
-                "there is no PIN, so no login was tried",
-                f"give --pin-env, --pin-file, --pin-prompt, or set {PIN_VARIABLE}",
-            )
-        await pool.login(source)  # type: ignore[arg-type]  # hidden already
+        try:
+            pin = where.secret()
+        except CommandError as error:
+            return warning("there is no PIN, so no login was tried", _text(error))
+        await pool.login(pin)  # type: ignore[arg-type]  # hidden already
     except PinSourceError as error:
         return bad(_text(error), "the PIN was not sent")
     except PinRefused as error:
+        if _kept_back(pool):
+            # What is to be done stands with the token.
+            return warning("the PIN was not sent", _text(error))
         return bad(
             f"the PIN is wrong: {_text(error)}",
             "mend the PIN before anything tries it again; the officer can set a new "
@@ -211,21 +269,10 @@ async def _of_pin(where: TokenOptions, pool: TokenPool) -> Finding:
     return good("the PIN is right")
 
 
-def _pin(where: TokenOptions) -> pins.Secret | None:
-    uri = where.parsed()
-    source = where.source()
-    if source is None and uri.pin_value is not None:
-        return uri.pin_value
-    if source is None and uri.pin_source is not None:
-        source = pins.from_pin_source(
-            uri.pin_source, allow_command=where.allow_pin_command
-        )
-    if source is None:
-        try:
-            source = where.pin(uri)
-        except CommandError:
-            return None
-    return source if isinstance(source, pins.Secret) else pins.literal(source())
+def _kept_back(pool: TokenPool) -> bool:
+    """Whether the token told before that a PIN may lock it, or has."""
+    risky = TokenFlag.USER_PIN_LOCKED | TokenFlag.USER_PIN_FINAL_TRY
+    return bool(pool.token.flags & risky) and not pool.stats().logins_failed_total
 
 
 def _text(error: Exception) -> str:

@@ -18,6 +18,10 @@ _AS_WORDS: Final = {
     "await list_tokens(module)": "`pkcs11-pool tokens`",
     "list_tokens()": "`pkcs11-pool tokens --json`",
     "wipe=True": "--wipe",
+    "so.init_pin": "`pkcs11-pool set-pin --by-officer`",
+    "by init_token()": "by `pkcs11-pool init-token LABEL`",
+    "only init_token helps": "only `pkcs11-pool init-token --wipe` helps",
+    "insist with force=True": "log in once with the token's own tool",
     "token_serial= or slot_id=": "--token-serial or --slot",
     "use pins.env, pins.file, pins.systemd_credential or pins.keyring": (
         "give --pin-env or --pin-file (of the officer: --so-pin-env or --so-pin-file)"

@@ -1,4 +1,4 @@
-"""Commands that make keys and use them: keygen, sign, verify, random."""
+"""Commands that use keys: sign, verify; and random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pkcs11.mechanisms import KeyType, Mechanism
 
 from pkcs11_pool.cli import output
 from pkcs11_pool.cli.exits import CommandError, Exit
-from pkcs11_pool.cli.options import TokenOptions
+from pkcs11_pool.cli.options import TokenOptions, octets_id
 from pkcs11_pool.errors import KeyNotFound
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pkcs11_pool.faces.keyref import KeyRef
     from pkcs11_pool.faces.pool import TokenPool
 
-Kind = Literal["ec", "ed25519", "rsa", "aes"]
 Hash = Literal["sha256", "sha384", "sha512"]
 Encoding = Literal["base64", "hex", "raw"]
 
@@ -37,20 +36,6 @@ _RSA: Final = {
     "sha384": Mechanism.SHA384_RSA_PKCS,
     "sha512": Mechanism.SHA512_RSA_PKCS,
 }
-
-
-def octets_id(type_: Any, words: Any) -> bytes:
-    """Read the id of a key.
-
-    Raises:
-        ValueError: It is not written in hexadecimal digits.
-    """
-    del type_
-    try:
-        return bytes.fromhex(words[0].value)
-    except ValueError:
-        message = f"{words[0].value!r} is not hexadecimal, such as 01ff"
-        raise ValueError(message) from None
 
 
 @Parameter(name="*")
@@ -72,75 +57,11 @@ class KeyOptions(TokenOptions):
         label = uri.object if self.key is None else self.key
         id_ = uri.id if self.id is None else self.id
         if label is None and id_ is None:
-            raise CommandError("which key? Give --key, --id, or a --uri with object=")
-        return pool.key(label=label, id=id_, object_class=half)
-
-
-def keygen(
-    label: str,
-    /,
-    *,
-    where: TokenOptions = TokenOptions(),
-    kind: Annotated[Kind, Parameter(name="--type")] = "ec",
-    curve: str = "secp256r1",
-    bits: int | None = None,
-    id: Annotated[bytes | None, Parameter(converter=octets_id)] = None,  # noqa: A002
-    public_key: Path | None = None,
-    json: bool = False,
-) -> None:
-    """Make a key, or a pair of keys, on the token; the public half is printed.
-
-    Args:
-        label: Label of the key, of both halves of a pair.
-        where: Which token.
-        kind: What kind of key.
-        curve: Of an EC key.
-        bits: Size of an RSA key (2048) or an AES key (256).
-        id: Id of the key, in hexadecimal digits.
-        public_key: Write the public key there, as PEM, and not to standard output.
-        json: Print JSON.
-    """
-    with output.working(f"making a key of type {kind}"):
-        der = anyio.run(_make, where, _order(kind, curve, bits), {"label": label}, id)
-    pem = None if der is None else _pem(der)
-    if pem is not None and public_key is not None:
-        public_key.write_text(pem)
-    if json:
-        output.as_json({"label": label, "id": id, "type": kind, "public_key": pem})
-    elif pem is None or public_key is not None:
-        output.say(f"made {label!r}")
-    else:
-        sys.stdout.write(pem)
-
-
-def _order(kind: Kind, curve: str, bits: int | None) -> dict[str, Any]:
-    """What to ask for, as the pool takes it."""
-    if kind == "ec":
-        return {"key_type": KeyType.EC, "curve": curve}
-    if kind == "ed25519":
-        return {"key_type": KeyType.EC_EDWARDS, "curve": "ed25519"}
-    if kind == "rsa":
-        return {"key_type": KeyType.RSA, "key_length": bits or 2048}
-    return {"key_type": KeyType.AES, "key_length": bits or 256}
-
-
-async def _make(
-    where: TokenOptions, order: dict[str, Any], name: dict[str, str], id_: bytes | None
-) -> bytes | None:
-    async with where.pool() as pool:
-        taken = {Attribute.LABEL: name["label"], Attribute.TOKEN: True}
-        if await pool.find(taken):
             raise CommandError(
-                f"there is an object {name['label']!r} already: another label, or "
-                "nobody will know which one is meant",
-                Exit.KEY,
+                "which key? Give --key, --id, or a --uri with object=; `pkcs11-pool "
+                f"objects` shows them{self.unquoted()}"
             )
-        made = {**order, **name, "id": id_, "store": True}
-        if order["key_type"] is KeyType.AES:
-            await pool.generate_key(**made)
-            return None
-        public, _ = await pool.generate_keypair(**made)
-        return await public.public_key_der()
+        return pool.key(label=label, id=id_, object_class=half)
 
 
 File = Annotated[Path, Parameter(allow_leading_hyphen=True)]
@@ -412,10 +333,3 @@ def _mechanism(name: str) -> Mechanism:
         raise CommandError(
             f"{name!r} is no mechanism; `pkcs11-pool tokens --json` shows the token's"
         ) from None
-
-
-def _pem(der: bytes) -> str:
-    text = base64.encodebytes(der).decode().replace("\n", "")
-    lines = [text[i : i + 64] for i in range(0, len(text), 64)]
-    edge = "-----{} PUBLIC KEY-----"
-    return "\n".join([edge.format("BEGIN"), *lines, edge.format("END"), ""])

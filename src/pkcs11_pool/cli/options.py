@@ -1,11 +1,7 @@
-"""The words that commands have in common: which token, and where its PINs come from.
-
-A PIN is never a word: other users of the machine see the words of a program.
-"""
+"""The words that commands have in common: which module, which token."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from pkcs11_pool import pins
-from pkcs11_pool.cli.exits import CommandError, Exit
+from pkcs11_pool.cli.exits import CommandError
+from pkcs11_pool.cli.pin_options import PinOptions, asked, by_default, taken
 from pkcs11_pool.errors import InvalidURI
 from pkcs11_pool.uri import Pkcs11URI, read
 
@@ -32,11 +29,9 @@ TYPICAL_MODULES = (
 )
 """Where distributions put modules: to be named in advice, never to be loaded."""
 
-PIN_VARIABLE = "PKCS11_PIN"
-
-_NO_PIN = (
-    "no PIN: give one of --pin-env, --pin-file, --pin-credential, --pin-keyring or "
-    f"--pin-prompt, or set {PIN_VARIABLE}"
+_QUOTE = (
+    "; if more stood behind it: a shell cuts a URI at ';' and '&' that are not quoted "
+    "(--uri 'pkcs11:…')"
 )
 
 
@@ -60,6 +55,11 @@ class ModuleOptions:
             raise CommandError(str(found))
         return found
 
+    def unquoted(self) -> str:
+        """What to add where the URI lacks what is needed: a shell may have cut it."""
+        whole = self.uri is None or ";" in self.uri or "?" in self.uri
+        return "" if whole else _QUOTE
+
     def module_path(self) -> str:
         """The module.
 
@@ -75,72 +75,9 @@ class ModuleOptions:
             return named
         there = [path for path in TYPICAL_MODULES if Path(path).is_file()]
         hint = f"; {' and '.join(there)} is there" if there else ""
-        raise CommandError(f"which module? Give --module or set PKCS11_MODULE{hint}")
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class PinOptions:
-    """Where the user's PIN comes from; else PKCS11_PIN, else it is asked for.
-
-    Attributes:
-        pin_env: Variable that holds the PIN.
-        pin_file: File whose first line is the PIN; nobody else may read it.
-        pin_credential: Credential of the systemd service that this is.
-        pin_keyring: Service and user name of the PIN in the keyring.
-        pin_prompt: Ask for the PIN.
-    """
-
-    pin_env: str | None = None
-    pin_file: Path | None = None
-    pin_credential: str | None = None
-    pin_keyring: tuple[str, str] | None = None
-    pin_prompt: bool = False
-
-    def source(self, text: str = "PIN of the user: ") -> Any:
-        """The PIN source that was named, or None.
-
-        What is typed is asked for here, once, and not again at each login.
-        """
-        return chosen(
-            {
-                "--pin-env": self.pin_env and pins.env(self.pin_env),
-                "--pin-file": self.pin_file and pins.file(self.pin_file, pipe=True),
-                "--pin-credential": self.pin_credential
-                and pins.systemd_credential(self.pin_credential),
-                "--pin-keyring": self.pin_keyring and pins.keyring(*self.pin_keyring),
-                "--pin-prompt": asked(text) if self.pin_prompt else None,
-            }
+        raise CommandError(
+            f"which module? Give --module or set PKCS11_MODULE{hint}{self.unquoted()}"
         )
-
-
-def chosen(sources: dict[str, Any]) -> Any:
-    """The one source that was given, or None.
-
-    Raises:
-        CommandError: There are two.
-    """
-    given = [name for name, source in sources.items() if source]
-    if len(given) > 1:
-        raise CommandError(f"{given[0]} and {given[1]}: the PIN has one source")
-    return sources[given[0]] if given else None
-
-
-def asked(text: str) -> pins.Secret:
-    """A PIN that is typed."""
-    return pins.literal(pins.prompt(text)())
-
-
-def asked_twice(what: str) -> pins.Secret:
-    """A new PIN that is typed, twice.
-
-    Raises:
-        CommandError: The two differ.
-    """
-    first, second = asked(f"New PIN of {what}: "), asked("The same again: ")
-    if first != second:
-        raise CommandError("the two PINs differ; nothing was done", Exit.PIN)
-    return first
 
 
 @Parameter(name="*")
@@ -192,7 +129,7 @@ class TokenOptions(ModuleOptions, PinOptions):
         if len(options) == 1 and named == (None, None, None):
             raise CommandError(
                 "which token? Give --token-label, --token-serial, --slot or --uri; "
-                "`pkcs11-pool tokens` shows them"
+                f"`pkcs11-pool tokens` shows them{self.unquoted()}"
             )
         if not login or so:
             options["pin"] = None
@@ -217,7 +154,23 @@ class TokenOptions(ModuleOptions, PinOptions):
             return source
         if uri.pin_value is not None or uri.pin_source is not None:
             return None
-        return by_default("PIN of the user: ")
+        return by_default(lambda: asked("PIN of the user: "))
+
+    def secret(self) -> pins.Secret:
+        """The user's present PIN, also where the URI says where it is.
+
+        Raises:
+            CommandError: There is none, and no terminal to ask on.
+        """
+        uri = self.parsed()
+        source = self.pin(uri)
+        if source is None and uri.pin_value is not None:
+            return uri.pin_value
+        if source is None and uri.pin_source is not None:
+            source = pins.from_pin_source(
+                uri.pin_source, allow_command=self.allow_pin_command
+            )
+        return taken(source)
 
 
 def _agree(what: str, named: str | None, given: str, value: str) -> None:
@@ -233,14 +186,15 @@ def _agree(what: str, named: str | None, given: str, value: str) -> None:
         )
 
 
-def by_default(text: str) -> Any:
-    """The PIN where no word names its source: the variable, else the terminal.
+def octets_id(type_: Any, words: Any) -> bytes:
+    """Read the id of a key.
 
     Raises:
-        CommandError: There is neither.
+        ValueError: It is not written in hexadecimal digits.
     """
-    if os.environ.get(PIN_VARIABLE):
-        return pins.env(PIN_VARIABLE)
-    if not pins.can_prompt():
-        raise CommandError(_NO_PIN, Exit.PIN)
-    return asked(text)
+    del type_
+    try:
+        return bytes.fromhex(words[0].value)
+    except ValueError:
+        message = f"{words[0].value!r} is not hexadecimal, such as 01ff"
+        raise ValueError(message) from None

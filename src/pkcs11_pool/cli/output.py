@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 _WIDE: Final = 200
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def say(text: str, style: str = "") -> None:
     """Write one line of the result."""
     console().print(Text(text, style), soft_wrap=True)

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import anyio
-from cyclopts import Parameter
 from pkcs11.constants import Attribute, ObjectClass, TokenFlag
 from pkcs11.mechanisms import KeyType, Mechanism
 
-from pkcs11_pool import pins
 from pkcs11_pool.cli import output
 from pkcs11_pool.cli.exits import CommandError
 from pkcs11_pool.cli.options import (
-    PIN_VARIABLE,
     ModuleOptions,
-    PinOptions,
     TokenOptions,
-    asked,
-    asked_twice,
-    by_default,
-    chosen,
+)
+from pkcs11_pool.cli.pin_options import (
+    NewPinOptions,
+    OfficerOptions,
+    PinOptions,
+    refused,
 )
 from pkcs11_pool.faces.administration import init_token, list_tokens
+from pkcs11_pool.pins import Secret
 from pkcs11_pool.state import TokenInfo
+from pkcs11_pool.uri import Pkcs11URI
 
 _ABOUT_PINS: Final = {
     TokenFlag.USER_PIN_LOCKED: "locked",
     TokenFlag.USER_PIN_FINAL_TRY: "final try",
     TokenFlag.USER_PIN_COUNT_LOW: "wrong before",
     TokenFlag.USER_PIN_TO_BE_CHANGED: "to be changed",
+}
+_CLASSES: Final = {
+    "public": ObjectClass.PUBLIC_KEY,
+    "private": ObjectClass.PRIVATE_KEY,
+    "cert": ObjectClass.CERTIFICATE,
+    "secret-key": ObjectClass.SECRET_KEY,
+    "data": ObjectClass.DATA,
 }
 _SHOWN: Final = {
     "private": Attribute.PRIVATE,
@@ -45,58 +50,6 @@ _SHOWN: Final = {
     "unwrap": Attribute.UNWRAP,
     "derive": Attribute.DERIVE,
 }
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class OfficerOptions:
-    """Where the PIN of the security officer comes from; else it is asked for.
-
-    Attributes:
-        so_pin_env: Variable that holds the PIN of the security officer.
-        so_pin_file: File whose first line is the PIN of the security officer.
-    """
-
-    so_pin_env: str | None = None
-    so_pin_file: Path | None = None
-
-    def secret(self) -> pins.Secret:
-        """The PIN of the security officer."""
-        source = chosen(
-            {
-                "--so-pin-env": self.so_pin_env and pins.env(self.so_pin_env),
-                "--so-pin-file": self.so_pin_file
-                and pins.file(self.so_pin_file, pipe=True),
-            }
-        )
-        if source is None:
-            return asked("PIN of the security officer: ")
-        return pins.literal(source())
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class NewPinOptions:
-    """Where a new PIN comes from; else it is asked for twice.
-
-    Attributes:
-        new_pin_env: Variable that holds the new PIN.
-        new_pin_file: File whose first line is the new PIN.
-    """
-
-    new_pin_env: str | None = None
-    new_pin_file: Path | None = None
-
-    def secret(self) -> pins.Secret:
-        """The new PIN."""
-        source = chosen(
-            {
-                "--new-pin-env": self.new_pin_env and pins.env(self.new_pin_env),
-                "--new-pin-file": self.new_pin_file
-                and pins.file(self.new_pin_file, pipe=True),
-            }
-        )
-        return asked_twice("the user") if source is None else pins.literal(source())
 
 
 def tokens(*, where: ModuleOptions = ModuleOptions(), json: bool = False) -> None:
@@ -123,7 +76,7 @@ def objects(
     no_login: bool = False,
     json: bool = False,
 ) -> None:
-    """List the objects of a token; their values stay there.
+    """List the objects of a token, or those that the URI names; values stay there.
 
     Args:
         where: Which token.
@@ -149,12 +102,24 @@ def objects(
 
 async def _objects(where: TokenOptions, login: bool) -> list[dict[str, Any]]:  # noqa: FBT001
     wanted = (Attribute.CLASS, Attribute.KEY_TYPE, Attribute.LABEL, Attribute.ID)
+    named = _template(where.parsed())
     async with where.pool(login=login) as pool:
         made = []
-        for ref in await pool.find():
+        for ref in await pool.find(named):
             told = await ref.attributes((*wanted, *_SHOWN.values()))
             made.append(_object(told))
     return sorted(made, key=lambda item: (item["label"] or "", item["class"]))
+
+
+def _template(uri: Pkcs11URI) -> dict[Attribute, Any]:
+    """What an object has that a URI names."""
+    kind = None if uri.type is None else _CLASSES[uri.type]
+    named = {
+        Attribute.LABEL: uri.object,
+        Attribute.ID: uri.id,
+        Attribute.CLASS: kind,
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _object(told: dict[Attribute, Any]) -> dict[str, Any]:
@@ -188,6 +153,7 @@ def init(
     user: PinOptions = PinOptions(),
     no_user_pin: bool = False,
     wipe: bool = False,
+    allow_same_label: bool = False,
     json: bool = False,
 ) -> None:
     """Initialise a token, with the PINs of its security officer and its user.
@@ -200,49 +166,71 @@ def init(
         user: The user's first PIN.
         no_user_pin: Leave the user's PIN unset.
         wipe: Initialise a used token anew: all its objects are destroyed.
+        allow_same_label: Also with a label that another token of the module has.
         json: Print JSON.
     """
     module = where.module_path()
-    chosen_slot = _free_slot(module) if slot is None else slot
-    so_pin = officer.secret()
-    first = None if no_user_pin else _first_pin(user)
+    if no_user_pin:
+        refused("pin", user, "--no-user-pin leaves it unset")
+    found = anyio.run(list_tokens, module)
+    chosen = where.parsed().slot_id if slot is None else slot
+    if chosen is None:
+        chosen = _free_slot(found)
+    if not allow_same_label:
+        _check_label(label, [info for info in found if info.slot_id != chosen])
+    here = [info for info in found if info.slot_id == chosen]
+    used = any(info.flags & TokenFlag.TOKEN_INITIALIZED for info in here)
+    if used and not wipe:
+        raise CommandError(
+            f"token {here[0]} is initialised already: --wipe initialises it anew and "
+            "destroys all its objects"
+        )
+    so_pin = officer.secret(new=not used)
+    first = None if no_user_pin else user.first()
 
     async def work() -> TokenInfo:
         return await init_token(
             module,
-            slot_id=chosen_slot,
+            slot_id=chosen,
             label=label,
             so_pin=so_pin,
             user_pin=first,
             wipe=wipe,
         )
 
-    info = anyio.run(work)
+    with output.working(f"initialising {label!r}"):
+        info = anyio.run(work)
     if json:
         output.as_json(described(info))
     else:
         output.say(f"initialised {info}")
 
 
-def _first_pin(user: PinOptions) -> pins.Secret:
-    source = user.source("First PIN of the user: ")
-    if source is None:
-        source = by_default("First PIN of the user: ")
-    return source if isinstance(source, pins.Secret) else pins.literal(source())
-
-
-def _free_slot(module: str) -> int:
+def _free_slot(found: list[TokenInfo]) -> int:
     fresh = [
-        info.slot_id
-        for info in anyio.run(list_tokens, module)
-        if not info.flags & TokenFlag.TOKEN_INITIALIZED
+        info.slot_id for info in found if not info.flags & TokenFlag.TOKEN_INITIALIZED
     ]
-    if len(fresh) != 1:
+    if len(fresh) == 1:
+        return fresh[0]
+    how_many = f"{len(fresh)} tokens are" if fresh else "no token is one that is"
+    raise CommandError(
+        f"which slot? {how_many} not initialised: give --slot; `pkcs11-pool tokens` "
+        "shows them"
+    )
+
+
+def _check_label(label: str, others: list[TokenInfo]) -> None:
+    """Refuse a label that another token has: it would name neither of them any more.
+
+    Raises:
+        CommandError: Another token has it.
+    """
+    same = [info for info in others if info.label == label]
+    if same:
         raise CommandError(
-            f"which slot? {len(fresh)} tokens are not initialised: give --slot; "
-            "`pkcs11-pool tokens` shows them"
+            f"there is a token {same[0]} already, and a label that two have names "
+            "neither of them. Give another label, or --allow-same-label"
         )
-    return fresh[0]
 
 
 def set_pin(
@@ -263,9 +251,11 @@ def set_pin(
         json: Print JSON.
     """
     if by_officer:
+        refused("pin", where, "the officer needs no present one; --new-pin-… is new")
         so_pin = officer.secret()
         anyio.run(_reset, where, so_pin, new.secret())
     else:
+        refused("so_pin", officer, "the user changes it, unless --by-officer is there")
         anyio.run(_change, where, new)
     if json:
         output.as_json({"changed": True})
@@ -273,19 +263,13 @@ def set_pin(
         output.say("the user's PIN is changed")
 
 
-async def _reset(where: TokenOptions, so_pin: pins.Secret, new: pins.Secret) -> None:
+async def _reset(where: TokenOptions, so_pin: Secret, new: Secret) -> None:
     async with where.pool(so=True) as pool, pool.security_officer(so_pin) as so:
         await so.init_pin(new)  # type: ignore[arg-type]  # hidden already
 
 
 async def _change(where: TokenOptions, new: NewPinOptions) -> None:
-    source = where.pin(where.parsed())
-    if source is None:
-        raise CommandError(
-            "the present PIN comes from a word such as --pin-prompt here, or from "
-            f"{PIN_VARIABLE}: not from the URI"
-        )
-    old = source if isinstance(source, pins.Secret) else pins.literal(source())
+    old = where.secret()
     # Both are known before the token is asked for anything.
     wanted = new.secret()
     async with where.pool(login=False) as pool:

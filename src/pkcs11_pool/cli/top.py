@@ -6,11 +6,13 @@ under the names of ``PoolStats`` is shown as it is.
 
 from __future__ import annotations
 
+import base64
 import json as jsons
 import os
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Final
+from urllib.parse import urlsplit, urlunsplit
 
 from cyclopts import Parameter
 
@@ -40,6 +42,11 @@ _COLUMNS: Final = (
     "lost",
 )
 _LEAST: Final = 0.1
+_BAD_REQUEST: Final = 400
+_UNKNOWN: Final = 401
+_FORBIDDEN: Final = 403
+_MOVED: Final = (301, 302, 303, 307, 308)
+_FAILED: Final = 500
 
 
 def top(
@@ -48,6 +55,7 @@ def top(
     *,
     interval: float = 1.0,
     count: int | None = None,
+    user_env: Annotated[tuple[str, str] | None, Parameter()] = None,
     header_env: Annotated[tuple[str, str] | None, Parameter()] = None,
     json: bool = False,
 ) -> int:
@@ -57,15 +65,18 @@ def top(
         url: Where its status app is mounted, such as http://localhost:8000/pkcs11.
         interval: Seconds between two readings.
         count: End after so many readings.
-        header_env: A header's name, and the variable that holds its value, for a status
-            app that has a guard.
+        user_env: A user's name, and the variable that holds the password, for a status
+            app with BasicAuth.
+        header_env: A header's name, and the variable that holds its value, for one with
+            another guard.
         json: Print each reading as one line of JSON.
     """
     if not interval >= _LEAST:
         raise CommandError(f"--interval is {_LEAST} seconds or more, not {interval}")
     if count is not None and count < 1:
         raise CommandError(f"--count is 1 or more, not {count}")
-    readings = _readings(_place(url), interval, count, _headers(header_env))
+    headers = {**_basic(user_env), **_headers(header_env)}
+    readings = _readings(_place(url), interval, count, headers)
     if json or not sys.stdout.isatty():
         _plain(readings, json=json)
     else:
@@ -108,46 +119,82 @@ def _readings(
     try:
         with httpx.Client(headers=headers, timeout=10.0) as client:
             while True:
-                yield checked(client.get(url), url)
+                yield checked(client.get(url), url, known=bool(headers))
                 done += 1
                 if done == count:
                     return
                 time.sleep(interval)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise CommandError(
-            f"{url} does not answer: {str(error) or type(error).__name__}",
-            Exit.UNAVAILABLE,
-        ) from error
+        raise CommandError(_silent(url, error), Exit.UNAVAILABLE) from error
 
 
-def checked(answer: Any, url: str) -> dict[str, Any]:
+def _silent(url: str, error: Exception) -> str:
+    """Why nobody answers, and what to look at first."""
+    text = str(error) or type(error).__name__
+    scheme = url.partition(":")[0]
+    if "SSL" in text:
+        hint = "is it http:// there, or a certificate that this machine does not know?"
+    elif "disconnected" in text:
+        hint = "is it https:// there?"
+    elif "Name or service" in text or "Temporary failure in name" in text:
+        hint = "is the name right?"
+    else:
+        hint = "is the service running, and is this its port?"
+    return f"{url.removesuffix(_FILE)} does not answer by {scheme}: {text}; {hint}"
+
+
+def checked(answer: Any, url: str, *, known: bool = False) -> dict[str, Any]:
     """What a status app answered.
+
+    Args:
+        answer: Its answer.
+        url: Where it was asked for.
+        known: Who asks had said who it is.
 
     Raises:
         CommandError: It refused, or this is none.
     """
-    if answer.status_code in (401, 403):
-        raise CommandError(
-            f"{url} wants to know who asks ({answer.status_code}): give --header-env, "
-            "such as --header-env Authorization STATUS_TOKEN",
-            Exit.UNAVAILABLE,
-        )
     try:
         found = answer.json() if answer.is_success else None
     except ValueError:
         found = None
     if not isinstance(found, dict) or not isinstance(found.get("pools"), list):
-        raise CommandError(
-            f"{url} is no status app of pkcs11-pool ({answer.status_code}): give the "
-            "place where it is mounted",
-            Exit.UNAVAILABLE,
-        )
+        place = url.removesuffix(_FILE)
+        raise CommandError(_no_report(place, answer, known=known), Exit.UNAVAILABLE)
     if found.get("schema") != SCHEMA:
         raise CommandError(
             f"{url} speaks schema {found.get('schema')}, and this program {SCHEMA}: "
             "use the version of pkcs11-pool that the service has"
         )
     return found
+
+
+def _no_report(place: str, answer: Any, *, known: bool) -> str:
+    """Why there is no report, and what to give instead."""
+    status = answer.status_code
+    if status in (_UNKNOWN, _FORBIDDEN):
+        if known:
+            return (
+                f"the guard of {place} refused what was sent ({status}): is it right?"
+            )
+        return (
+            f"the guard of {place} wants to know who asks ({status}): give --user-env "
+            "USER VARIABLE, or --header-env NAME VARIABLE"
+        )
+    if status == _BAD_REQUEST and "allowed_hosts" in answer.text:
+        return (
+            f"{place} does not answer to that name: give one that is in its "
+            "StatusApp(allowed_hosts=...), such as localhost, or add this one there"
+        )
+    if status in _MOVED:
+        to = answer.headers.get("location", "elsewhere").removesuffix(_FILE)
+        return f"{place} sends to {to} ({status}): give that address"
+    if status >= _FAILED:
+        return f"the service fails at {place} ({status}): its log says why"
+    return (
+        f"there is no status app of pkcs11-pool at {place} ({status}): give the "
+        "address where it is mounted, such as http://localhost:8000/pools"
+    )
 
 
 def view(now: dict[str, Any], before: dict[str, Any] | None) -> Table:
@@ -209,16 +256,44 @@ def _rate(pool: dict[str, Any], before: dict[str, Any] | None, seconds: float) -
 
 
 def _place(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise CommandError(f"{url!r} is no address: http://HOST:PORT/PATH")
-    return url if url.endswith(_FILE) else url.rstrip("/") + _FILE
+    """The address of the report, whichever page of the status app was given.
+
+    Raises:
+        CommandError: It is no address, or holds a password.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        guess = f"http://{url}" if url[:1].isalnum() and "://" not in url else ""
+        hint = f"{guess}?" if guess else "http://HOST:PORT/PATH"
+        raise CommandError(f"{url!r} is no address: {hint}")
+    if parts.password is not None:
+        # Not shown: others see the words of a program, and read its output.
+        raise CommandError(
+            "a password is no word of a command, because others see it: give "
+            "--user-env USER VARIABLE"
+        )
+    path = parts.path.rstrip("/")
+    for page in (_FILE, "/metrics", "/livez", "/readyz"):
+        path = path.removesuffix(page)
+    return urlunsplit((parts.scheme, parts.netloc, path + _FILE, "", ""))
+
+
+def _basic(named: tuple[str, str] | None) -> dict[str, str]:
+    """The header of RFC 7617."""
+    if named is None:
+        return {}
+    pair = f"{named[0]}:{_variable('--user-env', named[1])}".encode()
+    return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
 
 
 def _headers(named: tuple[str, str] | None) -> dict[str, str]:
     if named is None:
         return {}
-    name, variable = named
-    value = os.environ.get(variable)
+    return {named[0]: _variable("--header-env", named[1])}
+
+
+def _variable(word: str, name: str) -> str:
+    value = os.environ.get(name)
     if not value:
-        raise CommandError(f"--header-env: the variable {variable} is not set")
-    return {name: value}
+        raise CommandError(f"{word}: the variable {name} is not set")
+    return value

@@ -11,7 +11,6 @@ import ctypes
 import os
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pkcs11 import exceptions as p11
@@ -146,7 +145,8 @@ class Module:
 
     def set_serialized(self, *, asked: bool | None) -> None:
         """Serve one call at a time if asked to, or if the module needs it."""
-        known = any(name in Path(self.path).name for name in _HANGS_WITH_THREADS)
+        file = os.path.basename(self.path)  # noqa: PTH119  # see _load()
+        known = any(name in file for name in _HANGS_WITH_THREADS)
         needed = self.library.serialized or known if asked is None else asked
         if needed and not self.turn.serialized:
             self.turn = Turn(serialized=True)
@@ -320,14 +320,16 @@ def borrowed(path: str, reserved: bytes | None) -> Iterator[Module]:
 
 
 def _load(path: str, reserved: bytes | None) -> interface.Library:
-    if os.sep in path and not Path(path).is_file():
-        what = "is a directory" if Path(path).is_dir() else "does not exist"
+    # Without pathlib: nothing else that the package imports needs it.
+    if os.sep in path and not os.path.isfile(path):  # noqa: PTH113
+        there = os.path.isdir(path)  # noqa: PTH112
+        what = "is a directory" if there else "does not exist"
         message = f"{path} {what}: give the path of a Cryptoki module, a .so file"
         raise ModuleError(message)
     try:
         library = interface.Library.__new__(interface.Library, path)
     except p11.PKCS11Error as error:
-        reason = str(error).partition(": ")[2]
+        reason = str(error).partition(": ")[2].removeprefix(f"{path}: ")
         if not reason or "C_GetFunctionList" in reason:
             reason = "it has no C_GetFunctionList, so it is no Cryptoki module"
         message = f"{path} cannot be loaded: {reason}"

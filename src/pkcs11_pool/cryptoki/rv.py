@@ -157,7 +157,8 @@ def explain(error: p11.PKCS11Error) -> None:
         return
     name = name_of(code)
     advice = _ADVICE.get(name)
-    if not str(error):
+    if not str(error) or _UNMAPPED.match(str(error)):
+        error.rv = code  # type: ignore[attr-defined]  # its text may hold it no more
         error.args = (f"{name}: {advice}" if advice else name,)
     elif advice and advice not in str(error) and name in str(error):
         error.args = (f"{error}: {advice}",)

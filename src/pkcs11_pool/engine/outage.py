@@ -258,12 +258,15 @@ class Outages(Leasing):
     def close_ahead(self) -> None:
         """Close the sessions that were opened ahead. Whoever calls has not the turn."""
         with self._lock:
-            close = self._room.take_ahead()
+            close = self._room.take_ahead(counted=True)
             self._tidying += bool(close)
         if close:
             with self._module.turn:
                 for session in close:
                     session.close()
+                    with self._lock:
+                        self._room.closed(rw=False)
+                        self._wake_for_next_locked()
             with self._lock:
                 self._tidying -= 1
                 self._quiet.notify_all()

@@ -121,9 +121,15 @@ class SessionRoom:
             lease.counted = False
             self.closed(rw=lease.rw)
 
-    def take_ahead(self) -> list[Session]:
-        """All sessions opened ahead, to be closed; not counted any more."""
+    def take_ahead(self, *, counted: bool = False) -> list[Session]:
+        """All sessions opened ahead, to be closed; not counted any more.
+
+        Args:
+            counted: They still count, each until it is :meth:`closed`: the token has
+                it until then.
+        """
         taken = list(self.ahead)
         self.ahead.clear()
-        self.open_all -= len(taken)
+        if not counted:
+            self.open_all -= len(taken)
         return taken

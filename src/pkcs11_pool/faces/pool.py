@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from pkcs11_pool import config, events, pins, uri
+from pkcs11_pool import config, events, pins
 from pkcs11_pool.config import PoolOptions
 from pkcs11_pool.engine.token_engine import TokenEngine
 from pkcs11_pool.errors import (
@@ -167,7 +167,7 @@ class TokenPool(Calls):
                 token that the pool cannot look at.
         """
         # In its own place: from here on no frame of ours has the URI as text.
-        text = parsed = uri.read(text)  # type: ignore[assignment]
+        text = parsed = _read_uri(text)  # type: ignore[assignment]
         if isinstance(parsed, InvalidURI):
             raise parsed
         config.check_flag("allow_pin_command", allow_pin_command)
@@ -195,7 +195,7 @@ class TokenPool(Calls):
         Source:
             RFC 7512, "PKCS #11 URI Scheme Definition".
         """
-        text = parsed = uri.read(text)  # type: ignore[assignment]
+        text = parsed = _read_uri(text)  # type: ignore[assignment]
         if isinstance(parsed, InvalidURI):
             raise parsed
         named = config.uri_options(parsed, with_pin=False, allow_command=False)
@@ -690,3 +690,10 @@ class TokenPool(Calls):
             )
         result: T = await waiter.result(engine, job)
         return result
+
+
+def _read_uri(given: object) -> Pkcs11URI | InvalidURI:
+    """As :func:`pkcs11_pool.uri.read`, which is imported for those who have a URI."""
+    from pkcs11_pool import uri  # noqa: PLC0415
+
+    return uri.read(given)

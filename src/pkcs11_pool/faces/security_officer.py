@@ -213,7 +213,7 @@ def pin_change(engine: TokenEngine, user: str, old: Secret, new: Secret) -> Any:
         # Here and not behind the await: the caller may be cancelled by then.
         if code and user == USER:
             actor.pin_kept()
-        actor.guard.answered(user, old, code, "C_SetPIN")
+        actor.guard.answered(user, old, code, "C_SetPIN", actor.same_token)
         if user == USER:
             actor.pin_changed(new)
         else:

@@ -21,18 +21,10 @@ from pkcs11_pool.errors import InvalidOption, InvalidType, KeyNotExportable
 from pkcs11_pool.faces import arguments
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
 from pkcs11_pool.faces.waiting import blocking
-from pkcs11_pool.integrations import algorithms, extras
+from pkcs11_pool.integrations import algorithms, extras, paddings
 
 try:
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import (
-        ec,
-        ed448,
-        ed25519,
-        padding,
-        rsa,
-        utils,
-    )
+    from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
     from cryptography.hazmat.primitives.serialization import (
         Encoding,
         PublicFormat,
@@ -62,8 +54,6 @@ __all__ = [
 ]
 
 PublicT = TypeVar("PublicT")
-
-_PAD_OVERHEAD: Final = 2
 
 
 class _TokenKey(Generic[PublicT]):
@@ -169,10 +159,7 @@ class TokenRSAPrivateKey(_TokenKey[rsa.RSAPublicKey], rsa.RSAPrivateKey):
         Cryptoki:
             ``C_SignInit``, ``C_Sign`` with ``CKM_RSA_PKCS`` or ``CKM_RSA_PKCS_PSS``.
         """
-        if _is_no_digest_info(algorithm):
-            return self._sign_as_it_is(data, padding)
-        name, prehashed = _hash(algorithm)
-        way = self._way(name, padding)
+        way, prehashed = paddings.signature(padding, algorithm, self.key_size)
         return self._sign(data, way, prehashed=prehashed)
 
     def decrypt(self, ciphertext: bytes, padding: Any) -> bytes:
@@ -194,35 +181,10 @@ class TokenRSAPrivateKey(_TokenKey[rsa.RSAPublicKey], rsa.RSAPrivateKey):
             ``C_DecryptInit``, ``C_Decrypt``.
         """
         octets = arguments.octets(ciphertext, "ciphertext")
-        mechanism, param = _decryption(padding)
+        mechanism, param = paddings.decryption(padding)
         return self._key.sync.decrypt(
             octets, mechanism=mechanism, mechanism_param=param, pin=self._pin
         )
-
-    def _sign_as_it_is(self, data: object, how: object) -> bytes:
-        if not isinstance(how, padding.PKCS1v15):
-            raise InvalidOption("NoDigestInfo goes with PKCS1v15 only")
-        return self._sign(data, algorithms.Algorithm(Mechanism.RSA_PKCS))
-
-    def _way(self, name: str, how: object) -> Algorithm:
-        if isinstance(how, padding.PKCS1v15):
-            return algorithms.rsa_pkcs1(name)
-        if not isinstance(how, padding.PSS):
-            message = f"padding must be PKCS1v15 or PSS, not {type(how).__name__}"
-            raise InvalidType(message)
-        mgf_hash = _mgf1(how.mgf)
-        most = (self.key_size + 6) // 8 - algorithms.digest_size(name) - _PAD_OVERHEAD
-        salt: Any = how._salt_length  # noqa: SLF001  # as its own backend reads it
-        if isinstance(salt, type(padding.PSS.MAX_LENGTH)):
-            salt = most
-        elif isinstance(salt, type(padding.PSS.DIGEST_LENGTH)):
-            salt = algorithms.digest_size(name)
-        if not isinstance(salt, int):
-            raise InvalidOption("PSS.AUTO is for verification: give a salt length")
-        if not 0 <= salt <= most:
-            message = f"this key and hash have room for {most} bytes of salt at most"
-            raise InvalidOption(message)
-        return algorithms.rsa_pss(name, salt, mgf_hash)
 
 
 class TokenECPrivateKey(
@@ -257,7 +219,7 @@ class TokenECPrivateKey(
             raise InvalidType(message)
         if getattr(signature_algorithm, "deterministic_signing", False):
             raise InvalidOption("a token chooses the nonce itself: not deterministic")
-        name, prehashed = _hash(signature_algorithm.algorithm)
+        name, prehashed = paddings.hash_of(signature_algorithm.algorithm)
         way = algorithms.ecdsa(name, self.key_size)
         return self._sign(data, way, prehashed=prehashed)
 
@@ -416,44 +378,3 @@ async def _shared_secret(key: KeyRef, point: bytes, bits: int) -> bytes:
         )
         value: bytes = (await secret.attributes([Attribute.VALUE]))[Attribute.VALUE]
         return value
-
-
-def _hash(algorithm: object) -> tuple[str, bool]:
-    """The name of a hash in ``hashlib``, and whether it was made already."""
-    prehashed = isinstance(algorithm, utils.Prehashed)
-    if isinstance(algorithm, utils.Prehashed):
-        algorithm = algorithm._algorithm  # noqa: SLF001  # as its own backend reads it
-    if not isinstance(algorithm, hashes.HashAlgorithm):
-        kind = type(algorithm).__name__
-        message = f"algorithm must be a hash or Prehashed(hash), not {kind}"
-        raise InvalidType(message)
-    return _named(algorithm), prehashed
-
-
-def _named(algorithm: hashes.HashAlgorithm) -> str:
-    name = algorithm.name.replace("-", "_")
-    if name not in algorithms.HASHES:
-        message = f"no token signs with {algorithm.name}; use SHA-2, SHA-3 or SHA-1"
-        raise InvalidOption(message)
-    return name
-
-
-def _mgf1(mgf: object) -> str:
-    if not isinstance(mgf, padding.MGF1):
-        raise InvalidOption("the mask generation function must be MGF1")
-    return _named(mgf._algorithm)  # noqa: SLF001  # as its own backend reads it
-
-
-def _decryption(how: object) -> tuple[Mechanism, tuple[Any, ...] | None]:
-    if isinstance(how, padding.PKCS1v15):
-        return Mechanism.RSA_PKCS, None
-    if isinstance(how, padding.OAEP):
-        label = how._label  # noqa: SLF001  # as its own backend reads it
-        return algorithms.oaep(_named(how._algorithm), _mgf1(how._mgf), label)  # noqa: SLF001
-    message = f"padding must be OAEP or PKCS1v15, not {type(how).__name__}"
-    raise InvalidType(message)
-
-
-def _is_no_digest_info(algorithm: object) -> bool:
-    kind = getattr(utils, "NoDigestInfo", None)  # not in older versions
-    return kind is not None and isinstance(algorithm, kind)

@@ -18,8 +18,9 @@ is ever used twice with a key: there is no counter to keep and no limit on messa
 
 from __future__ import annotations
 
+import contextlib
 import os
-import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -36,24 +37,32 @@ from pkcs11 import (
 )
 
 from pkcs11_pool.cryptoki import rv
-from pkcs11_pool.errors import InvalidCiphertext, InvalidOption, InvalidType
-from pkcs11_pool.faces.arguments import octets
+from pkcs11_pool.errors import (
+    InvalidCiphertext,
+    InvalidOption,
+    InvalidType,
+    PoolTimeout,
+)
+from pkcs11_pool.faces import arguments
+from pkcs11_pool.faces.arguments import DEFAULT, Timeout, octets
 from pkcs11_pool.integrations import algorithms
+from pkcs11_pool.integrations.blob import (
+    NONCE,
+    Blob,
+    Context,
+    authenticated,
+    kek_of,
+)
 
 if TYPE_CHECKING:
     from pkcs11_pool.faces.keyref import KeyRef
     from pkcs11_pool.faces.pool import TokenPool
-    from pkcs11_pool.faces.pooled_session import PooledSession
+    from pkcs11_pool.faces.pooled_session import PooledSession, SessionBlock
 
 __all__ = ["Context", "DataKey", "Envelope", "WrapName", "kek_of"]
 
-Context = Mapping[str, str] | bytes | bytearray | memoryview | None
 WrapName = Literal["aes-kw", "aes-kwp", "rsa-oaep-sha1", "rsa-oaep-sha256"]
 
-_MAGIC: Final = b"P11E\x01"
-"""What every blob begins with; the last byte is the version of the format."""
-_NONCE: Final = 12
-_TAG: Final = 16
 _BITS: Final = 256
 _LONGEST_NAME: Final = 255
 _WRAPS: Final[dict[str, tuple[int, Mechanism, tuple[Any, ...] | None]]] = {
@@ -91,6 +100,19 @@ _NOT_OURS: Final = frozenset(
 )
 
 
+# What they say where the key or the token does not do this way of wrapping.
+_NOT_SO: Final = frozenset(
+    rv.CODES[name]
+    for name in (
+        "CKR_ARGUMENTS_BAD",
+        "CKR_KEY_TYPE_INCONSISTENT",
+        "CKR_MECHANISM_INVALID",
+        "CKR_MECHANISM_PARAM_INVALID",
+        "CKR_WRAPPING_KEY_TYPE_INCONSISTENT",
+    )
+)
+
+
 @dataclass(frozen=True, slots=True)
 class DataKey:
     """A key to encrypt with outside the token, in the clear and sealed.
@@ -102,41 +124,6 @@ class DataKey:
 
     plaintext: bytes = field(repr=False)
     sealed: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Blob:
-    """A message and what it takes to open it."""
-
-    kek: str
-    wrap: int
-    wrapped: bytes
-    nonce: bytes
-    sealed: bytes
-
-    def packed(self) -> bytes:
-        name = self.kek.encode()
-        sizes = struct.pack(">BBH", self.wrap, len(name), len(self.wrapped))
-        return b"".join((_MAGIC, sizes, name, self.wrapped, self.nonce, self.sealed))
-
-    @classmethod
-    def parse(cls, blob: object) -> _Blob:
-        data = octets(blob, "blob")
-        if not data.startswith(_MAGIC):
-            raise InvalidCiphertext("this is no blob of an Envelope of this version")
-        start = len(_MAGIC) + struct.calcsize(">BBH")
-        if len(data) < start:
-            raise InvalidCiphertext("the blob is cut off")
-        wrap, of_name, of_key = struct.unpack(">BBH", data[len(_MAGIC) : start])
-        at = [start, start + of_name, start + of_name + of_key]
-        if wrap not in _BY_NUMBER or len(data) < at[2] + _NONCE + _TAG:
-            raise InvalidCiphertext("the blob is cut off, or of a later version")
-        try:
-            kek = data[at[0] : at[1]].decode()
-        except UnicodeDecodeError:
-            raise InvalidCiphertext("the blob names its key in no UTF-8") from None
-        nonce = data[at[2] : at[2] + _NONCE]
-        return cls(kek, wrap, data[at[1] : at[2]], nonce, data[at[2] + _NONCE :])
 
 
 class Envelope:
@@ -179,17 +166,22 @@ class Envelope:
         self._current = next(iter(keks))
         self._wrap = _WRAPS[wrap][0]
 
-    async def encrypt(self, data: bytes, context: Context = None) -> bytes:
+    async def encrypt(
+        self, data: bytes, context: Context = None, *, timeout: Timeout = DEFAULT
+    ) -> bytes:
         """Encrypt ``data``.
 
         Args:
             data: The message.
             context: What must be given again to decrypt: it is authenticated, and not
                 in the blob. Text by name, or bytes.
+            timeout: Seconds for all of it; None: no limit; 0: wait for no session.
 
         Raises:
-            InvalidOption: ``context`` or ``data`` cannot be used.
+            InvalidOption: ``context`` or ``data`` cannot be used; or the KEK does not
+                wrap as ``wrap`` says, and the text names the ways that it does.
             KeyNotFound: The KEK is not on the token.
+            PoolTimeout: The time has passed; nothing is left of it on the token.
 
         Cancellation:
             The caller goes when a call that is inside has returned, at most after
@@ -199,36 +191,47 @@ class Envelope:
             ``C_GenerateKey``, ``C_WrapKey``, ``C_EncryptInit``, ``C_Encrypt``, in a
             session of its own.
         """
-        message, aad = octets(data, "data"), _aad(context)
-        kek = self._keks[self._current]
+        time_left = _TimeLeft(self._pool, timeout)
+        return await self._encrypt(octets(data, "data"), context, time_left)
+
+    async def _encrypt(
+        self, message: bytes, context: Context, time_left: _TimeLeft
+    ) -> bytes:
+        aad, kek = authenticated(context), self._keks[self._current]
         # Some HSMs choose the nonce themselves and write it over this one, into these
         # very bytes: so it is an object of its own, and stored after it was used.
-        nonce = os.urandom(_NONCE)
-        async with _pool(kek).session() as session:
+        nonce = os.urandom(NONCE)
+        async with self._session(time_left) as session:
             key = await session.generate_key(
                 KeyType.AES,
                 _BITS,
                 capabilities=_ENCRYPTS,
                 template={Attribute.EXTRACTABLE: True, Attribute.SENSITIVE: True},
+                timeout=time_left.now(),
             )
-            wrapped = await self._wrap_key(kek, key, session)
+            wrapped = await self._wrap_key(kek, key, session, time_left)
             sealed = await key.encrypt(
                 message,
                 mechanism=Mechanism.AES_GCM,
                 mechanism_param=GCMParams(nonce, aad),
+                timeout=time_left.now(),
             )
-        return _Blob(self._current, self._wrap, wrapped, nonce, sealed).packed()
+        return Blob(self._current, self._wrap, wrapped, nonce, sealed).packed()
 
-    async def decrypt(self, blob: bytes, context: Context = None) -> bytes:
+    async def decrypt(
+        self, blob: bytes, context: Context = None, *, timeout: Timeout = DEFAULT
+    ) -> bytes:
         """The message, if neither it nor its context was changed.
 
         Args:
             blob: What :meth:`encrypt` or :meth:`rewrap` gave, or a sealed data key.
             context: As it was given to encrypt.
+            timeout: Seconds for all of it; None: no limit; 0: wait for no session.
 
         Raises:
             InvalidCiphertext: It was changed, has another context, or was wrapped by
                 a KEK that this envelope does not have.
+            PoolTimeout: The time has passed; nothing is left of it on the token.
 
         Cancellation:
             The caller goes when a call that is inside has returned, at most after
@@ -237,27 +240,35 @@ class Envelope:
         Cryptoki:
             ``C_UnwrapKey``, ``C_DecryptInit``, ``C_Decrypt``, in a session of its own.
         """
-        parsed, aad = _Blob.parse(blob), _aad(context)
-        kek = self._kek_of(parsed)
-        async with _pool(kek).session() as session:
+        parsed, aad = Blob.parse(blob), authenticated(context)
+        kek, time_left = self._kek_of(parsed), _TimeLeft(self._pool, timeout)
+        async with self._session(time_left) as session:
             try:
-                key = await _unwrap(kek, parsed, session, capabilities=_DECRYPTS)
+                key = await _unwrap(
+                    kek, parsed, session, time_left, capabilities=_DECRYPTS
+                )
                 return await key.decrypt(
                     parsed.sealed,
                     mechanism=Mechanism.AES_GCM,
                     mechanism_param=GCMParams(parsed.nonce, aad),
+                    timeout=time_left.now(),
                 )
             except PKCS11Error as error:
                 raise _classified(error) from error
 
-    async def rewrap(self, blob: bytes) -> bytes:
+    async def rewrap(self, blob: bytes, *, timeout: Timeout = DEFAULT) -> bytes:
         """The same message with its data key wrapped by the current KEK.
 
         Neither the message nor the data key leaves the token; the context stays as it
         is. A blob of the current KEK is given back as it is.
 
+        Args:
+            blob: What :meth:`encrypt` or :meth:`rewrap` gave.
+            timeout: Seconds for all of it; None: no limit; 0: wait for no session.
+
         Raises:
             InvalidCiphertext: As :meth:`decrypt`, for the wrapped key alone.
+            PoolTimeout: The time has passed; nothing was changed.
 
         Cancellation:
             The caller goes when a call that is inside has returned, at most after
@@ -266,22 +277,27 @@ class Envelope:
         Cryptoki:
             ``C_UnwrapKey``, ``C_WrapKey``, in a session of its own.
         """
-        parsed = _Blob.parse(blob)
+        parsed = Blob.parse(blob)
         old, new = self._kek_of(parsed), self._keks[self._current]
+        time_left = _TimeLeft(self._pool, timeout)
         if (parsed.kek, parsed.wrap) == (self._current, self._wrap):
             return parsed.packed()
-        async with _pool(new).session() as session:
+        async with self._session(time_left) as session:
             try:
-                key = await _unwrap(old, parsed, session, extractable=True)
+                key = await _unwrap(old, parsed, session, time_left, extractable=True)
             except PKCS11Error as error:
                 raise _classified(error) from error
-            wrapped = await self._wrap_key(new, key, session)
-        return _Blob(
+            wrapped = await self._wrap_key(new, key, session, time_left)
+        return Blob(
             self._current, self._wrap, wrapped, parsed.nonce, parsed.sealed
         ).packed()
 
     async def generate_data_key(
-        self, context: Context = None, *, nbits: int = 256
+        self,
+        context: Context = None,
+        *,
+        nbits: int = 256,
+        timeout: Timeout = DEFAULT,
     ) -> DataKey:
         """A key for use outside the token, and its sealed form.
 
@@ -292,9 +308,11 @@ class Envelope:
         Args:
             context: As for :meth:`encrypt`.
             nbits: Its length in bits.
+            timeout: Seconds for all of it; None: no limit; 0: wait for no session.
 
         Raises:
             InvalidOption: ``nbits`` is no multiple of 8.
+            PoolTimeout: The time has passed; nothing is left of it on the token.
 
         Cancellation:
             As :meth:`encrypt`.
@@ -304,10 +322,18 @@ class Envelope:
         """
         if not isinstance(nbits, int) or nbits <= 0 or nbits % 8:
             raise InvalidOption(f"nbits must be a multiple of 8, not {nbits!r}")
-        key = await _pool(self._keks[self._current]).generate_random(nbits)
-        return DataKey(key, await self.encrypt(key, context))
+        time_left = _TimeLeft(self._pool, timeout)
+        key = await self._pool.generate_random(nbits, timeout=time_left.at_first())
+        return DataKey(key, await self._encrypt(key, context, time_left))
 
-    def _kek_of(self, blob: _Blob) -> KeyRef:
+    @property
+    def _pool(self) -> TokenPool:
+        return _pool(self._keks[self._current])
+
+    def _session(self, time_left: _TimeLeft) -> SessionBlock:
+        return self._pool.session(timeout=time_left.at_first())
+
+    def _kek_of(self, blob: Blob) -> KeyRef:
         try:
             return self._keks[blob.kek]
         except KeyError:
@@ -316,11 +342,51 @@ class Envelope:
             raise InvalidCiphertext(message) from None
 
     async def _wrap_key(
-        self, kek: KeyRef, key: KeyRef, session: PooledSession
+        self, kek: KeyRef, key: KeyRef, session: PooledSession, time_left: _TimeLeft
     ) -> bytes:
         mechanism, param = _BY_NUMBER[self._wrap]
-        return await kek.on(session).wrap_key(
-            key, mechanism=mechanism, mechanism_param=param
+        try:
+            return await kek.on(session).wrap_key(
+                key,
+                mechanism=mechanism,
+                mechanism_param=param,
+                timeout=time_left.now(),
+            )
+        except PKCS11Error as error:
+            if rv.code_of(error) not in _NOT_SO:
+                raise
+            raise await self._not_so(error, kek, key, session, time_left) from error
+
+    async def _not_so(
+        self,
+        error: PKCS11Error,
+        kek: KeyRef,
+        key: KeyRef,
+        session: PooledSession,
+        time_left: _TimeLeft,
+    ) -> InvalidOption:
+        """What to say where the KEK does not wrap that way, and which ways do.
+
+        Tokens do not tell which hashes they take with OAEP: each way is tried, and
+        what comes of it is dropped.
+        """
+        asked = next(name for name, way in _WRAPS.items() if way[0] == self._wrap)
+        ways = []
+        for name, (number, mechanism, param) in _WRAPS.items():
+            if number == self._wrap:
+                continue
+            with contextlib.suppress(PKCS11Error):
+                await kek.on(session).wrap_key(
+                    key,
+                    mechanism=mechanism,
+                    mechanism_param=param,
+                    timeout=time_left.now(),
+                )
+                ways.append(f"wrap={name!r}")
+        hint = " or ".join(ways) or "another KEK, an AES key or an RSA pair"
+        code = rv.name_of(rv.code_of(error) or 0)
+        return InvalidOption(
+            f"the token does not wrap by {asked!r} with {kek!r} ({code}): give {hint}"
         )
 
     def __repr__(self) -> str:
@@ -328,13 +394,26 @@ class Envelope:
         return f"<Envelope {', '.join(map(repr, self._keks))}>"
 
 
-def kek_of(blob: bytes) -> str:
-    """The name of the KEK that wrapped a blob: what is still to be rewrapped.
+class _TimeLeft:
+    """The time limit of several calls together."""
 
-    Raises:
-        InvalidCiphertext: It is no blob.
-    """
-    return _Blob.parse(blob).kek
+    def __init__(self, pool: TokenPool, timeout: Timeout) -> None:
+        default = pool._engine.options.timeout  # noqa: SLF001  # one package
+        self._limit = arguments.timeout(timeout, default)
+        self._end = time.monotonic() + self._limit if self._limit else None
+
+    def at_first(self) -> float | None:
+        """For a call that may have to wait for a session; 0: it must not."""
+        return self._limit if self._end is None else self.now()
+
+    def now(self) -> float | None:
+        """For a call in the session."""
+        if self._end is None:
+            return None
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise PoolTimeout("the deadline passed between two calls", "running")
+        return left
 
 
 def _pool(kek: KeyRef) -> TokenPool:
@@ -345,8 +424,9 @@ def _pool(kek: KeyRef) -> TokenPool:
 
 async def _unwrap(
     kek: KeyRef,
-    blob: _Blob,
+    blob: Blob,
     session: PooledSession,
+    time_left: _TimeLeft,
     *,
     capabilities: MechanismFlag = _NOTHING,
     extractable: bool = False,
@@ -360,6 +440,7 @@ async def _unwrap(
         mechanism_param=param,
         capabilities=capabilities,
         template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: extractable},
+        timeout=time_left.now(),
     )
 
 
@@ -370,25 +451,3 @@ def _classified(error: PKCS11Error) -> PKCS11Error | InvalidCiphertext:
     return InvalidCiphertext(
         "the token does not open this: it was changed, or has another context or KEK"
     )
-
-
-def _aad(context: Context) -> bytes:
-    """What is authenticated beside the message: the format, and the context.
-
-    Each name and value has its length in front, so that no two contexts are alike.
-    """
-    if isinstance(context, (bytes, bytearray, memoryview)):
-        return _MAGIC + b"b" + bytes(context)
-    if context is None:
-        context = {}
-    if not isinstance(context, Mapping):
-        kind = type(context).__name__
-        raise InvalidType(f"context must be a mapping of texts, or bytes, not {kind}")
-    parts = [_MAGIC, b"m"]
-    for name in sorted(context):
-        for text in (name, context[name]):
-            if not isinstance(text, str):
-                raise InvalidType(f"context must hold texts, not {text!r}")
-            encoded = text.encode()
-            parts.append(struct.pack(">I", len(encoded)) + encoded)
-    return b"".join(parts)

@@ -2,40 +2,42 @@
 
 ``observe(pool)`` gives the gauges and counters: the pool keeps them anyway, they are
 read when they are collected, and an operation costs nothing more. ``instrument()``
-gives a span for each awaited operation, and the histograms of waiting and using; it
-puts wrappers around the pool's methods, so that without it an operation costs nothing
-more either. Neither tells a key's name, a template, a PIN or the text of an error.
+gives a span for each operation, batch and stream, and the histograms of waiting and
+using; it puts wrappers around the pool's methods, so that without it an operation costs
+nothing more either. Neither tells a key's name, a template, a PIN or the text of an
+error.
 
 Source of the names: see :mod:`pkcs11_pool.integrations.metrics`.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
 import time
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
-from pkcs11_pool import PooledSession, SecurityOfficer, TokenPool, pins
-from pkcs11_pool.cryptoki import rv
+from pkcs11_pool import PooledSession, SecurityOfficer, TokenPool
 from pkcs11_pool.engine.token_engine import TokenEngine
 from pkcs11_pool.faces.keyref import KeyRef
+from pkcs11_pool.faces.mapping import Results
 from pkcs11_pool.faces.parameters import ParametersRef
-from pkcs11_pool.integrations import extras
+from pkcs11_pool.faces.streams import CryptStream
+from pkcs11_pool.integrations import extras, spans
 from pkcs11_pool.integrations.metrics import METRICS, Kind, Metric, read
+from pkcs11_pool.integrations.spans import POOL_NAME
 from pkcs11_pool.jobs import Kind as JobKind
 from pkcs11_pool.jobs import Phase
 from pkcs11_pool.stats import BOUNDS
 
 try:
     from opentelemetry import metrics, trace
-    from opentelemetry.trace import SpanKind, Status, StatusCode
 except ModuleNotFoundError as error:
     raise extras.missing("otel", error) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Callable, Iterable
 
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
     from opentelemetry.trace import Tracer, TracerProvider
@@ -43,21 +45,13 @@ if TYPE_CHECKING:
     from pkcs11_pool.jobs import Job
 
 SCOPE: Final = "pkcs11_pool"
-POOL_NAME: Final = "pkcs11.pool.name"
-OPERATION: Final = "pkcs11.operation.name"
-MECHANISM: Final = "pkcs11.mechanism"
-CODE: Final = "pkcs11.rv"
-CANCELLED: Final = "pkcs11.operation.cancelled"
-WAIT_TIME: Final = "pkcs11.pool.session.wait_time"
-ERROR_TYPE: Final = "error.type"
 LABELS: Final = {
     "state": "pkcs11.pool.state",
     "login_state": "pkcs11.pool.login_state",
     "session_state": "pkcs11.pool.session.state",
 }
 """The attributes that stand for the labels of the table."""
-_PINS: Final = frozenset({"pin", "old", "new", "so_pin"})
-"""What the parameters are called that a PIN may be given as."""
+_ITERABLES: Final = frozenset({"map", "sign_many", "encrypt_stream", "decrypt_stream"})
 
 
 class PoolObserver:
@@ -117,18 +111,6 @@ def observe(
 # -- Operations -----------------------------------------------------------------------
 
 
-class _Call:
-    """One awaited operation, and the jobs that it sent to the engine."""
-
-    __slots__ = ("jobs",)
-
-    def __init__(self) -> None:
-        self.jobs: list[Job] = []
-
-
-_call: ContextVar[_Call | None] = ContextVar("pkcs11_pool_call", default=None)
-
-
 class _Instrumentation:
     """What was wrapped, so that it can be unwrapped."""
 
@@ -157,13 +139,18 @@ def instrument(
     tracer_provider: TracerProvider | None = None,
     meter_provider: MeterProvider | None = None,
 ) -> None:
-    """Make a span of each awaited operation, and histograms of how long they took.
+    """Make a span of each operation, and histograms of how long they took.
 
     For all pools of the process; call it before pools are opened. Calling it again
     changes nothing. A span is named after the method (``pkcs11 sign``); it has the
     pool's name, the mechanism, the time spent waiting for a session, and the class and
-    ``CKR_…`` of an error. What :meth:`~TokenPool.map`, ``sign_many`` and the streams
-    do is in the histograms, and has no span: those are loops of the caller.
+    ``CKR_…`` of an error.
+
+    :meth:`~TokenPool.map`, ``sign_many`` and the streams have one span each, from the
+    first result asked for to the last: with the number of results and of those that
+    failed, or the bytes given. One that is broken off is a cancelled one. Close it, or
+    use it in ``async with``: the span of one that is only forgotten ends when the next
+    one begins.
 
     Args:
         tracer_provider: None: the global one.
@@ -172,100 +159,32 @@ def instrument(
     if _instrumentation.is_on:
         return
     tracer = trace.get_tracer(SCOPE, tracer_provider=tracer_provider)
-    for owner, name in _operations():
-        wrapper = _traced(vars(owner)[name], tracer)
+    for owner, name, wrapper in _wrappers(tracer):
         _instrumentation.wrap(owner, name, wrapper)
+    atexit.register(spans.drain)
     _Measured(metrics.get_meter(SCOPE, meter_provider=meter_provider)).install()
 
 
 def uninstrument() -> None:
     """Take the wrappers away; harmless when there are none."""
     _instrumentation.unwrap()
+    spans.drain()
 
 
-def _operations() -> list[tuple[type, str]]:
-    """The public coroutine functions of the pool, each where it is defined."""
+def _wrappers(tracer: Tracer) -> list[tuple[type, str, Callable[..., Any]]]:
+    """For what the pool gives to be awaited or iterated over, where it is defined."""
     leaves = (TokenPool, PooledSession, KeyRef, ParametersRef, SecurityOfficer)
-    owners = {owner: None for leaf in leaves for owner in leaf.__mro__}
-    return [
-        (owner, name)
-        for owner in owners
-        for name, member in vars(owner).items()
-        if not name.startswith("_") and inspect.iscoroutinefunction(member)
-    ]
-
-
-def _traced(
-    func: Callable[..., Awaitable[Any]], tracer: Tracer
-) -> Callable[..., Awaitable[Any]]:
-    operation = func.__name__
-    span_name = f"pkcs11 {operation}"
-    names = list(inspect.signature(func).parameters)[1:]
-    secret = [number for number, name in enumerate(names) if name in _PINS]
-
-    @functools.wraps(func)
-    async def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # First of all: no frame of ours holds a PIN as text.
-        args, kwargs = _hidden(args, kwargs, secret)
-        attributes = {POOL_NAME: _engine_of(self).name, OPERATION: operation}
-        mechanism = getattr(kwargs.get("mechanism"), "name", None)
-        if mechanism is not None:
-            attributes[MECHANISM] = f"CKM_{mechanism}"
-        call = _Call()
-        with tracer.start_as_current_span(
-            span_name,
-            kind=SpanKind.CLIENT,
-            attributes=attributes,
-            # Its text may name a key.
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            token = _call.set(call)
-            try:
-                return await func(self, *args, **kwargs)
-            except Exception as error:
-                span.set_attributes(_told_by(error))
-                span.set_status(Status(StatusCode.ERROR, type(error).__name__))
-                raise
-            except BaseException:
-                span.set_attribute(CANCELLED, value=True)
-                raise
-            finally:
-                _call.reset(token)
-                if call.jobs:
-                    waited = sum(job.wait_seconds for job in call.jobs)
-                    span.set_attribute(WAIT_TIME, waited)
-
-    return traced
-
-
-def _hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any], secret: list[int]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments, with PINs out of sight. What is no PIN is refused later."""
-    positional = tuple(
-        pins.hide(value) if number in secret and isinstance(value, str) else value
-        for number, value in enumerate(args)
-    )
-    named = {
-        name: pins.hide(value) if name in _PINS and isinstance(value, str) else value
-        for name, value in kwargs.items()
-    }
-    return positional, named
-
-
-def _engine_of(caller: Any) -> TokenEngine:
-    calls = getattr(caller, "_calls", caller)
-    engine: TokenEngine = calls._engine  # noqa: SLF001  # one package
-    return engine
-
-
-def _told_by(error: Exception) -> dict[str, str]:
-    told = {ERROR_TYPE: type(error).__name__}
-    code = rv.code_of(error)
-    if code is not None:
-        told[CODE] = rv.name_of(code)
-    return told
+    found: list[tuple[type, str, Callable[..., Any]]] = []
+    for owner in {owner: None for leaf in leaves for owner in leaf.__mro__}:
+        for name, member in vars(owner).items():
+            if inspect.iscoroutinefunction(member) and not name.startswith("_"):
+                found.append((owner, name, spans.operation(member, tracer)))
+            elif name in _ITERABLES and inspect.isfunction(member):
+                found.append((owner, name, spans.iterable(member, tracer)))
+    for given in (Results, CryptStream):
+        found.append((given, "__anext__", spans.following(given.__anext__)))
+        found.append((given, "aclose", spans.closing(given.aclose)))
+    return found
 
 
 class _Measured:
@@ -293,9 +212,9 @@ class _Measured:
 
     def _submitted(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def submit(engine: Any, job: Job) -> Any:
-            call = _call.get()
+            call = spans.current.get()
             if call is not None:
-                call.jobs.append(job)
+                call.add(job)
             return original(engine, job)
 
         return submit

@@ -3,18 +3,20 @@
 ``docs/how-to/sign-pdf.md`` shows it at work.
 
 As many documents at once as you like: the digest of each is made by pyHanko, and what
-reaches the token is one short signature.
+reaches the token is one short signature. That loop is asyncio's, for pyHanko knows no
+other: on trio each awaited signature raises ``WrongLoop``, which says what to do.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from asn1crypto import keys, pem, x509
 from asn1crypto.algos import SignedDigestAlgorithm
 
 from pkcs11_pool import pins
-from pkcs11_pool.errors import InvalidOption, InvalidType, KeyNotFound
+from pkcs11_pool.errors import InvalidOption, InvalidType, KeyNotFound, WrongLoop
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
 from pkcs11_pool.integrations import algorithms, extras
 
@@ -27,6 +29,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from asn1crypto import cms
     from pyhanko_certvalidator.registry import CertificateStore
 
     from pkcs11_pool.faces.keyref import KeyRef
@@ -77,6 +80,30 @@ class PoolSigner(Signer):
         """What was asked for, if it was."""
         der = self._mechanism
         return None if der is None else SignedDigestAlgorithm.load(der)
+
+    async def async_sign(self, *args: Any, **options: Any) -> cms.ContentInfo:
+        """Make a CMS signature of a digest, as pyHanko's ``Signer`` does.
+
+        All of pyHanko's ways to sign come through here: PDF files and other data.
+
+        Raises:
+            WrongLoop: This is not asyncio. On trio sign on a worker thread instead:
+                ``await anyio.to_thread.run_sync(signer.sign_pdf, writer)``.
+
+        Cancellation:
+            The caller goes at once; the signature is dropped.
+
+        Cryptoki:
+            As :meth:`async_sign_raw`.
+        """
+        if not _is_asyncio():
+            message = (
+                "pyHanko signs on asyncio only. Elsewhere use its blocking form on a "
+                "worker thread: await anyio.to_thread.run_sync(signer.sign_pdf, writer)"
+            )
+            raise WrongLoop(message)
+        made: cms.ContentInfo = await super().async_sign(*args, **options)
+        return made
 
     async def async_sign_raw(
         self,
@@ -157,6 +184,14 @@ async def load_signer(
         prefer_pss=prefer_pss,
         embed_roots=embed_roots,
     )
+
+
+def _is_asyncio() -> bool:
+    """Whether a task of asyncio runs here; trio may be its guest, and has none."""
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:
+        return False
 
 
 async def _check_pair(key: KeyRef, own: x509.Certificate, timeout: Timeout) -> None:

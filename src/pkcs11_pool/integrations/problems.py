@@ -101,6 +101,7 @@ PROBLEMS: Final[dict[type[Exception], Problem]] = {
     # The service's own mistakes.
     errors.WouldDeadlock: Problem(_BUG, _MISTAKE),
     errors.WouldBlockLoop: Problem(_BUG, _MISTAKE),
+    errors.WrongLoop: Problem(_BUG, _MISTAKE),
     errors.ForkedProcess: Problem(_BUG, _MISTAKE),
     errors.SessionObjectNeedsSession: Problem(_BUG, _MISTAKE),
     errors.PoolError: Problem(_BUG, _MISTAKE),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pkcs11 import PKCS11Error
 
@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
     raise extras.missing("quart", error) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 
 def install(app: Quart, make: Callable[[], TokenPool]) -> None:
@@ -45,6 +45,28 @@ def install(app: Quart, make: Callable[[], TokenPool]) -> None:
 
     app.register_error_handler(PoolError, _answer)
     app.register_error_handler(PKCS11Error, _answer)
+
+
+def mount_status(app: Quart, path: str, status: Callable[..., Awaitable[None]]) -> None:
+    """Serve the status app below a path.
+
+    Args:
+        app: The application that has the pool.
+        path: Where, ``"/pools"``.
+        status: A :class:`~pkcs11_pool.asgi.StatusApp`.
+    """
+    root, others = path.rstrip("/"), app.asgi_app
+
+    async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and f"{scope['path']}/".startswith(f"{root}/"):
+            pool = app.extensions.get(NAME)
+            state = {} if pool is None else {NAME: pool}
+            own = {**scope, "root_path": root, "state": state}
+            await status(own, receive, send)
+        else:
+            await others(scope, receive, send)
+
+    app.asgi_app = asgi_app  # type: ignore[method-assign]  # as Quart has it
 
 
 def current_pool() -> TokenPool:

@@ -17,51 +17,42 @@ way for ``cryptography``'s builders.
 
 from __future__ import annotations
 
-import datetime as dt
 import secrets
-from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
-from asn1crypto import algos, crl, csr, keys, x509
+from asn1crypto import crl, csr, x509
 
 from pkcs11_pool import pins
-from pkcs11_pool.errors import InvalidOption, InvalidType
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
 from pkcs11_pool.integrations import algorithms
+from pkcs11_pool.integrations.fields import (
+    Revoked,
+    algorithm_of,
+    days_of,
+    entry_of,
+    extensions_of,
+    moment,
+    name_of,
+    public_key_of,
+    time_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    import datetime as dt
+    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from asn1crypto import algos, keys
 
     from pkcs11_pool.faces.keyref import KeyRef
+    from pkcs11_pool.integrations.fields import NameLike, PublicKeyLike
 
 __all__ = ["Issuer", "Revoked", "load_issuer"]
 
-NameLike: TypeAlias = Mapping[str, Any] | x509.Name
-PublicKeyLike: TypeAlias = bytes | keys.PublicKeyInfo
-
 _SERIAL_BITS: Final = 159
 """Random serial numbers, positive in 20 bytes (RFC 5280, "Serial Number")."""
-_LAST_UTC_YEAR: Final = 2049
-_HASHES: Final = ((256, "sha256"), (384, "sha384"))
 _CA_USES: Final = {"key_cert_sign", "crl_sign"}
 _LEAF_USES: Final = {"digital_signature"}
-
-
-@dataclass(frozen=True, slots=True)
-class Revoked:
-    """A certificate that a CRL lists.
-
-    Attributes:
-        serial_number: Its serial number.
-        date: When it was revoked; aware.
-        reason: As asn1crypto names it: ``"key_compromise"``, ``"superseded"``, …
-    """
-
-    serial_number: int
-    date: dt.datetime
-    reason: str | None = None
 
 
 class Issuer:
@@ -191,8 +182,8 @@ class Issuer:
         Cryptoki:
             ``C_SignInit``, ``C_Sign``.
         """
-        start = _moment(not_before, "not_before")
-        public = _public_key(public_key)
+        start = moment(not_before, "not_before")
+        public = public_key_of(public_key)
         own = {
             "basic_constraints": (True, {"ca": ca}),
             "key_usage": (True, set(uses or (_CA_USES if ca else _LEAF_USES))),
@@ -210,12 +201,12 @@ class Issuer:
                 "signature": self.algorithm,
                 "issuer": self.name,
                 "validity": {
-                    "not_before": _time(start),
-                    "not_after": _time(start + _days(days)),
+                    "not_before": time_of(start),
+                    "not_after": time_of(start + days_of(days)),
                 },
-                "subject": _name(subject),
+                "subject": name_of(subject),
                 "subject_public_key_info": public,
-                "extensions": _extensions(own, extensions),
+                "extensions": extensions_of(own, extensions),
             }
         )
         return await self.sign_certificate(tbs, timeout=timeout)
@@ -263,7 +254,7 @@ class Issuer:
         """
         attributes = []
         if extensions:
-            wanted = _extensions({}, extensions)
+            wanted = extensions_of({}, extensions)
             attributes = [{"type": "extension_request", "values": [wanted]}]
         info = csr.CertificationRequestInfo(
             {
@@ -299,7 +290,7 @@ class Issuer:
         Cryptoki:
             As :meth:`certificate`.
         """
-        start = _moment(this_update, "this_update")
+        start = moment(this_update, "this_update")
         own = {
             "authority_key_identifier": (
                 False,
@@ -311,12 +302,12 @@ class Issuer:
             "version": "v2",
             "signature": self.algorithm,
             "issuer": self.name,
-            "this_update": _time(start),
-            "next_update": _time(start + _days(days)),
-            "crl_extensions": _extensions(own, ()),
+            "this_update": time_of(start),
+            "next_update": time_of(start + days_of(days)),
+            "crl_extensions": extensions_of(own, ()),
         }
         # An empty list must be left out (RFC 5280, "Revoked Certificates").
-        if entries := [_entry(item) for item in revoked]:
+        if entries := [entry_of(item) for item in revoked]:
             fields["revoked_certificates"] = entries
         return await self.sign_crl(crl.TbsCertList(fields), timeout=timeout)
 
@@ -362,115 +353,6 @@ async def load_issuer(
     """
     pin = None if pin is None else pins.hide(pin)  # type: ignore[assignment]  # hides it
     checked = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
-    ref, who = algorithms.check_key(key), _name(name)
-    public = _public_key(await ref.public_key_der(timeout=timeout))
-    return Issuer(ref, who, public, _algorithm(public, hash_name, pss=pss), checked)
-
-
-def _algorithm(
-    public: keys.PublicKeyInfo, hash_name: str | None, *, pss: bool
-) -> algos.SignedDigestAlgorithm:
-    kind = public.algorithm
-    if kind in {"ed25519", "ed448"}:
-        if hash_name is not None or pss:
-            raise InvalidOption(f"{kind} has its own hash: leave out hash_name and pss")
-        return algos.SignedDigestAlgorithm({"algorithm": kind})
-    if kind not in {"rsa", "ec"}:
-        raise InvalidOption(f"certificates are not signed here with a {kind} key")
-    if hash_name is None:
-        bits = public.bit_size if kind == "ec" else 0
-        hash_name = next((h for most, h in _HASHES if bits <= most), "sha512")
-    if hash_name not in algorithms.HASHES:
-        known = ", ".join(algorithms.HASHES)
-        raise InvalidOption(f"hash_name must be one of {known}, not {hash_name!r}")
-    if kind == "ec":
-        if pss:
-            raise InvalidOption("pss is for RSA keys")
-        return algos.SignedDigestAlgorithm({"algorithm": f"{hash_name}_ecdsa"})
-    if not pss:
-        return algos.SignedDigestAlgorithm({"algorithm": f"{hash_name}_rsa"})
-    digest = {"algorithm": hash_name}
-    return algos.SignedDigestAlgorithm(
-        {
-            "algorithm": "rsassa_pss",
-            "parameters": {
-                "hash_algorithm": digest,
-                "mask_gen_algorithm": {"algorithm": "mgf1", "parameters": digest},
-                "salt_length": algorithms.digest_size(hash_name),
-            },
-        }
-    )
-
-
-def _name(value: object) -> x509.Name:
-    if isinstance(value, x509.Name):
-        return value
-    if not isinstance(value, Mapping):
-        kind = type(value).__name__
-        message = f"a name is an asn1crypto Name or a mapping of its parts, not {kind}"
-        raise InvalidType(message)
-    try:
-        return x509.Name.build(dict(value))
-    except (TypeError, ValueError) as error:
-        raise InvalidOption(f"the name cannot be used: {error}") from error
-
-
-def _public_key(value: object) -> keys.PublicKeyInfo:
-    if isinstance(value, keys.PublicKeyInfo):
-        return value
-    if not isinstance(value, bytes):
-        message = (
-            f"public_key must be DER or a PublicKeyInfo, not {type(value).__name__}"
-        )
-        raise InvalidType(message)
-    try:
-        found = keys.PublicKeyInfo.load(value, strict=True)
-        _ = found.algorithm  # read, so that what it is no key of is seen here
-    except ValueError as error:
-        raise InvalidOption("public_key is no DER of a public key") from error
-    return found
-
-
-def _extensions(
-    own: Mapping[str, tuple[bool, Any]], given: Sequence[Mapping[str, Any]]
-) -> x509.Extensions:
-    replaced = {item.get("extn_id") for item in given}
-    made = [
-        {"extn_id": name, "critical": critical, "extn_value": value}
-        for name, (critical, value) in own.items()
-        if name not in replaced
-    ]
-    return [*made, *map(dict, given)]
-
-
-def _entry(item: object) -> dict[str, Any]:
-    if not isinstance(item, Revoked):
-        raise InvalidType(f"revoked must hold Revoked(...), not {type(item).__name__}")
-    entry: dict[str, Any] = {
-        "user_certificate": item.serial_number,
-        "revocation_date": _time(_moment(item.date, "date")),
-    }
-    if item.reason is not None:
-        reason = {"extn_id": "crl_reason", "extn_value": item.reason}
-        entry["crl_entry_extensions"] = [reason]
-    return entry
-
-
-def _moment(value: dt.datetime | None, name: str) -> dt.datetime:
-    if value is None:
-        value = dt.datetime.now(dt.UTC)
-    if not isinstance(value, dt.datetime) or value.tzinfo is None:
-        raise InvalidOption(f"{name} must be a datetime with a time zone")
-    return value.astimezone(dt.UTC).replace(microsecond=0)
-
-
-def _days(days: object) -> dt.timedelta:
-    if not isinstance(days, (int, float)) or not days > 0:
-        raise InvalidOption("days must be a number above 0")
-    return dt.timedelta(days=days)
-
-
-def _time(moment: dt.datetime) -> x509.Time:
-    """The form that RFC 5280 wants for the year."""
-    form = "utc_time" if moment.year <= _LAST_UTC_YEAR else "general_time"
-    return x509.Time({form: moment})
+    ref, who = algorithms.check_key(key), name_of(name)
+    public = public_key_of(await ref.public_key_der(timeout=timeout))
+    return Issuer(ref, who, public, algorithm_of(public, hash_name, pss=pss), checked)

@@ -407,7 +407,7 @@ class LoginActor(Recovering):
         events.warning(
             events.LOGIN_FAILED, token=self._label, user=who, rv=rv.name_of(code)
         )
-        self.guard.answered(who, pin, code, "C_Login")
+        self.guard.answered(who, pin, code, "C_Login", self.same_token)
 
     def _pin_changed(self, pin: Pin) -> None:
         self._pin = pin

@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from pkcs11 import exceptions as p11
+from pkcs11.constants import TokenFlag
 
 from pkcs11_pool.cryptoki import module as modules
 from pkcs11_pool.cryptoki import rv
 from pkcs11_pool.cryptoki.session import Session
-from pkcs11_pool.errors import PoolClosed, TokenUnavailable
+from pkcs11_pool.errors import PoolClosed, TokenNotFound, TokenUnavailable
 from pkcs11_pool.login.pin_guard import PinGuard, guard_of
 from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState, SessionState
 
@@ -82,7 +83,14 @@ class Attachment:
             self.module.claim(info, self._name or info.label)
             self.info = info
             self.guard = guard_of((self.module.path, info.identity))
-            self._anchor = self.new_session(rw=False)
+            try:
+                self._anchor = self.new_session(rw=False)
+            except p11.TokenNotRecognised as error:
+                # Else it is waited for, as one that is down.
+                if info.flags & TokenFlag.TOKEN_INITIALIZED:
+                    raise
+                message = f"{info}: initialise it by init_token()"
+                raise TokenNotFound(message) from error
 
     def _detach(self) -> None:
         module = self.module

@@ -12,14 +12,15 @@ import threading
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
+from pkcs11 import exceptions as p11
 from pkcs11.constants import TokenFlag
 
 from pkcs11_pool.cryptoki import rv
-from pkcs11_pool.errors import PinLengthInvalid, PinRefused
+from pkcs11_pool.errors import PinLengthInvalid, PinRefused, PoolError
 from pkcs11_pool.pins import PinPad, Secret
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
     from pkcs11_pool.pins import Pin
     from pkcs11_pool.state import TokenInfo
@@ -31,10 +32,10 @@ CONTEXT: Final = "key's user"
 _REJECTED: Final = {
     rv.CODES[name]: text
     for name, text in {
-        "CKR_PIN_INCORRECT": "the token refused the PIN; a few wrong ones may lock it",
-        "CKR_PIN_LOCKED": "the PIN is locked: the security officer can set a new one",
-        "CKR_PIN_INVALID": "the token does not take this PIN",
-        "CKR_PIN_LEN_RANGE": "the PIN is too short or too long for this token",
+        "CKR_PIN_INCORRECT": "the token refused the PIN of the {who}; {left}",
+        "CKR_PIN_LOCKED": "the PIN of the {who} is locked: {unlock}",
+        "CKR_PIN_INVALID": "the token does not take this PIN of the {who}",
+        "CKR_PIN_LEN_RANGE": "this PIN of the {who} is too short or too long for it",
     }.items()
 }
 _FLAGS: Final = {
@@ -118,8 +119,23 @@ class PinGuard:
                 f"another one, or {_INSIST[who]}"
             )
 
-    def answered(self, who: str, pin: Pin, code: int, function: str) -> None:
+    def answered(  # the call, and what came of it
+        self,
+        who: str,
+        pin: Pin,
+        code: int,
+        function: str,
+        ask: Callable[[], TokenInfo] | None = None,
+    ) -> None:
         """Take down what the token said of a PIN.
+
+        Args:
+            who: Whose PIN it is.
+            pin: What was sent.
+            code: What came back.
+            function: From which function.
+            ask: Gives what the token says of itself now, if it can be asked: whether
+                there is a try left.
 
         Raises:
             PinRefused, PKCS11Error: As the code says; nothing for ``CKR_OK``.
@@ -133,13 +149,29 @@ class PinGuard:
         kind = PinRefused
         if code == rv.CODES["CKR_PIN_LEN_RANGE"]:
             kind = PinLengthInvalid
-        raise kind(text) from rv.error_of(code, function)
+        told = text.format(who=who, left=_left(who, ask), unlock=_UNLOCK[who])
+        raise kind(told) from rv.error_of(code, function)
 
     def accepted(self, who: str) -> None:
         """A PIN of this user was accepted, or changed: the page is struck."""
         # The user's PIN may be another now, and a key's often is the same.
         pages = (SO,) if who == SO else (who, CONTEXT)
         self._refused |= dict.fromkeys(pages, frozenset())
+
+
+def _left(who: str, ask: Callable[[], TokenInfo] | None) -> str:
+    """What a token says of the tries that are left; it never tells a number."""
+    try:
+        flags = TokenFlag(0) if ask is None else ask().flags
+    except (PoolError, p11.PKCS11Error):
+        # What it answered to the PIN is what counts.
+        flags = TokenFlag(0)
+    locked, final = _FLAGS[who]
+    if flags & locked:
+        return f"it is locked now: {_UNLOCK[who]}"
+    if flags & final:
+        return "one more wrong one locks it"
+    return "a few wrong ones may lock it"
 
 
 def check_length(pin: Pin, info: TokenInfo) -> None:

@@ -63,5 +63,5 @@ class Reaffirm:
                     user=CONTEXT,
                     rv=rv.name_of(code),
                 )
-            guard.answered(CONTEXT, self._pin, code, "C_Login")
+            guard.answered(CONTEXT, self._pin, code, "C_Login", self._actor.same_token)
             guard.accepted(CONTEXT)

@@ -7,9 +7,11 @@ tried again after a rest, and each rest is longer than the one before.
 
 from __future__ import annotations
 
-import random
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import random
 
 FIRST_REST: Final = 0.05
 """Seconds."""
@@ -89,10 +91,14 @@ class Backoff:
     """
 
     def __init__(self, rng: random.Random | None = None) -> None:
-        self._rng = rng or random.Random()  # noqa: S311  # no secret
+        self._rng = rng
         self._next = FIRST_REST
 
     def rest(self) -> float:
         """Seconds until the next round."""
         rest, self._next = self._next, min(2 * self._next, LONGEST_REST)
+        if self._rng is None:
+            import random  # noqa: PLC0415  # for a token that was lost
+
+            self._rng = random.Random()  # noqa: S311  # no secret
         return rest * self._rng.uniform(0.5, 1.0)
