@@ -408,6 +408,8 @@ class HandleCache:
                 age is None or time.monotonic() - entry.checked_at < age
             ):
                 return entry
+        else:
+            entry = None
         try:
             return self._look_up(session, spec, entry)
         except p11.PKCS11Error as error:
@@ -416,11 +418,7 @@ class HandleCache:
 
     def _look_up(self, session: Session, spec: KeySpec, entry: Entry | None) -> Entry:
         """Verify a number that is not sure, or find the object."""
-        if (
-            entry is not None
-            and entry.epoch == session.epoch
-            and entry.generation == session.generation
-        ):
+        if entry is not None:
             if self.verify(session, entry):
                 return entry
             if spec.origin is not None:
