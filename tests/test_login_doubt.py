@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from pkcs11 import Mechanism
 from pkcs11.exceptions import PKCS11Error
@@ -12,7 +13,7 @@ from pkcs11.exceptions import PKCS11Error
 from faultmodule import CKR
 from pkcs11_pool import LoginRequired, LoginState, OutcomeUnknown, PinRefused
 from pkcs11_pool.login.attachment import who_is_in
-from poolkit import digest, eventually, settled
+from poolkit import digest, eventually, hangs, settled
 
 if TYPE_CHECKING:
     from conftest import MakePool
@@ -165,3 +166,23 @@ async def test_a_pin_whose_change_is_not_told_of_is_sent_no_more(
             await pool.login()
         assert fault.count("C_Login") == 0
         await pool.login("4321" if how == "replace" else token.user_pin)
+
+
+async def test_no_pin_is_sent_where_the_login_outlived_the_outage(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """A session that was still open kept it: a PIN would be sent for nothing."""
+    async with make_pool(module=fault.path) as pool:
+        inside = fault.on("C_DigestInit", hang="after")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(digest, pool)
+            await hangs(fault, "C_DigestInit")
+            fault.remove(inside)
+            # The anchor is thought to be dead, and the call inside has its own session.
+            fault.on("C_GetSessionInfo", answer=CKR.DEVICE_ERROR)
+            fault.on("C_GenerateRandom", answer=CKR.DEVICE_ERROR)
+            await pool.generate_random(8)
+            fault.release()
+        assert await _agreed(pool) is LoginState.USER
+        assert pool.stats().recoveries_total == 1
+        assert fault.count("C_Login") == 1

@@ -910,3 +910,91 @@ async def test_a_login_that_fails_with_a_token_that_is_known_to_be_lost(
             await eventually(lambda: pool.state is PoolState.RECOVERING)
             fault.release()
         assert pool.login_state is LoginState.USER
+
+
+@pytest.mark.parametrize("function", ["C_FindObjectsInit", "C_GetAttributeValue"])
+@pytest.mark.parametrize("rv", _GONE[:5], ids=hex)
+async def test_what_was_lost_before_the_change_was_sent_is_made_again(
+    make_pool: MakePool, fault: FaultModule, function: str, rv: int
+) -> None:
+    """While its object was looked up nothing had happened: nobody need ask what did."""
+    async with make_pool(module=fault.path) as pool:
+        await make_ec_key(pool)
+        key = pool.key(label="signer", object_class=ObjectClass.PRIVATE_KEY)
+        fault.on(function, answer=rv)
+        fault.reset_counts()
+        await key.destroy()
+        assert fault.count("C_DestroyObject") == 1
+        assert pool.stats().operations_failed == 0
+
+
+@pytest.mark.parametrize("what", ["create", "generate", "pair", "copy", "unwrap"])
+async def test_what_was_made_is_not_made_again_when_the_login_is_lost_just_then(
+    make_pool: MakePool, fault: FaultModule, what: str
+) -> None:
+    """It is there, and only what it looks like was not told: one object and no two."""
+    async with make_pool(module=fault.path) as pool:
+        key = await pool.generate_key(
+            KeyType.AES, 128, label="first", store=True, template=_OPEN
+        )
+        wrapped = await key.wrap_key(key, mechanism=Mechanism.AES_KEY_WRAP)
+        named: dict[Any, Any] = {Attribute.LABEL: "new", Attribute.TOKEN: True}
+        calls: dict[str, Any] = {
+            "create": lambda: pool.create_object(_VALUE | named),
+            "generate": lambda: pool.generate_key(
+                KeyType.AES, 128, label="new", store=True
+            ),
+            "pair": lambda: make_ec_key(pool, "new"),
+            "copy": lambda: key.copy(named),
+            "unwrap": lambda: key.unwrap_key(
+                ObjectClass.SECRET_KEY,
+                KeyType.AES,
+                wrapped,
+                label="new",
+                store=True,
+                mechanism=Mechanism.AES_KEY_WRAP,
+            ),
+        }
+        made = _MAKERS[what]
+        hold = fault.on(made, hang="after")
+        fault.reset_counts()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_told_of_doubt, calls[what])
+            await hangs(fault, made)
+            fault.remove(hold)
+            fault.lose_login()
+            fault.release()
+        assert fault.count(made) == 1
+        await key.attributes()  # finds the login lost, and it is restored
+        assert len(await pool.find({Attribute.LABEL: "new"})) == 1 + (what == "pair")
+
+
+_OPEN = {Attribute.EXTRACTABLE: True, Attribute.SENSITIVE: False}
+_VALUE = {
+    Attribute.CLASS: ObjectClass.SECRET_KEY,
+    Attribute.KEY_TYPE: KeyType.AES,
+    Attribute.VALUE: b"v" * 16,
+    Attribute.PRIVATE: True,
+}
+_MAKERS = {
+    "create": "C_CreateObject",
+    "generate": "C_GenerateKey",
+    "pair": "C_GenerateKeyPair",
+    "copy": "C_CopyObject",
+    "unwrap": "C_UnwrapKey",
+}
+
+
+async def _told_of_doubt(call: Any) -> None:
+    with pytest.raises(OutcomeUnknown, match="was made"):
+        await call()
+
+
+async def test_a_search_that_could_not_be_ended_does_not_spoil_its_session(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The next one in the same session ends it first."""
+    async with make_pool(module=fault.path) as pool, pool.session() as session:
+        fault.on("C_FindObjectsFinal", answer=CKR.DEVICE_MEMORY)
+        assert await session.find() == []
+        assert await session.find() == []

@@ -198,10 +198,20 @@ class _Status(ctypes.Structure):
     )
 
 
+class _Strike(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_int),
+        ("rv", ctypes.c_ulong),
+        ("after", ctypes.c_ulong),
+        ("times", ctypes.c_ulong),
+    )
+
+
 _SIZES: Final = (
     _FUNCTIONS,
-    *(ctypes.sizeof(s) for s in (_Rule, _Record, _Session, _Settings, _Status)),
+    *map(ctypes.sizeof, (_Rule, _Record, _Session, _Settings, _Status, _Strike)),
 )
+_STRIKES: Final = ("", "answer", "replace", "sessions", "login", "finalize")
 
 # The order is that of HAS_… in fault.h: the place is the bit.
 _INFO_NUMBERS: Final = (
@@ -312,6 +322,8 @@ class FaultModule:
                 [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ulong],
             ),
             ("pass_time", None, [ctypes.c_double]),
+            ("strike", None, [ctypes.POINTER(_Strike)]),
+            ("call_off", ulong, [ctypes.POINTER(ctypes.c_uint64)]),
         ):
             function = getattr(lib, f"fault_{name}")
             function.restype = result
@@ -616,6 +628,41 @@ class FaultModule:
         """
         wanted = _ANY_SLOT if slot is None else slot
         self._expect_ok("C_Logout", self._lib.fault_lose_login(wanted))
+
+    def strike(
+        self,
+        what: Literal["answer", "replace", "sessions", "login", "finalize"],
+        rv: int = CKR.DEVICE_ERROR,
+        *,
+        after: int = 1,
+        times: int = 1,
+    ) -> None:
+        """Let one misfortune happen between two calls, whichever they are.
+
+        ``C_Initialize`` and ``C_Finalize`` are not counted and not hit. What is lost is
+        lost when a call comes in while no other is inside, and before it is made.
+
+        Args:
+            what: Answer calls without the module, or make them and lose the answer; or
+                close all sessions, log out, or finalise the module behind the back of
+                whoever uses it. A session that closes is closed in any case, and none
+                is opened by a call that is hit: nobody could close it. Nor does
+                ``C_…Init`` begin an operation.
+            rv: What calls are answered that are hit.
+            after: The first call that is hit, from 1.
+            times: How many calls in a row are.
+        """
+        strike = _Strike(_STRIKES.index(what), rv, after, times)
+        self._lib.fault_strike(ctypes.byref(strike))
+
+    def call_off(self) -> tuple[int, int]:
+        """No more of the last ``strike``: how many calls it hit, and which one first.
+
+        That one by its sequence number in the log; 0: none.
+        """
+        first = ctypes.c_uint64()
+        struck = self._lib.fault_call_off(ctypes.byref(first))
+        return int(struck), first.value
 
     @staticmethod
     def _expect_ok(function: str, rv: int) -> None:

@@ -176,6 +176,41 @@ static void consult_outage(struct call *call, int *answer)
     }
 }
 
+/* What is to be lost is lost while only this call is inside, and before it reaches the module: the
+ * real module need not bear that its sessions go while it works in them. A session that cannot be
+ * closed, or that nobody knows of, would stay for ever: one that closes is closed whatever is
+ * answered, and none is opened. Nor does an operation begin in a session, to be in the way there. */
+static void consult_strike(struct call *call, int *answer)
+{
+    struct fault_strike *strike = &state.strike;
+    int function = call->function;
+    if (strike->kind == STRIKE_NO || function == FN_C_GetFunctionList ||
+        function == FN_C_Initialize || function == FN_C_Finalize)
+        return;
+    if (strike->after > 1) {
+        strike->after--;
+        return;
+    }
+    bool loses = strike->kind != STRIKE_ANSWER && strike->kind != STRIKE_REPLACE;
+    if (loses && state.status.inside_all > 1)
+        return; /* the next one, then */
+    if (loses)
+        lose_locked(strike->kind);
+    else {
+        const char *name = function_names[function];
+        size_t length = strlen(name);
+        bool begins = length > 4 && strcmp(name + length - 4, "Init") == 0;
+        bool done =
+            strike->kind == STRIKE_REPLACE && function != FN_C_OpenSession && !begins;
+        *answer = done || function == FN_C_CloseSession ? ANSWER_REPLACED : ANSWER_INSTEAD;
+        call->replacement = strike->rv;
+    }
+    if (state.struck++ == 0)
+        state.struck_at = call->sequence;
+    if (--strike->times == 0)
+        strike->kind = STRIKE_NO;
+}
+
 bool enter(struct call *call, int function, CK_SESSION_HANDLE session, CK_ULONG argument)
 {
     *call = (struct call){
@@ -209,6 +244,7 @@ bool enter(struct call *call, int function, CK_SESSION_HANDLE session, CK_ULONG 
         state.status.max_inside = state.status.inside_all;
     unsigned long delay_us = consult_rules(call, argument, &answer, &hang_before);
     consult_outage(call, &answer);
+    consult_strike(call, &answer);
     tell_waiters();
     unlock();
 
@@ -258,6 +294,7 @@ EXPORT const unsigned long fault_sizes[] = {
     sizeof(struct fault_session),
     sizeof(struct fault_settings),
     sizeof(struct fault_status),
+    sizeof(struct fault_strike),
 };
 
 EXPORT const char *fault_name(int function) { return function_names[function]; }
@@ -387,6 +424,27 @@ EXPORT int fault_wait(int what, int function, unsigned long n, double seconds)
     state.waiters--;
     unlock();
     return over;
+}
+
+/* ---- between any two calls ---- */
+
+EXPORT void fault_strike(const struct fault_strike *wanted)
+{
+    lock();
+    state.strike = *wanted;
+    state.struck = 0;
+    state.struck_at = 0;
+    unlock();
+}
+
+EXPORT unsigned long fault_call_off(uint64_t *first)
+{
+    lock();
+    state.strike.kind = STRIKE_NO;
+    unsigned long struck = state.struck;
+    *first = state.struck_at;
+    unlock();
+    return struck;
 }
 
 /* ---- the log ---- */

@@ -100,6 +100,15 @@ struct fault_settings {
     struct fault_token_info info[TOKEN_INFOS];
 };
 
+/* One misfortune between any two calls, whichever they are. */
+enum { STRIKE_NO, STRIKE_ANSWER, STRIKE_REPLACE, STRIKE_SESSIONS, STRIKE_LOGIN, STRIKE_FINALIZE };
+
+struct fault_strike {
+    int kind;
+    CK_RV rv;
+    unsigned long after, times; /* the first call that is hit, from 1; how many are */
+};
+
 /* Written here, only read by the tests. */
 struct fault_status {
     unsigned long counts[FUNCTIONS], inside[FUNCTIONS], hanging[FUNCTIONS];
@@ -120,6 +129,10 @@ struct state {
     struct fault_status status;
     struct fault_settings settings;
     unsigned long waiters; /* in fault_wait */
+
+    struct fault_strike strike;
+    uint64_t struck_at; /* the first call that was hit, 0: none */
+    unsigned long struck;
 
     struct rule *rules;
     unsigned long last_rule;
@@ -192,5 +205,6 @@ CK_RV login_in(const struct call *call, CK_SESSION_HANDLE session, CK_ULONG user
 CK_RV login_out(const struct call *call, CK_SESSION_HANDLE session);
 void login_told(const struct call *call, void *info);
 void login_pin_changed(const struct call *call, const CK_BYTE *pin, CK_ULONG pin_len);
+void lose_locked(int kind); /* STRIKE_SESSIONS, …_LOGIN or …_FINALIZE; nobody is inside */
 
 #endif

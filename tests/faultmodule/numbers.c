@@ -289,6 +289,30 @@ void all_lost(bool initialised)
     unlock();
 }
 
+/* The lock is held all the while, so that no call comes in. */
+void lose_locked(int kind)
+{
+    if (kind == STRIKE_FINALIZE) {
+        state.real->C_Finalize(NULL);
+        for (size_t row = 0; row < state.sessions.size; row++)
+            if (state.sessions.rows[row].born != 0)
+                table_drop(&state.sessions, row);
+        drop_objects_of_slot(ANY_SLOT);
+        state.initialised = false;
+        return;
+    }
+    for (size_t row = 0; row < state.sessions.size; row++) {
+        const struct row session = state.sessions.rows[row];
+        if (session.born == 0)
+            continue;
+        /* Logging out once more, on the next session of the slot, does nothing. */
+        if (kind == STRIKE_LOGIN)
+            state.real->C_Logout(session.real);
+        else if (state.real->C_CloseSession(session.real) == CKR_OK)
+            drop_session(row);
+    }
+}
+
 EXPORT int fault_reuse_numbers(int sessions, int objects)
 {
     lock();

@@ -40,6 +40,14 @@ _NEVER: Final = {
 }
 """Answers that show, on a token without faults, that the pool made a mistake."""
 _LOGINS: Final = frozenset({"C_Login", "C_Logout"})
+CHANGES: Final = _MAKES | {
+    "C_DestroyObject",
+    "C_SetAttributeValue",
+    "C_SetPIN",
+    "C_InitPIN",
+}
+"""The calls that may change the token."""
+_SPARED: Final = frozenset({"C_Initialize", "C_Finalize", "C_GetFunctionList"})
 _VAGUE: Final = frozenset({CKR.GENERAL_ERROR, CKR.TEMPLATE_INCONSISTENT})
 """What SoftHSM2 2.6.1 answers now and then where two sessions get into each other's
 way; the file of the object stays behind."""
@@ -55,6 +63,8 @@ class _Open:
     #: It is somebody's for longer than one operation: the login's own, or lent.
     kept: bool = False
     searched: bool = False
+    #: A search in it could not be ended.
+    unended: bool = False
     #: Numbers of the keys with which something began here.
     begun_with: set[int] = field(default_factory=set)
     busy_until: int = 0
@@ -70,6 +80,54 @@ class _Slot:
     logged_in: bool = False
     #: Numbers of objects, and the login in which they were looked up or made.
     seen: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Blow:
+    """A fault that was played between two calls.
+
+    Attributes:
+        kind: As ``FaultModule.strike`` has it.
+        first: The number of the call that came when it was played.
+        struck: How many calls it hit.
+        hits: Those calls' numbers, if it answered them.
+        functions: And their names.
+        changed: Whether a call that changes the token was made before it, or hit: the
+            answer to it is lost, or what was to be learnt of its object is.
+    """
+
+    kind: str
+    first: int
+    struck: int
+    hits: frozenset[int] = frozenset()
+    functions: tuple[str, ...] = ()
+    changed: bool = False
+    is_over: bool = False
+
+    def read(self, calls: list[Call]) -> Blow:
+        """Find out which calls those were."""
+        after = [c for c in sorted(calls) if c.sequence >= self.first]
+        if self.kind in {"answer", "replace"}:
+            hit = [c for c in after if c.function not in _SPARED][: self.struck]
+            self.hits = frozenset(call.sequence for call in hit)
+            self.functions = tuple(call.function for call in hit)
+            last = max(self.hits)
+        else:
+            gone = {
+                CKR.SESSION_HANDLE_INVALID,
+                CKR.CRYPTOKI_NOT_INITIALIZED,
+                CKR.OBJECT_HANDLE_INVALID,
+                CKR.KEY_HANDLE_INVALID,
+                CKR.USER_NOT_LOGGED_IN,
+            }
+            last = max((c.sequence for c in after if c.rv in gone), default=0)
+        self.changed = any(c.function in CHANGES and c.sequence <= last for c in calls)
+        return self
+
+    def has_come(self, call: Call) -> bool:
+        """Whether something was lost just before a call."""
+        loses = self.kind not in {"answer", "replace"}
+        return loses and not self.is_over and call.sequence >= self.first
 
 
 class Broken(AssertionError):
@@ -94,6 +152,12 @@ class Ledger:
         self.lent: set[int] = set()
         self.outliving: set[int] = set()
         self.calls = 0
+        #: The fault that was played in the step that is read next, if one was.
+        self.strike: Blow | None = None
+        self._blow: Blow | None = None
+        #: Sessions that a fault closed, and that the pool may not know to be closed.
+        self._dead: set[int] = set()
+        self._is_finalized = False
         #: How many objects the module failed to make in the last step, without a
         #: reason that makes sense.
         self.failed_to_make = 0
@@ -122,12 +186,14 @@ class Ledger:
         """
         self._step += 1
         self.failed_to_make = 0
+        struck, self.strike = self.strike, None
         self._began_with = {n: slot.epoch for n, slot in self._slots.items()}
         calls = self._finished()
         if calls and calls[0].sequence != self._last + 1:
             raise Broken(f"the log lost calls after {self._last}")
         # A session is there from the end of its opening to the beginning of its end.
         events = sorted(calls, key=_moment)
+        self._blow = None if struck is None else struck.read(calls)
         strangers = self._strangers()
         for place, call in enumerate(events):
             try:
@@ -154,7 +220,13 @@ class Ledger:
         if call.session is None and call.rv == CKR.SESSION_HANDLE_INVALID:
             # A session that a caller kept beyond its end: it has no number any more.
             return
-        if call.rv in _NEVER:
+        blow = self._blow
+        if blow is not None and blow.has_come(call):
+            self._struck(blow)
+        if call.function == "C_Initialize" and call.rv == 0:
+            self._dead.clear()
+            self._is_finalized = False
+        if call.rv in _NEVER and not self._is_excused(call):
             raise Broken(f"{call.function}: {_NEVER[CKR(call.rv)]}")
         if call.function == "C_Finalize":
             self._finalized()
@@ -167,14 +239,48 @@ class Ledger:
         else:
             self._called(call, call.session)
 
+    def _struck(self, blow: Blow) -> None:
+        """What is lost behind the pool's back is lost here, too."""
+        blow.is_over = True
+        if blow.kind in {"sessions", "finalize"}:
+            self._dead |= set(self._sessions)
+            self._sessions.clear()
+        for slot in self._slots.values():
+            self._out(slot)
+        if blow.kind == "finalize":
+            self._is_finalized = True
+
+    def _is_excused(self, call: Call) -> bool:
+        """Whether it was the fault that answered so, or what the fault took away."""
+        blow, session = self._blow, self._sessions.get(call.session or 0)
+        if call.rv == CKR.OPERATION_ACTIVE and call.function == "C_FindObjectsInit":
+            return session is not None and session.unended
+        if blow is None or call.sequence < blow.first:
+            return False
+        lost = blow.kind == "replace" and "C_Login" in blow.functions
+        if call.sequence in blow.hits or call.rv == CKR.USER_ALREADY_LOGGED_IN:
+            return call.sequence in blow.hits or lost
+        if call.rv == CKR.CRYPTOKI_NOT_INITIALIZED:
+            return self._is_finalized
+        if call.rv == CKR.SESSION_READ_WRITE_SO_EXISTS:
+            # Nobody but the token knows that he is in.
+            return not {"C_Login", "C_Logout"}.isdisjoint(blow.functions)
+        return call.rv == CKR.SESSION_HANDLE_INVALID and call.session in self._dead
+
     def _finalized(self) -> None:
         """A new generation: every number of the old one is void."""
         self._sessions.clear()
         self._slots.clear()
         self._began_with.clear()
+        self._dead.clear()
 
     def _called(self, call: Call, number: int) -> None:
         session = self._sessions.get(number)
+        if session is None and number in self._dead:
+            # Lost, and nobody knew it: it is told so, or that all is down.
+            if not call.rv:
+                raise Broken(f"{call.function} on session {number}: it was lost")
+            return
         if session is None:
             raise Broken(f"{call.function} on session {number}: it is not open")
         if call.began_ns < session.busy_until:
@@ -185,6 +291,8 @@ class Ledger:
             self._closed(number)
         elif call.function in _LOGINS:
             self._login(call, session.slot)
+        elif call.function == "C_GetSessionInfo":
+            pass  # the login's own session is asked after faults: no operation
         else:
             self._used(call, session)
 
@@ -193,6 +301,7 @@ class Ledger:
             return
         if number in self._sessions:
             raise Broken(f"session {number} was opened twice")
+        self._dead.discard(number)
         self._sessions[number] = _Open(call.slot, self._slot(call.slot).epoch)
 
     def _slot(self, number: int) -> _Slot:
@@ -231,6 +340,8 @@ class Ledger:
         if not session.kept and session.epoch < self._began_with.get(session.slot, 0):
             raise Broken(f"session {call.session} is of an earlier login")
         session.searched |= call.function == "C_FindObjects"
+        if call.function == "C_FindObjectsFinal":
+            session.unended = bool(call.rv)
         if call.object is not None:
             self._named(call, session)
 

@@ -37,13 +37,17 @@ _LABEL = st.sampled_from(["a", "b"])
 class Machine(Together, Pressure):
     """All the steps that there are."""
 
+    #: Whether the module may hand out a closed session's number at once.
+    may_reuse_sessions = True
+
     # -- Lives --------------------------------------------------------------------
 
     @initialize(target=LIVES, sizes=st.tuples(_SIZE, _SIZE), reused=st.booleans())
     def begin(self, sizes: tuple[int, int], reused: bool) -> MultipleResults[str]:  # noqa: FBT001
         """A pool on each token. The module may hand out freed numbers at once."""
         self.leave_out_simplest()
-        self.world.fault.reuse_numbers(sessions=reused, objects=reused)
+        sessions = reused and self.may_reuse_sessions
+        self.world.fault.reuse_numbers(sessions=sessions, objects=reused)
         self.journal.append(f"numbers of sessions and objects are reused: {reused}")
         return multiple(
             # By each loop one: what a loop opens once for itself is there from now on.

@@ -21,8 +21,11 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from faultmodule import FaultModule
 from model.callers import LOOPS, Callers
+from model.faults import KINDS as _FAULTS
+from model.faults import FaultMachine
 from model.machine import Machine
 from model.world import Tokens
+from pkcs11_pool.login import steps as recovery
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +39,10 @@ _RUN = 60
 """Steps from the first pool to the last one's end."""
 _MANY_RUNS = 1_000
 """More than one test can make for one seed; so no two tests have the same seed."""
+_SLOWER = 3
+"""Steps with faults cost so much more: there are fewer of them."""
+_STRUCK = 0.02
+"""The least share of the steps in which a fault was really played."""
 _LONG = 100_000
 """Steps in all, with ``--long``."""
 # hypothesis' own way would make much the same run again and again: what begins at
@@ -65,13 +72,8 @@ def test_the_pool_and_the_model_agree(
     tokens: Tokens, backend: str, part: int, request: pytest.FixtureRequest
 ) -> None:
     """Whatever hypothesis does to them, from tasks of two loops and from threads."""
-    wanted = request.config.getoption("--model-steps")
-    if request.config.getoption("--long"):
-        wanted = max(_LONG, wanted)
-    steps = -(-wanted // (len(LOOPS) * len(PARTS)))
-    place = list(LOOPS).index(backend) * len(PARTS) + part
-    first = (request.config.getoption("--model-seed") * 10 + place) * _MANY_RUNS
-    counts = _run(tokens, backend, steps, first)
+    steps, first = _share(request, backend, part)
+    counts = _run(Machine, tokens, backend, steps, first)
     text = f"{counts['steps']} steps (at least {steps}), "
     text += f"{counts['calls']} calls of the pool, {counts['module calls']} of the "
     text += f"module, {counts['runs']} runs, {counts['general errors']} steps that the "
@@ -80,7 +82,46 @@ def test_the_pool_and_the_model_agree(
     assert counts["steps"] >= steps
 
 
-def _run(tokens: Tokens, backend: str, steps: int, first: int) -> Counter[str]:
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("backend", LOOPS)
+def test_the_pool_and_the_model_agree_when_the_token_fails(
+    tokens: Tokens,
+    backend: str,
+    part: int,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same with faults between any two calls of the module."""
+    # A token that is back is found soon; how long the rests are is not what is tested.
+    monkeypatch.setattr(recovery, "FIRST_REST", 0.002)
+    monkeypatch.setattr(recovery, "LONGEST_REST", 0.05)
+    steps, first = _share(request, backend, part)
+    steps = -(-steps // _SLOWER)
+    counts = _run(FaultMachine, tokens, backend, steps, first)
+    kinds = {name: n for name, n in counts.items() if name.startswith("fault ")}
+    text = f"{counts['steps']} steps (at least {steps}), {counts['runs']} runs, "
+    text += f"{counts['module calls']} calls of the module; "
+    text += ", ".join(f"{n} times {name}" for name, n in sorted(kinds.items()))
+    request.node.user_properties.append(("model machine", text))
+    assert counts["steps"] >= steps
+    assert sum(kinds.values()) >= steps * _STRUCK
+    assert len(kinds) == len(set(_FAULTS))
+
+
+def _share(request: pytest.FixtureRequest, backend: str, part: int) -> tuple[int, int]:
+    """How many steps one of the tests makes, and where its choices begin."""
+    wanted = request.config.getoption("--model-steps")
+    if request.config.getoption("--long"):
+        wanted = max(_LONG, wanted)
+    steps = -(-wanted // (len(LOOPS) * len(PARTS)))
+    place = list(LOOPS).index(backend) * len(PARTS) + part
+    return steps, (request.config.getoption("--model-seed") * 10 + place) * _MANY_RUNS
+
+
+def _run(
+    kind: type[Machine], tokens: Tokens, backend: str, steps: int, first: int
+) -> Counter[str]:
     """Let the machine make so many steps at least; how many it made of what.
 
     Raises:
@@ -96,7 +137,7 @@ def _run(tokens: Tokens, backend: str, steps: int, first: int) -> Counter[str]:
             if left <= 0:
                 return counts
             own = given | {"simplest": [True]}
-            machine: Any = seed(number)(type("Machine", (Machine,), own))
+            machine: Any = seed(number)(type("Machine", (kind,), own))
             try:
                 run_state_machine_as_test(machine, settings=_settings(left))
             except Exception:

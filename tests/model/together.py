@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 Pick = tuple[str, int, int, bool, bool, int]
-Seen = tuple[User | None, int, int, tuple[str, ...]]
+Seen = tuple[User | None, int, int, tuple[str, ...], int]
 KINDS = (
     *("use", "use", "use", "label", "digest", "create", "copy", "unwrap", "make"),
     *("destroy", "destroy", "relabel", "login", "logout", "officer", "close", "visit"),
@@ -283,21 +283,24 @@ class Together(Bench):
     def _observe(self, life: str) -> Seen:
         """Who is logged in, after how many logins; what is there, and to be seen.
 
-        With the labels: a cancelled step may have written one.
+        With the labels, and how many sessions are lent: a cancelled step may have
+        written the one, or closed the other.
         """
         pool = self.world.pools[life]
         token = self.model.lives[life].token
         sent = self.world.ledger.logins(self.world.slots[token])
         if pool.state is not PoolState.READY:
-            return None, sent, self.world.tokens.objects(token), ()
+            return None, sent, self.world.tokens.objects(token), (), 0
         step = steps.Look(life, "pool", repeat=False, labels=True)
         running = self.callers.run(0, lambda: step.act(self.world))
         there = self.world.tokens.objects(token)
-        return STATES[pool.login_state], sent, there, running.value
+        lent = pool.stats().sessions_leased
+        return STATES[pool.login_state], sent, there, running.value, lent
 
     def _expected(self, model: Model, life: str) -> Seen:
         token = model.token_of(life)
         if not model.lives[life].open:
-            return None, token.logins, token.stored, ()
+            return None, token.logins, token.stored, (), 0
         there = tuple(model.visible(life, "pool", None, labels=True))
-        return token.user, token.logins, token.stored, there
+        lent = model.leased(life)
+        return token.user, token.logins, token.stored, there, lent

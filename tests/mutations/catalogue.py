@@ -319,12 +319,59 @@ CATALOGUE = (
     Mutation(
         "change-again",
         "engine/outage.py",
-        "if not (lost or once) and job.repeats and self._again",
-        "if not (lost or once) and self._again",
+        "repeats = job.repeats or (job.restart and unsent)",
+        "repeats = True",
         "What may have changed a token that was lost is not made again.",
         (
             "test_recovery.py::test_a_call_that_changes_the_token_is_not_repeated",
             "test_recovery.py::test_destroying_is_not_repeated",
+        ),
+    ),
+    Mutation(
+        "made-again",
+        "engine/outage.py",
+        "            and not made\n",
+        "",
+        "What was made is not made again when the login is lost just after it.",
+        (
+            (
+                "test_recovery.py::test_what_was_made_is_not_made_again_when_the_"
+                "login_is_lost_just_then"
+            ),
+        ),
+    ),
+    Mutation(
+        "login-not-asked-for",
+        "login/attachment.py",
+        "        return who_is_in(session) is who\n",
+        "        return False\n",
+        "A login whose answer was lost is a login: the token is asked.",
+        ("test_login_doubt.py::test_a_login_whose_answer_was_lost_is_a_login",),
+    ),
+    Mutation(
+        "nobody-looks-who-is-in",
+        "login/recovering.py",
+        "            if who is not known:\n",
+        "            if False:\n",
+        "A login that only the token knows of does not stay.",
+        (
+            (
+                "test_login_doubt.py::test_a_token_that_cannot_be_asked_is_logged_out_"
+                "for_certain"
+            ),
+        ),
+    ),
+    Mutation(
+        "pin-for-nothing",
+        "login/actor.py",
+        "        if outlived:\n",
+        "        if False:\n",
+        "No PIN is sent where the login outlived an outage.",
+        (
+            (
+                "test_login_doubt.py::test_no_pin_is_sent_where_the_login_outlived_the_"
+                "outage"
+            ),
         ),
     ),
     Mutation(

@@ -27,7 +27,7 @@ from pkcs11 import exceptions as p11
 from pkcs11.constants import Attribute, ObjectClass
 from pkcs11.mechanisms import KeyType
 
-from pkcs11_pool.cryptoki import interface, rv
+from pkcs11_pool.cryptoki import interface, recovery, rv
 from pkcs11_pool.errors import (
     KeyAmbiguous,
     KeyFunctionNotPermitted,
@@ -412,6 +412,17 @@ class HandleCache:
                 age is None or time.monotonic() - entry.checked_at < age
             ):
                 return entry
+        else:
+            entry = None
+        try:
+            return self._look_up(session, spec, entry)
+        except p11.PKCS11Error as error:
+            recovery.mark_unsent(error)
+            raise
+
+    def _look_up(self, session: Session, spec: KeySpec, entry: Entry | None) -> Entry:
+        """Verify a number that is not sure, or find the object."""
+        if entry is not None:
             if self.verify(session, entry):
                 return entry
             if spec.origin is not None:

@@ -7,6 +7,7 @@ so to the handle cache. Runs on a worker thread.
 from __future__ import annotations
 
 import ctypes as c
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import exceptions as p11
@@ -21,10 +22,10 @@ from pkcs11_pool.cryptoki.operations import (
     PUBLIC_OR_SECRET,
     with_object,
 )
-from pkcs11_pool.errors import InvalidOption, KeyNotFound
+from pkcs11_pool.errors import InvalidOption, KeyNotFound, OutcomeUnknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pkcs11.mechanisms import Mechanism
 
@@ -96,14 +97,11 @@ def make_with_key(
             _destroy_all(session, leftover)
         made.clear()
         entry.require(capability, target)
-        with cache.changing(), interface.argument_errors():
+        with cache.changing(), interface.argument_errors(), _making():
             result = make(bound(session, entry))
         objects = result if isinstance(result, tuple) else (result,)
-        entries = [
-            cache.describe(session, item.handle)
-            for item in objects
-            if not isinstance(item, bytes)
-        ]
+        handles = [item.handle for item in objects if not isinstance(item, bytes)]
+        entries = _described(session, cache, handles)
         made.append((result, entries))
         return made[-1]
 
@@ -127,9 +125,9 @@ def make_from_parameters(
     def call(entry: Entry) -> list[Entry]:
         _destroy_all(session, made)
         packed = session.attributes(entry.handle, [int(kind) for kind in _PARAMETERS])
-        with cache.changing(), interface.argument_errors():
+        with cache.changing(), interface.argument_errors(), _making():
             pair = make(session.p11, key_type=entry.key_type, values=unpacked(packed))
-        made[:] = [cache.describe(session, item.handle) for item in pair]
+        made[:] = _described(session, cache, [item.handle for item in pair])
         return made
 
     try:
@@ -157,7 +155,7 @@ def copy(
                 session.handle, entry.handle, array, len(keep), c.byref(number)
             )
         rv.check(code, "C_CopyObject")
-        made[:] = [cache.describe(session, number.value)]
+        made[:] = _described(session, cache, [number.value])
         return made[0]
 
     try:
@@ -171,10 +169,44 @@ def make(
     session: Session, cache: HandleCache, call: Callable[[Any], Any]
 ) -> list[Entry]:
     """Generate or create objects: an entry for each one that was made."""
-    with cache.changing(), interface.argument_errors():
+    with cache.changing(), interface.argument_errors(), _making():
         result = call(session.p11)
     objects = result if isinstance(result, tuple) else (result,)
-    return [cache.describe(session, item.handle) for item in objects]
+    return _described(session, cache, [item.handle for item in objects])
+
+
+def _described(
+    session: Session, cache: HandleCache, handles: Sequence[int]
+) -> list[Entry]:
+    """What the token says of objects that it has just made, or changed.
+
+    Raises:
+        OutcomeUnknown: It says nothing: the call must not be made again.
+    """
+    try:
+        return [cache.describe(session, handle) for handle in handles]
+    except p11.PKCS11Error as error:
+        raise _untold(error) from error
+
+
+@contextmanager
+def _making() -> Iterator[None]:
+    """Around what python-pkcs11 makes and then looks at, in one.
+
+    The calls that make an object do not answer with this: it is of the look.
+    """
+    try:
+        yield
+    except p11.ObjectHandleInvalid as error:
+        raise _untold(error) from error
+
+
+def _untold(error: p11.PKCS11Error) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"it was made, and then the token told nothing of it ({rv.text_of(error)}): "
+        "look for it by its label or id before it is made again: "
+        "await pool.find({Attribute.LABEL: …})"
+    )
 
 
 def _destroy_all(session: Session, entries: Sequence[Entry]) -> None:
@@ -250,7 +282,7 @@ def set_attributes(
             session.handle, handle, array, len(keep)
         )
         rv.check(code, "C_SetAttributeValue")
-        return cache.describe(session, handle)
+        return _described(session, cache, [handle])[0]
 
     if isinstance(target, SessionObject):
         with target.owner.used(), cache.changing():

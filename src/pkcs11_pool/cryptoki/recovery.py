@@ -168,6 +168,16 @@ def classify(error: BaseException) -> Fault:
     return next(UNCODED[kind] for kind in type(error).__mro__ if kind in UNCODED)
 
 
+def mark_unsent(error: p11.PKCS11Error) -> None:
+    """It came while an object was looked up: what was to be done was not begun."""
+    error.unsent = True  # type: ignore[attr-defined]  # asked for by is_unsent()
+
+
+def is_unsent(error: BaseException) -> bool:
+    """Whether a call that failed with this cannot have happened."""
+    return getattr(error, "unsent", False) is True
+
+
 def is_stateful(key_type: object) -> bool:
     """Whether each signature with a key of this type uses up a part of it.
 

@@ -224,9 +224,12 @@ class Session:
         """
         functions, handle = self.functions, self.handle
         array, keep = interface.pack_template(template)
-        rv.check(
-            functions.C_FindObjectsInit(handle, array, len(keep)), "C_FindObjectsInit"
-        )
+        code = functions.C_FindObjectsInit(handle, array, len(keep))
+        if code == rv.CODES["CKR_OPERATION_ACTIVE"]:
+            # A search before this one could not be ended.
+            functions.C_FindObjectsFinal(handle)
+            code = functions.C_FindObjectsInit(handle, array, len(keep))
+        rv.check(code, "C_FindObjectsInit")
         room = min(_BATCH, most or _BATCH)
         batch, count = (c.c_ulong * room)(), c.c_ulong()
         found: list[int] = []

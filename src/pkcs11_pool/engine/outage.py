@@ -102,7 +102,12 @@ class Outages(Leasing):
                 return None
         if fault.is_outage:
             return self._cut_off(job, session, error, fault)
-        if fault in (Fault.LOGIN, Fault.HANDLE) and self._without_login(job, session):
+        made = isinstance(error, OutcomeUnknown)
+        if (
+            fault in (Fault.LOGIN, Fault.HANDLE)
+            and not made
+            and self._without_login(job, session)
+        ):
             return None
         return error
 
@@ -120,10 +125,12 @@ class Outages(Leasing):
             self.doubt(error)
         lost = lane is not None and lane.closing
         once = isinstance(error, OutcomeUnknown)
-        if not (lost or once) and job.repeats and self._again(job, wait=False):
+        unsent = recovery.is_unsent(error)
+        repeats = job.repeats or (job.restart and unsent)
+        if not (lost or once) and repeats and self._again(job, wait=False):
             return None
         # What a caller's function does with its session, he knows himself.
-        known = fault is Fault.SESSION and not job.restart
+        known = unsent or (fault is Fault.SESSION and not job.restart)
         if job.changes and not known and not isinstance(error, PoolError):
             return self._unknown(job, error)
         if lane is not None and lane.cause is not None and not job.stays:

@@ -31,7 +31,7 @@ from pkcs11_pool.errors import (
     TokenUnavailable,
 )
 from pkcs11_pool.jobs import Job, Phase
-from pkcs11_pool.login.attachment import came_to
+from pkcs11_pool.login.attachment import came_to, who_is_in
 from pkcs11_pool.login.pin_guard import SO, USER
 from pkcs11_pool.login.question import Question
 from pkcs11_pool.login.recovering import Recovering
@@ -441,6 +441,12 @@ class LoginActor(Recovering):
     def _log_in_again(self) -> None:
         if self.login.wanted is not LoginState.USER or self._restored_unasked():
             return
+        with self.attached.turn:
+            outlived = who_is_in(self._open_anchor) is LoginState.USER
+        if outlived:
+            # A call that was inside kept its session, and with it the login.
+            self._change(LoginEvent.USER_IN)
+            return
         try:
             source = self._own_pin
             if isinstance(source, Source):
@@ -561,23 +567,24 @@ class LoginActor(Recovering):
     def _so_undo(self, error: BaseException | None) -> None:
         """The period did not begin: back to what was before."""
         try:
-            if error is not None and self._is_unclear(error):
+            if error is not None and recovery.classify(error).tells_of_outage:
                 self._start_over(error)
                 return
             self._so_out()
             self._so_restore(None)
         except Exception as failure:  # noqa: BLE001  # the first is the one to raise
             events.warning(events.SO_FAILED, token=self._label, error=str(failure))
-            if self._is_unclear(failure):
+            if isinstance(failure, p11.PKCS11Error) or self._may_stay:
                 self._start_over(failure)
         finally:
             self._gate.resume()
             self._repost()
 
-    def _is_unclear(self, error: BaseException) -> bool:
-        """Whether the officer may be in, or the token away, for all we know."""
-        stays = self.login.state is LoginState.SO
-        return stays or recovery.classify(error).tells_of_outage
+    @property
+    def _may_stay(self) -> bool:
+        """Whether the SO is in, or the session that he was in is still the anchor."""
+        anchor = self._anchor
+        return self.login.state is LoginState.SO or (anchor is not None and anchor.rw)
 
     def _so_out(self) -> None:
         """Log the SO out, if in. The anchor is the period's R/W session."""
@@ -612,8 +619,7 @@ class LoginActor(Recovering):
             self._so_out()
             asked = self._so_restore(job)
         except Exception as error:
-            stays = self.login.state is LoginState.SO
-            if not (stays or recovery.classify(error).is_outage):
+            if not (self._may_stay or recovery.classify(error).is_outage):
                 raise
             # The login is restored with the rest.
             self._start_over(error)

@@ -14,7 +14,7 @@ from pkcs11 import exceptions as p11
 from pkcs11.constants import TokenFlag
 
 from pkcs11_pool.cryptoki import module as modules
-from pkcs11_pool.cryptoki import recovery, rv
+from pkcs11_pool.cryptoki import rv
 from pkcs11_pool.cryptoki.session import Session
 from pkcs11_pool.errors import (
     LoginRequired,
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from pkcs11_pool.pins import Pin
     from pkcs11_pool.state import TokenInfo
 
+_CLEAR: Final = frozenset(
+    rv.CODES[f"CKR_PIN_{name}"]
+    for name in ("INCORRECT", "INVALID", "LEN_RANGE", "EXPIRED", "LOCKED")
+)
+"""What is said of a PIN, and leaves no doubt: all else may be said of a lost answer."""
 _WHO: Final = {
     SessionState.RO_PUBLIC_SESSION: LoginState.PUBLIC,
     SessionState.RW_PUBLIC_SESSION: LoginState.PUBLIC,
@@ -265,11 +270,11 @@ def who_is_in(session: Session) -> LoginState:
 
 
 def came_to(session: Session, who: LoginState, code: int) -> bool:
-    """Whether a login or logout succeeded by its code; if that is vague, by asking.
+    """Whether a login or logout succeeded: by its code, or by asking.
 
     Its answer may be lost on the way: the token has done it all the same.
     """
-    if not code or not recovery.fault_of(code).tells_of_outage:
+    if not code or code in _CLEAR:
         return not code
     try:
         return who_is_in(session) is who

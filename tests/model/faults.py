@@ -1,0 +1,260 @@
+"""Faults between any two calls of a step: what the pool must make good, it does.
+
+Something happens at the module while a step is made: calls are answered as by a token
+that is away, or their answers lost; sessions die, the login is lost, the module
+finalised. Then the pools must be well again, by themselves. What is known by then is
+compared with what ``misfortune`` excuses.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+from pkcs11.exceptions import SessionHandleInvalid
+
+from model import steps
+from model.bench import LIVES, STATES, WHO, judge
+from model.ledger import Blow
+from model.machine import Machine
+from model.misfortune import CODES, Misfortune
+from model.spec import Model, Refused, User
+from model.together import KINDS as STEPS
+from model.together import Seen
+from model.world import wait_until
+from pkcs11_pool import KeyNotFound, LoginState
+
+if TYPE_CHECKING:
+    from model.callers import Running
+    from model.steps import Step
+
+_ANSWERS = ("answer", "replace")
+_LOSSES = ("sessions", "login", "finalize")
+KINDS = (*_ANSWERS, *_LOSSES)
+Pick = tuple[str, int, int, bool, bool]
+Fault = tuple[str, int, int, int]
+
+
+def _picks(kinds: tuple[str, ...]) -> Any:
+    """Steps, each with the fault that is played in it."""
+    step = st.tuples(
+        st.sampled_from(STEPS), WHO, st.integers(0, 5), st.booleans(), st.booleans()
+    )
+    fault = st.tuples(
+        st.sampled_from(kinds),
+        st.sampled_from(sorted(CODES)),
+        # Most steps make few calls.
+        st.sampled_from([1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 8, 12]),
+        st.sampled_from([1, 1, 1, 2, 3, 6]),
+    )
+    return st.lists(st.tuples(step, fault), min_size=1, max_size=4)
+
+
+class FaultMachine(Machine):
+    """All the steps that there are, and faults in some of them."""
+
+    # A session that the token closes while its worker is about to close it may give
+    # its number to the next one, which is closed in its place. Nobody can tell.
+    may_reuse_sessions = False
+
+    @rule(life=LIVES, picks=_picks(_ANSWERS))
+    def failing(self, life: str, picks: list[tuple[Pick, Fault]]) -> None:
+        """The token says that it is away, or that it failed."""
+        self._misfortunes(life, picks)
+
+    @rule(life=LIVES, picks=_picks(("replace",)))
+    def half_done(self, life: str, picks: list[tuple[Pick, Fault]]) -> None:
+        """It has done it, and its answer is lost."""
+        self._misfortunes(life, picks)
+
+    @rule(life=LIVES, picks=_picks(_LOSSES))
+    def losing(self, life: str, picks: list[tuple[Pick, Fault]]) -> None:
+        """Sessions, the login or the whole module are lost."""
+        self._misfortunes(life, picks)
+
+    def _misfortunes(self, life: str, picks: list[tuple[Pick, Fault]]) -> None:
+        for (word, who, *more), (kind, rv, after, times) in picks:
+            life = self.now(life)  # the one that is there now
+            if not self.model.lives[life].open:
+                self.step(who, steps.Digest(life, "pool"))
+                return
+            for stream in list(self.world.streams):
+                self.step(0, steps.EndStream(stream, forget=False))
+            number, one, other = more
+            step = self._part(life, (word, who, int(number), bool(one), bool(other), 1))
+            if not getattr(step, "token", True):
+                # Nobody would know whose session object it is, if its maker did not
+                # hear of it.
+                changed: Any = step
+                step = replace(changed, token=True)
+            at = who % 2 if isinstance(step, steps.Officer) else who
+            hits = times if kind in _ANSWERS else 1
+            self._play(at, step, Misfortune(kind, rv, after, hits))
+
+    def _play(self, who: int, step: Step, fault: Misfortune) -> None:
+        self._begin(f"{self._name(who)}: {step} with {fault}")
+        recoveries = self._recoveries()
+        self._were = {n: self.world.pools[n].login_epoch for n in self._open_lives()}
+        module: Any = self.world.fault
+        module.strike(fault.kind, fault.rv, after=fault.after, times=fault.times)
+        running = self.callers.run(who, lambda: step.act(self.world))
+        # What is only tidied behind the callers' backs may be hit, too.
+        struck, first = module.call_off()
+        self._note(running)
+        blow = Blow(fault.kind, first, struck)
+        if struck:
+            self.world.ledger.strike = blow
+            self.counts[f"fault {fault.kind}"] += 1
+            self.journal[-1] += f" (struck {struck}, first {first})"
+        self._recover()
+        self._settle()
+        self._reconcile(step, running, fault, blow, recoveries)
+        self._finish()
+
+    def _open_lives(self) -> list[str]:
+        return [name for name, life in self.model.lives.items() if life.open]
+
+    def _recoveries(self) -> dict[str, int]:
+        pools = self.world.pools
+        return {n: pools[n].stats().recoveries_total for n in self._open_lives()}
+
+    def _recover(self) -> None:
+        """Every pool comes back by itself, and notices a login that is lost."""
+        for name in self._open_lives():
+            pool = self.world.pools[name]
+            wait_until(lambda p=pool: p.state.value == "ready", lambda p=pool: str(p))  # type: ignore[misc]
+            self.callers.run(0, lambda p=pool: self._probe(p))  # type: ignore[misc]
+            if pool.login_state is LoginState.PUBLIC:
+                # Where nobody is logged in, nothing that is lost is missed before the
+                # next login: have it looked at.
+                pool._engine.doubt(SessionHandleInvalid())  # noqa: SLF001
+            wait_until(lambda p=pool: p.state.value == "ready", lambda p=pool: str(p))  # type: ignore[misc]
+
+    async def _probe(self, pool: Any) -> None:
+        """What is not found shows a login that is lost, and nothing else does."""
+        with suppress(KeyNotFound):
+            await pool.key(label="nobody").sign(b"", mechanism=None)
+
+    # -- What has become of it ----------------------------------------------------
+
+    def _reconcile(
+        self,
+        step: Step,
+        running: Running,
+        fault: Misfortune,
+        blow: Blow,
+        recoveries: dict[str, int],
+    ) -> None:
+        """Find what has happened that was excused, and what is there afterwards."""
+        if not blow.struck:
+            problem = judge(step, running, self.model)
+            if problem:
+                self.fail(problem, running)
+            self._adopt_logins(self.model)
+            return
+        over = self._over()
+        recovered = self._recoveries() != recoveries
+        if over and not fault.may_end_sessions and not isinstance(step, steps.Logout):
+            self.fail(f"These sessions are over: {over}", running)
+        # To be sure that he is out, the pool begins anew whatever the token says.
+        out = isinstance(step, (steps.Logout, steps.Officer))
+        if recovered and not fault.may_end_login and not out:
+            self.fail("A pool recovered, and nothing was lost", running)
+        seen = {name: self._seen(name) for name in self.model.lives}
+        told = []
+        for model in self._candidates(step, running, fault, blow, over):
+            self._adopt_logins(model)
+            expected = {name: self._expected(model, name) for name in seen}
+            if expected == seen:
+                self.model = model
+                self._epochs.clear()
+                return
+            told.append(expected)
+        shown = [f"There is now: {seen}"]
+        shown += [f"Or there would be: {one}" for one in told]
+        shown += [f"Hit: {blow}", f"Over: {over}"]
+        self.fail("\n".join(["No misfortune explains this.", *shown]), running)
+
+    def _seen(self, life: str) -> Seen:
+        return self._observe(life)
+
+    def _over(self) -> list[str]:
+        """The sessions that are closed and were not closed by their holders."""
+        return [
+            name
+            for name, session in self.model.sessions.items()
+            if session.open and self.world.sessions[name]._lease.closing  # noqa: SLF001
+        ]
+
+    def _candidates(
+        self,
+        step: Step,
+        running: Running,
+        fault: Misfortune,
+        blow: Blow,
+        over: list[str],
+    ) -> list[Model]:
+        """What there may be afterwards."""
+        found = []
+        for before in self._times(fault, over):
+            model = copy.deepcopy(before)
+            if judge(step, running, model) is None:
+                found.append(self._after(model, over))
+        if running.error is None or found:
+            return found
+        if fault.excuses(step, running.outcome, blow):
+            found.append(self._after(copy.deepcopy(self.model), over))
+            if step.changes and fault.may_have_happened(running.outcome, blow):
+                for done in self._done(step):
+                    model = copy.deepcopy(self.model)
+                    with suppress(Refused):
+                        done.expect(model)
+                    found.append(self._after(model, over))
+        return found
+
+    def _done(self, step: Step) -> list[Step]:
+        """A step that nobody has heard of."""
+        changed: Any = step
+        if isinstance(step, steps.Relabel):
+            return [replace(step, heard=False)]
+        if hasattr(step, "keep"):
+            return [replace(changed, keep=False)]
+        if isinstance(step, steps.Officer):
+            return [step, replace(step, init_pin=None, new=None)]
+        return [step]
+
+    def _times(self, fault: Misfortune, over: list[str]) -> list[Model]:
+        """When it came: after the step, before it, or in a moment without a login."""
+        models = [self.model]
+        if fault.may_end_login:
+            models.append(self._after(copy.deepcopy(self.model), over))
+        if fault.is_loss:
+            out = copy.deepcopy(self.model)
+            for token in out.tokens:
+                token.user = User.NOBODY
+            models.append(out)
+        return models
+
+    def _after(self, model: Model, over: list[str]) -> Model:
+        """Sessions that are over, and logins that are others."""
+        for name in over:
+            model.close_session(name)
+        for name, life in model.lives.items():
+            moved = self.world.pools[name].login_epoch != self._were.get(name)
+            if not life.open or not moved:
+                continue
+            token = model.token_of(name)
+            token.epoch += 1
+            if token.user is User.NOBODY and life.wants_user and life.pin == token.pin:
+                token.user = STATES[self.world.pools[name].login_state]
+        return model
+
+    def _adopt_logins(self, model: Model) -> None:
+        """How many C_Login there were; the ledger has seen that each was needed."""
+        for number, token in enumerate(model.tokens):
+            if number in self.world.slots:
+                token.logins = self.world.ledger.logins(self.world.slots[number])
