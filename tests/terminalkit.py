@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 COMMAND: Final = (sys.executable, "-m", "pkcs11_pool")
 
@@ -37,7 +37,11 @@ class Ended:
 
 
 def on_a_terminal(
-    words: Sequence[str], *, timeout: float = 60, both: bool = False, **variables: str
+    words: Sequence[str],
+    *,
+    timeout: float = 60,
+    both: bool = False,
+    variables: Mapping[str, str] | None = None,
 ) -> Ended:
     """Run a command whose standard error is a terminal; with ``both`` its output too.
 
@@ -52,7 +56,7 @@ def on_a_terminal(
     termios.tcsetwinsize(theirs, _ROWS_AND_COLUMNS)
     told: list[bytes] = []
     reader = threading.Thread(target=_read_all, args=(ours, told))
-    environment = {**os.environ, "TERM": "xterm-256color", **variables}
+    environment = {**os.environ, "TERM": "xterm-256color", **(variables or {})}
     try:
         with subprocess.Popen(
             [*COMMAND, *words],

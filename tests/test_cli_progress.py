@@ -30,7 +30,7 @@ def test_random_octets_move_a_bar(variables: dict[str, str], tmp_path: Path) -> 
     """With how many are there of how many; the result is as without it."""
     file = tmp_path / "random"
     words = ("random", "2000000", "--output", str(file), "--json")
-    done = on_a_terminal(words, **variables)
+    done = on_a_terminal(words, variables=variables)
     assert (done.status, file.stat().st_size) == (0, 2_000_000)
     assert json.loads(done.out) == {"size": 2_000_000, "random": None}
     assert re.search(r"random .*2\.0/2\.0 MB", done.screen), done.screen
@@ -42,13 +42,13 @@ def test_reading_a_large_file_moves_a_bar(
     """When it is signed, and when its signature is verified."""
     file, signature = tmp_path / "file", tmp_path / "signature"
     file.write_bytes(bytes(3_000_000))
-    made = on_a_terminal(("keygen", "signer", "--json"), **variables)
+    made = on_a_terminal(("keygen", "signer", "--json"), variables=variables)
     assert made.status == 0, made.screen
     for words in (
         ("sign", str(file), "--signature", str(signature)),
         ("verify", str(file), str(signature)),
     ):
-        done = on_a_terminal((*words, "--key", "signer"), **variables)
+        done = on_a_terminal((*words, "--key", "signer"), variables=variables)
         assert done.status == 0, done.screen
         bar = rf"reading {re.escape(str(file))} .*3\.0/3\.0 MB"
         assert re.search(bar, done.screen), done.screen
@@ -56,7 +56,7 @@ def test_reading_a_large_file_moves_a_bar(
 
 def test_making_a_key_is_told_while_it_lasts(variables: dict[str, str]) -> None:
     """And is gone afterwards: standard output has the key alone."""
-    done = on_a_terminal(("keygen", "signer", "--type", "rsa"), **variables)
+    done = on_a_terminal(("keygen", "signer", "--type", "rsa"), variables=variables)
     assert done.status == 0, done.screen
     assert "making a key of type rsa" in done.screen
     assert done.out.startswith("-----BEGIN PUBLIC KEY-----")
@@ -69,7 +69,7 @@ def test_initialising_is_told_while_it_lasts(
     del token_directory
     words = ("init-token", "mine", "--so-pin-env", "SO", "--no-user-pin")
     pins = {"PKCS11_MODULE": str(soft_hsm.module), "SO": "87654321"}
-    done = on_a_terminal(words, **pins)
+    done = on_a_terminal(words, variables=pins)
     assert done.status == 0, done.screen
     assert "initialising 'mine'" in done.screen
     assert done.out.startswith("initialised 'mine'")
@@ -81,7 +81,7 @@ def test_a_benchmark_moves_a_bar(variables: dict[str, str]) -> None:
     cell = ("--operations", "random", "--callers", "1", "--backends", "asyncio")
     token = ("--module", variables["PKCS11_MODULE"])
     label = ("--token", variables["PKCS11_TOKEN"])
-    done = on_a_terminal((*words, *cell, *token, *label), **variables)
+    done = on_a_terminal((*words, *cell, *token, *label), variables=variables)
     assert done.status == 0, done.screen
     turns = len(json.loads(done.out)["cells"])
     assert re.search(rf"turns .*{turns}/{turns}", done.screen), done.screen
