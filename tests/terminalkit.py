@@ -28,12 +28,17 @@ class Ended:
     Attributes:
         status: Its exit status.
         out: Its standard output, unless that was the terminal too.
-        screen: All that came to the terminal, one text after the other.
+        raw: All that came to the terminal, with its control codes.
     """
 
     status: int
     out: str
-    screen: str
+    raw: str
+
+    @property
+    def screen(self) -> str:
+        """The texts that came to the terminal, one after the other."""
+        return _CODES.sub("", self.raw)
 
 
 def on_a_terminal(
@@ -72,8 +77,8 @@ def on_a_terminal(
         reader.join()
     finally:
         os.close(ours)
-    screen = _CODES.sub("", b"".join(told).decode(errors="replace"))
-    return Ended(process.returncode, out or "", screen)
+    raw = b"".join(told).decode(errors="replace")
+    return Ended(process.returncode, out or "", raw)
 
 
 def _read_all(terminal: int, told: list[bytes]) -> None:

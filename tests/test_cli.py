@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 
 from pkcs11_pool import LoginState, cli, pins
-from pkcs11_pool.cli import app, exits
+from pkcs11_pool.cli import app, exits, options
 from pkcs11_pool.cli.app import main
 
 if TYPE_CHECKING:
@@ -384,9 +384,16 @@ def test_a_key_that_is_there_is_not_made_again(run: Run) -> None:
     assert "already" in run("keygen", "signer", "--type", "aes", status=5).err
 
 
-def test_without_a_module_those_of_this_machine_are_named(bare: Run) -> None:
-    """In advice: none is loaded by itself."""
-    assert "set PKCS11_MODULE" in bare("tokens", status=2).err
+def test_without_a_module_those_of_this_machine_are_named(
+    bare: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In advice: none is loaded by itself. And where there is none, how to get one."""
+    monkeypatch.setattr(options, "TYPICAL_MODULES", ("/no.so", __file__))
+    told = bare("tokens", status=2).err
+    assert "set PKCS11_MODULE" in told
+    assert told.endswith(f"; on this machine: {__file__}\n")
+    monkeypatch.setattr(options, "TYPICAL_MODULES", ("/no.so",))
+    assert "`pkcs11-pool softhsm` gets one" in bare("tokens", status=2).err
 
 
 def test_without_a_pin_its_sources_are_named(

@@ -74,7 +74,11 @@ class ModuleOptions:
         if named is not None:
             return named
         there = [path for path in TYPICAL_MODULES if Path(path).is_file()]
-        hint = f"; {' and '.join(there)} is there" if there else ""
+        hint = (
+            f"; on this machine: {', '.join(there)}"
+            if there
+            else "; `pkcs11-pool softhsm` gets one to try"
+        )
         raise CommandError(
             f"which module? Give --module or set PKCS11_MODULE{hint}{self.unquoted()}"
         )
