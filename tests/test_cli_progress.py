@@ -77,7 +77,7 @@ def test_initialising_is_told_while_it_lasts(
 
 def test_a_benchmark_moves_a_bar(variables: dict[str, str]) -> None:
     """With the turns that are done of all."""
-    words = ("bench", "--quick", "--rounds", "1", "--seconds", "0.05", "--json")
+    words = ("bench", "--quick", "--rounds", "1", "--seconds", "0.3", "--json")
     cell = ("--operations", "random", "--callers", "1", "--backends", "asyncio")
     token = ("--module", variables["PKCS11_MODULE"])
     label = ("--token", variables["PKCS11_TOKEN"])
@@ -85,6 +85,7 @@ def test_a_benchmark_moves_a_bar(variables: dict[str, str]) -> None:
     assert done.status == 0, done.screen
     turns = len(json.loads(done.out)["cells"])
     assert re.search(rf"turns .*{turns}/{turns}", done.screen), done.screen
+    assert re.search(rf"turns .*[1-{turns - 1}]/{turns}", done.screen), done.screen
 
 
 def test_the_demo_moves_two_bars(soft_hsm: SoftHSM) -> None:
