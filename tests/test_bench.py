@@ -290,7 +290,13 @@ def test_the_pin_comes_from_each_of_the_sources(
     monkeypatch.setenv("THE_PIN", token.user_pin)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     monkeypatch.setattr(pins, "keyring", lambda *_words: lambda: token.user_pin)
-    monkeypatch.setattr(pins, "prompt", lambda _text: lambda: token.user_pin)
+    asked: list[str] = []
+
+    def typed() -> str:
+        asked.append(source)
+        return token.user_pin
+
+    monkeypatch.setattr(pins, "prompt", lambda _text: typed)
     value = {
         "env": ["THE_PIN"],
         "file": [str(tmp_path / "pin")],
@@ -300,7 +306,9 @@ def test_the_pin_comes_from_each_of_the_sources(
     }
     given = parsed(*theirs, f"--pin-{source}", *value[source]).token
     assert given is not None
+    assert asked == []
     assert tokens.given(given).pin == token.user_pin
+    assert len(asked) == (source == "prompt")
 
 
 def test_without_a_word_it_is_the_pin_of_every_other_command(
