@@ -841,6 +841,27 @@ async def test_an_officers_period_ends_with_the_token(
         assert await _sign(key)
 
 
+async def test_the_officer_waits_while_his_session_is_looked_at(
+    make_pool: MakePool, fault: FaultModule, token: Any
+) -> None:
+    """It is the login's own: no second call enters it beside the actor's."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_GenerateRandom", answer=CKR.DEVICE_ERROR)
+        async with (
+            pool.security_officer(token.so_pin) as so,
+            anyio.create_task_group() as tasks,
+        ):
+            fault.on("C_GetSessionInfo", hang="before")
+            tasks.start_soon(so.session.generate_random, 64)
+            await hangs(fault, "C_GetSessionInfo")
+            try:
+                await eventually(lambda: pool.stats().operations_waiting == 1)
+            finally:
+                fault.release()
+        assert fault.count("C_GenerateRandom") == 2
+        assert pool.stats().operations_failed == 0
+
+
 async def test_keys_are_found_anew_after_an_outage(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -995,9 +1016,12 @@ async def _told_of_doubt(call: Any) -> None:
 async def test_a_search_that_could_not_be_ended_does_not_spoil_its_session(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
-    """The next one in the same session ends it first."""
+    """It is ended once more, or the next one in the same session ends it first."""
     async with make_pool(module=fault.path) as pool, pool.session() as session:
         fault.on("C_FindObjectsFinal", answer=CKR.DEVICE_MEMORY)
+        assert await session.find() == []
+        assert await digest(session)
+        fault.on("C_FindObjectsFinal", times=2, answer=CKR.DEVICE_MEMORY)
         assert await session.find() == []
         assert await session.find() == []
 

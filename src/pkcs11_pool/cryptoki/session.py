@@ -247,7 +247,9 @@ class Session:
                     break
                 found += batch[: count.value]
         finally:
-            functions.C_FindObjectsFinal(handle)
+            if functions.C_FindObjectsFinal(handle):
+                # One that goes on keeps others out, on some tokens of any kind.
+                functions.C_FindObjectsFinal(handle)
         return found if most is None else found[:most]
 
     def __repr__(self) -> str:
