@@ -83,10 +83,10 @@ async def test_a_call_fails_as_told(
     pkcs11_faults: Faults, pkcs11_pool: TokenPool
 ) -> None:
     """So often, after so many that go well; then no more."""
-    pkcs11_faults.fail("C_GenerateRandom", "CKR_FUNCTION_FAILED", times=2, skip=1)
+    pkcs11_faults.fail("C_GenerateRandom", "CKR_DEVICE_MEMORY", times=2, skip=1)
     assert len(await pkcs11_pool.generate_random(64)) == 8
     for _ in range(2):
-        with pytest.raises(pkcs11.FunctionFailed):
+        with pytest.raises(pkcs11.DeviceMemory):
             await pkcs11_pool.generate_random(64)
     assert len(await pkcs11_pool.generate_random(64)) == 8
     assert pkcs11_faults.count("C_GenerateRandom") == 4

@@ -402,8 +402,8 @@ async def test_an_error_of_info_is_the_tokens(
 ) -> None:
     """What the token answers to C_GetSessionInfo is raised as it is."""
     async with make_pool(module=fault.path) as pool, pool.session() as session:
-        fault.on("C_GetSessionInfo", answer=CKR.FUNCTION_FAILED)
-        with pytest.raises(pkcs11.exceptions.FunctionFailed):
+        fault.on("C_GetSessionInfo", answer=CKR.DEVICE_MEMORY)
+        with pytest.raises(pkcs11.exceptions.DeviceMemory):
             await session.info()
         assert (await session.info()).state is SessionState.RO_USER_FUNCTIONS
 

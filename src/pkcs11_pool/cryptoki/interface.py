@@ -373,8 +373,17 @@ _MIXINS: Final = (
     _native.DecapsulateMixin,
     _native.Object,
 )
+
+
+def _told(key: Any) -> str:
+    # Upstream asks the token for the label: not where a traceback shows variables.
+    return f"<{type(key).__name__} object {key.wrapper.handle}>"
+
+
 _CLASSES: Final[dict[int, Any]] = {
-    int(object_class): type(base.__name__, (base, *_MIXINS), {})
+    int(object_class): type(
+        base.__name__, (base, *_MIXINS), {"__repr__": _told, "__str__": _told}
+    )
     for object_class, base in _native._CLASS_MAP.items()  # noqa: SLF001
     if issubclass(base, _native.types.Key)
 }
