@@ -1219,12 +1219,16 @@ def test_a_strike_loses_answers_to_what_was_done(setup: Setup) -> None:
 
 
 @own_process
-def test_a_session_that_closes_is_closed_whatever_a_strike_answers(
+def test_what_ends_a_session_or_a_search_ends_it_whatever_a_strike_answers(
     setup: Setup,
 ) -> None:
     """Or it would stay for ever: nobody closes one twice."""
     fault, app = start(setup)
     session = app.open()
+    app.ok("C_FindObjectsInit", session, None, 0)
+    fault.strike("answer", CKR.DEVICE_ERROR, times=1)
+    assert app("C_FindObjectsFinal", session) == CKR.DEVICE_ERROR
+    app.ok("C_DigestInit", session, mechanism(Mechanism.SHA256))
     fault.strike("answer", CKR.DEVICE_ERROR)
     assert app("C_CloseSession", session) == CKR.DEVICE_ERROR
     assert fault.sessions() == []

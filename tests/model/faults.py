@@ -150,6 +150,11 @@ class FaultMachine(Machine):
         recoveries: dict[str, int],
     ) -> None:
         """Find what has happened that was excused, and what is there afterwards."""
+        if fault.kind == "login" and isinstance(step, steps.Officer) and running.value:
+            # His session tells what is so: that he is out.
+            rw, who, *others = running.value
+            who = User.SO if who is User.NOBODY else who
+            running.value = (rw, who, *others)
         if not blow.struck:
             problem = judge(step, running, self.model)
             if problem:

@@ -114,9 +114,6 @@ class Misfortune:
         if isinstance(step, steps.Visit) and self.kind == "sessions":
             # Another session uses what it made, and the token tells that it is gone.
             told.add("KeyHandleInvalid")
-        if blow.functions.count("C_FindObjectsFinal") > 1:
-            # The search goes on, and SoftHSM2 begins nothing else beside it.
-            told.add("OperationActive")
         if trouble is Trouble.LOGIN and isinstance(step, (steps.Login, steps.Officer)):
             told |= {"UserNotLoggedIn"}
         return told
