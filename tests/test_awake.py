@@ -27,6 +27,7 @@ class _Worker:
     counted: bool | None = None
     lost = False
     since = 0.0
+    done = 0.0
     spent: float | None = None
     coming = False
     opened = 0

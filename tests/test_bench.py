@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pkcs11 import Attribute, KeyType
 
+from pkcs11_pool import pins
 from pkcs11_pool.__main__ import main
 from pkcs11_pool.bench import (
     client,
@@ -70,7 +71,7 @@ def test_all_that_was_asked_for_is_measured(tmp_path: Path, soft_hsm: SoftHSM) -
     done = bench(
         *SHORT,
         *("--callers", "1,3", "--backends", "trio"),
-        *("--json", str(file), "--plots", str(plots)),
+        *("--output", str(file), "--plots", str(plots)),
     )
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
     cells = json.loads(file.read_text())["cells"]
@@ -248,19 +249,107 @@ async def test_a_given_token_is_left_as_it_was(
         assert found == {Attribute.LABEL: "theirs"}
 
 
+def test_json_is_all_that_is_printed(
+    theirs: list[str], token: ThrowawayToken, tmp_path: Path
+) -> None:
+    """The same figures as in the file; tables and notes are on standard error."""
+    file = tmp_path / "figures.json"
+    words = ("--json", "--output", str(file))
+    done = bench(*SHORT, *ONE_CELL, *theirs, *words, PKCS11_PIN=token.user_pin)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told == json.loads(file.read_text())
+    assert {one["operation"] for one in told["cells"]} == {"p256"}
+    assert "P-256 signature" in done.stderr
+
+
+def test_json_tells_a_wrong_result_too(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    soft_hsm: SoftHSM,
+) -> None:
+    """The status is 1, and the figures are there."""
+    del soft_hsm
+    monkeypatch.setattr(work.Material, "_right_p256", lambda *_: False)
+    assert main(["bench", *SHORT, *ONE_CELL, "--json"]) == 1
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert all(one["wrong"] == one["checked"] > 0 for one in cells)
+
+
+@pytest.mark.parametrize("source", ["env", "file", "credential", "keyring", "prompt"])
+def test_the_pin_comes_from_each_of_the_sources(
+    source: str,
+    theirs: list[str],
+    token: ThrowawayToken,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the words of every other command; it is not asked for before it is needed."""
+    (tmp_path / "pin").write_text(f"{token.user_pin}\n")
+    (tmp_path / "pin").chmod(0o600)
+    monkeypatch.setenv("THE_PIN", token.user_pin)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(pins, "keyring", lambda *_words: lambda: token.user_pin)
+    monkeypatch.setattr(pins, "prompt", lambda _text: lambda: token.user_pin)
+    value = {
+        "env": ["THE_PIN"],
+        "file": [str(tmp_path / "pin")],
+        "credential": ["pin"],
+        "keyring": ["hsm", "signer"],
+        "prompt": [],
+    }
+    given = parsed(*theirs, f"--pin-{source}", *value[source]).token
+    assert given is not None
+    assert tokens.given(given).pin == token.user_pin
+
+
+def test_without_a_word_it_is_the_pin_of_every_other_command(
+    theirs: list[str], token: ThrowawayToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable's; and else it is asked for."""
+    monkeypatch.setenv("PKCS11_PIN", token.user_pin)
+    given = parsed(*theirs).token
+    assert given is not None
+    assert tokens.given(given).pin == token.user_pin
+    monkeypatch.delenv("PKCS11_PIN")
+    monkeypatch.setattr(pins, "can_prompt", lambda: True)
+    monkeypatch.setattr(pins, "prompt", lambda text: lambda: f"typed at {text}")
+    assert tokens.given(given).pin == "typed at PIN of the user: "
+
+
+def test_no_variable_names_the_token_that_is_measured(
+    token: ThrowawayToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and load come to a token of the user only where words say so."""
+    monkeypatch.setenv("PKCS11_MODULE", str(token.module))
+    monkeypatch.setenv("PKCS11_TOKEN", token.label)
+    monkeypatch.setenv("PKCS11_PIN", token.user_pin)
+    assert parsed().token is None
+
+
 def test_a_wrong_pin_is_sent_once(theirs: list[str]) -> None:
     """The benchmark cannot begin, and says why."""
     done = bench(*SHORT, *ONE_CELL, *theirs, "--pin-env", "THE_PIN", THE_PIN="0000")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("The token refused: PinRefused")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith("the token refused the PIN of the user")
     assert "0000" not in done.stderr
 
 
 def test_a_pin_that_cannot_be_had_is_told(theirs: list[str]) -> None:
     """By the name of its source."""
     done = bench(*ONE_CELL, *theirs, "--pin-env", "NO_SUCH_PIN")
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == "the environment variable NO_SUCH_PIN is not set\n"
+
+
+def test_a_token_that_is_not_there_has_the_status_of_other_commands(
+    token: ThrowawayToken,
+) -> None:
+    """And one line that says so."""
+    theirs = ("--module", str(token.module), "--token", "none")
+    done = bench(*SHORT, *ONE_CELL, *theirs, PKCS11_PIN=token.user_pin)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+    assert "no token matches" in done.stderr
 
 
 # -- Options --------------------------------------------------------------------------
@@ -302,10 +391,10 @@ LABEL = ("--token-label", "x")
         ([*LABEL], "--token-label and a PIN go with --module"),
         (["--pin-env", "X"], "--token-label and a PIN go with --module"),
         ([*MODULE, "--pin-env", "X"], "which token? Give --token-label"),
-        ([*MODULE, *LABEL], "give the PIN by --pin-env, --pin-file or --pin-prompt"),
-        ([*MODULE, *LABEL, "--pin-env", "X", "--pin-prompt"], "one source"),
+        ([*MODULE, *LABEL, "--pin-env", "X", "--pin-prompt"], "has one source"),
+        ([*MODULE, *LABEL, "--pin-env", "1234"], "takes the name of a variable"),
         ([*LABEL, "--module", "/no.so", "--pin-env", "X"], "/no.so is no file"),
-        (["--json", "/no/such/place.json"], "there is no directory for"),
+        (["--output", "/no/such/place.json"], "there is no directory for"),
         (["--plots", __file__], "is no directory"),
         (["--pin", "1234"], "a PIN is no word of a command"),
     ],

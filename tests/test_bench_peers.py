@@ -49,7 +49,7 @@ def test_every_peer_takes_part_or_a_line_says_why_not(
     """Near and behind a network; each one's signatures are right."""
     del soft_hsm
     file = tmp_path / "figures.json"
-    done = run(*SHORT, "--only", "p256", "--callers", "2", "--json", str(file))
+    done = run(*SHORT, "--only", "p256", "--callers", "2", "--output", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(file.read_text())
     seen = {(one["scenario"], one["client"]): one for one in data["cells"]}
@@ -143,7 +143,7 @@ def test_a_word_stands_for_all_names_that_begin_so() -> None:
         (["--peers", "rust"], "'rust' is none of bare, kept"),
         (["--scenarios", "far"], "'far' is none of local, network, keys"),
         (["--only", "dance"], "'dance' is none of p256"),
-        (["--json", "/no/such/place.json"], "there is no directory for"),
+        (["--output", "/no/such/place.json"], "there is no directory for"),
         (["--from", "/no/such/file.json"], "No such file"),
     ],
 )
@@ -396,7 +396,7 @@ def test_a_soak_that_fails_takes_nothing_else_along(
 
 def test_the_command_is_told_without_places() -> None:
     """They are this machine's."""
-    words = ["--docs", "--json", "/home/x", "--only", "p256", "--from", "y"]
+    words = ["--docs", "--output", "/home/x", "--only", "p256", "--from", "y"]
     assert comparison.told(words) == "python tests/benchmarks/run.py --docs --only p256"
 
 

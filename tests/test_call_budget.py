@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -161,16 +162,46 @@ async def test_the_largest_signatures_cost_no_size_query_either(
 async def test_a_result_does_not_wait_for_a_hang_behind_it(
     make_pool: MakePool, fault: FaultModule, function: str
 ) -> None:
-    """On a fast token results wait for each other a moment, but for no call."""
-    async with make_pool(module=fault.path, close_timeout=0.3) as pool:
-        await _warm(lambda: pool.generate_random(64))
-        await settled(pool)
-        # What a worker does behind its caller's back.
-        fault.on(function, hang="before")
-        with anyio.fail_after(5):
-            while not fault.inside(function):
-                await pool.generate_random(64)
+    """What a worker does behind its caller's back is nothing to the caller."""
+    # With one session there is none to spare: the next one is always opened behind.
+    async with make_pool(module=fault.path, max_sessions=1, close_timeout=0.3) as pool:
+        # Set while its session is in use: nobody opens or closes another in front.
+        fault.on("C_GenerateRandom", hang="before")
+        async with anyio.create_task_group() as group:
+            group.start_soon(pool.generate_random, 64)
+            await blocking(fault.wait_until_hanging, "C_GenerateRandom")
+            fault.on(function, hang="before")
+            fault.release("C_GenerateRandom")
+            await blocking(fault.wait_until_hanging, function)
+        assert fault.inside(function)
         fault.clear()
+
+
+async def test_a_result_that_is_held_back_waits_for_no_hang_either(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a fast token results wait for each other a moment, but for no call."""
+    # All results come fast enough for that, however slow the machine is.
+    monkeypatch.setattr("pkcs11_pool.engine.work._LATE", math.inf)
+    done = anyio.Event()
+
+    async def caller() -> None:
+        await pool.generate_random(64)
+        done.set()
+
+    async with make_pool(module=fault.path, max_sessions=1, close_timeout=0.3) as pool:
+        fault.on("C_GenerateRandom", hang="before")
+        fault.on("C_CloseSession", hang="before")
+        async with anyio.create_task_group() as group:
+            for _ in range(_CALLERS):
+                group.start_soon(caller)
+            await blocking(fault.wait_until_hanging, "C_GenerateRandom")
+            await eventually(lambda: pool.stats().operations_waiting == _CALLERS - 1)
+            fault.release("C_GenerateRandom")
+            await blocking(fault.wait_until_hanging, "C_CloseSession")
+            await done.wait()
+            assert fault.inside("C_CloseSession")
+            fault.clear()
 
 
 async def test_behind_slow_calls_all_workers_come(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +13,7 @@ from pkcs11 import Attribute, KeyType
 from pkcs11_pool import chaos
 from pkcs11_pool.chaos import faults, load, server
 from poolkit import eventually
+from terminalkit import on_a_terminal
 
 if TYPE_CHECKING:
     from conftest import MakePool
@@ -36,15 +36,22 @@ def needs_server(soft_hsm: object) -> None:
 @pytest.mark.usefixtures("needs_server")
 @pytest.mark.timeout(90)
 def test_a_short_run_loses_nothing() -> None:
-    """Thirteen seconds with real kills: lost, wrong and left over are empty."""
-    command = [sys.executable, "-m", "pkcs11_pool", "chaos", "--json"]
-    command += ["--minutes", "0.22", "--seed", str(_SEED), "--tasks", "32"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=80, check=False
-    )
-    report: dict[str, Any] = json.loads(done.stdout)
+    """Thirteen seconds with real kills: lost, wrong and left over are empty.
+
+    A terminal shows meanwhile how it goes, and each fault.
+    """
+    command = ["chaos", "--json", "--minutes", "0.22", "--seed", str(_SEED)]
+    done = on_a_terminal([*command, "--tasks", "32"], timeout=80)
+    report: dict[str, Any] = json.loads(done.out)
     assert (report["lost"], report["wrong"], report["leaked"]) == ([], [], [])
-    assert done.returncode == 0
+    assert done.status == 0
+    lived = re.findall(r"([\d,]+) results, 0 wrong, the pool is (\w+)", done.screen)
+    counts = [int(count.replace(",", "")) for count, _ in lived]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 10
+    assert "ready" in {state for _, state in lived}
+    kills = re.findall(r"  kill for [\d.]+ s", done.screen)
+    assert len(kills) == report["faults"]["kill"]
     assert report["seed"] == _SEED
     planned = faults.plan(random.Random(_SEED), 0.22 * 60)  # noqa: S311
     assert sum(report["faults"].values()) == len(planned)

@@ -7,7 +7,6 @@ import getpass
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 
 from pkcs11_pool import LoginState, cli, pins
-from pkcs11_pool.cli import app, exits
+from pkcs11_pool.cli import app, exits, options
 from pkcs11_pool.cli.app import main
 
 if TYPE_CHECKING:
@@ -385,9 +384,16 @@ def test_a_key_that_is_there_is_not_made_again(run: Run) -> None:
     assert "already" in run("keygen", "signer", "--type", "aes", status=5).err
 
 
-def test_without_a_module_those_of_this_machine_are_named(bare: Run) -> None:
-    """In advice: none is loaded by itself."""
-    assert "set PKCS11_MODULE" in bare("tokens", status=2).err
+def test_without_a_module_those_of_this_machine_are_named(
+    bare: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In advice: none is loaded by itself. And where there is none, how to get one."""
+    monkeypatch.setattr(options, "TYPICAL_MODULES", ("/no.so", __file__))
+    told = bare("tokens", status=2).err
+    assert "set PKCS11_MODULE" in told
+    assert told.endswith(f"; on this machine: {__file__}\n")
+    monkeypatch.setattr(options, "TYPICAL_MODULES", ("/no.so",))
+    assert "`pkcs11-pool softhsm` gets one" in bare("tokens", status=2).err
 
 
 def test_without_a_pin_its_sources_are_named(
@@ -520,34 +526,6 @@ def test_help_of_a_command_is_more_than_its_line_in_the_list(bare: Run) -> None:
     assert "ratios to it" in bare("bench", "--help").out
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_completion_script_knows_every_command(shell: str, bare: Run) -> None:
-    """And the words of one."""
-    script = bare("completion", shell).out
-    for command in app.COMMANDS:
-        assert command in script
-    assert "token-serial" in script
-
-
-@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
-def test_bash_completes_by_it(bare: Run, tmp_path: Path) -> None:
-    """Sourced by a real one, and asked as the TAB key asks."""
-    script = tmp_path / "completion.bash"
-    script.write_text(bare("completion", "bash").out)
-    ask = (
-        f"source {script}; COMP_WORDS=(pkcs11-pool ke); COMP_CWORD=1; "
-        'COMP_LINE="pkcs11-pool ke"; COMP_POINT=14; '
-        "$(complete -p pkcs11-pool | sed -E 's/.*-F ([^ ]+).*/\\1/'); "
-        'echo "${COMPREPLY[@]}"'
-    )
-    bash = shutil.which("bash")
-    assert bash is not None
-    done = subprocess.run(
-        [bash, "--norc", "-c", ask], capture_output=True, text=True, check=True
-    )
-    assert (done.stdout.strip(), done.stderr) == ("keygen", "")
-
-
 def test_the_page_has_the_table_of_statuses() -> None:
     """All of them, and no others."""
     page = Path(__file__).parents[1] / "docs/reference/command-line.md"
@@ -561,21 +539,63 @@ def test_the_page_has_the_table_of_statuses() -> None:
         assert f"`{command}`" in page.read_text()
 
 
+STATUSES = {
+    exits.Exit.USAGE: {
+        "InvalidOption",
+        "InvalidType",
+        "InvalidURI",
+        "KeyNotExportable",
+        "SessionObjectNeedsSession",
+    },
+    exits.Exit.TOKEN: {
+        "ModuleError",
+        "ModuleInUse",
+        "TokenAmbiguous",
+        "TokenInUse",
+        "TokenNotFound",
+    },
+    exits.Exit.PIN: {
+        "LoginRequired",
+        "PinLengthInvalid",
+        "PinRefused",
+        "PinSourceError",
+    },
+    exits.Exit.KEY: {"KeyAmbiguous", "KeyFunctionNotPermitted", "KeyNotFound"},
+    exits.Exit.UNAVAILABLE: {"OutcomeUnknown", "PoolTimeout", "TokenUnavailable"},
+}
+
+
 def test_every_error_of_the_pool_has_a_status() -> None:
-    """None of them reaches a user as a traceback."""
+    """None of them reaches a user as a traceback; the rest is as the token refused."""
     import pkcs11  # noqa: PLC0415
 
     from pkcs11_pool import errors  # noqa: PLC0415
 
+    assert set().union(*STATUSES.values()) <= set(errors.__all__)
     for name in errors.__all__:
         kind = getattr(errors, name)
         error = kind("text", "waiting") if name == "PoolTimeout" else kind("text")
+        wanted = [status for status, names in STATUSES.items() if name in names]
         told = exits.explained(error)
         assert told is not None
-        assert told[1] > exits.Exit.NO
+        assert [told[1]] == (wanted or [exits.Exit.REFUSED]), name
     assert exits.explained(pkcs11.exceptions.DeviceError()) == ("DeviceError", 6)
+    assert exits.explained(OSError("no file")) == ("no file", 8)
     assert exits.explained(ZeroDivisionError()) is None
     assert cli.__doc__
+
+
+def test_help_has_the_statuses_of_the_page(bare: Run) -> None:
+    """In a line at its end."""
+    told = " ".join(bare("--help").out.split())
+    line = told.partition("Exit status: ")[2]
+    assert [int(n) for n in re.findall(r"\b\d+\b", line)] == list(exits.Exit)
+
+
+@pytest.mark.parametrize("command", sorted(set(app.COMMANDS) - {"completion"}))
+def test_each_command_has_json(command: str, bare: Run) -> None:
+    """But the one whose result is a script for a shell."""
+    assert re.search(r"^│ --json +Print", bare(command, "--help").out, re.MULTILINE)
 
 
 async def test_the_library_reads_none_of_these_variables(

@@ -129,6 +129,14 @@ def test_no_pin_is_a_word(run: Run, word: str) -> None:
     assert told == f"{word}-env takes the name of a variable, not the PIN\n"
 
 
+@pytest.mark.parametrize("command", ["tokens", "random 8", "set-pin", "doctor"])
+def test_no_pin_stands_in_the_uri(run: Run, command: str) -> None:
+    """It would be a word, too; and it is not shown."""
+    told = run(*command.split(), "--uri", "pkcs11:?pin-value=4711", status=2).err
+    assert "take it out, and give pin-source" in told
+    assert "4711" not in told
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -151,7 +159,8 @@ def test_a_uri_may_say_where_the_present_pin_is(
     monkeypatch.setenv("PKCS11_MODULE", str(token.module))
     uri = f"pkcs11:token={token.label}"
     bare("set-pin", "--uri", f"{uri}?pin-source=env:OLD", "--new-pin-env", "NEW")
-    bare("set-pin", "--uri", f"{uri}?pin-value=97531", "--new-pin-env", "OLD")
+    words = ("--pin-env", "NEW", "--new-pin-env", "OLD")
+    bare("set-pin", "--uri", f"{uri}?pin-source=file:/none", *words)
     bare("random", "8", "--uri", f"{uri}?pin-source=env:OLD")
     told = bare("random", "8", "--uri", f"{uri}?pin-source=%7Ccat%20/x", status=2)
     assert "--allow-pin-command" in told.err

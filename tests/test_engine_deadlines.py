@@ -188,6 +188,48 @@ async def test_a_lost_call_is_replaced(make_pool: MakePool, fault: FaultModule) 
 
 
 @pytest.mark.parametrize("function", ["C_OpenSession", "C_CloseSession"])
+async def test_a_hang_behind_a_caller_is_given_up_on_by_who_waits_for_it(
+    make_pool: MakePool,
+    fault: FaultModule,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+) -> None:
+    """Nobody's deadline passes inside such a call; in a full pool, in front of it."""
+    monkeypatch.setattr("pkcs11_pool.engine.leasing.BEHIND", 0)
+    async with make_pool(module=fault.path, max_sessions=1) as pool:
+        fault.on("C_Digest", hang="before")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(digest, pool)
+            await hangs(fault, "C_Digest")
+            fault.on(function, hang="before")
+            fault.release("C_Digest")
+            await hangs(fault, function)
+        await _times_out(lambda: digest(pool, timeout=_SHORT), "waiting", _SHORT)
+        stats = pool.stats()
+        assert (stats.calls_lost, stats.calls_stuck) == (1, 1)
+        assert await digest(pool, timeout=5)
+        fault.release()
+        await eventually(lambda: pool.stats().calls_stuck == 0)
+        await settled(pool)
+        await eventually(lambda: len(fault.sessions()) == 1)
+
+
+async def test_a_call_behind_a_caller_has_its_time(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Who has no time to wait takes nothing from it."""
+    async with make_pool(module=fault.path, max_sessions=1) as pool:
+        fault.on("C_CloseSession", hang="before")
+        await digest(pool, timeout=5)
+        await hangs(fault, "C_CloseSession")
+        with pytest.raises(PoolTimeout):
+            await digest(pool, timeout=0.01)
+        assert pool.stats().calls_lost == 0
+        fault.release()
+        assert await digest(pool, timeout=5)
+
+
+@pytest.mark.parametrize("function", ["C_OpenSession", "C_CloseSession"])
 async def test_a_session_that_cannot_be_opened_or_closed_in_time(
     make_pool: MakePool, fault: FaultModule, function: str
 ) -> None:

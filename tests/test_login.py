@@ -11,6 +11,8 @@ import copy
 import gc
 import hashlib
 import pickle
+import subprocess
+import sys
 import threading
 import traceback
 import weakref
@@ -31,6 +33,7 @@ from pkcs11 import KeyType, Mechanism, ObjectClass, TokenFlag
 from faultmodule import CKR
 from pkcs11_pool import (
     InvalidOption,
+    InvalidType,
     KeyNotFound,
     LoginRequired,
     LoginState,
@@ -1667,6 +1670,26 @@ def test_a_hidden_pin_is_neither_pickled_nor_copied() -> None:
     for spoil in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="PIN"):
             spoil(secret)
+
+
+async def test_a_pool_is_neither_pickled_nor_copied(pool: TokenPool) -> None:
+    """Nor what leads to it, and the error says so, not a lock inside."""
+    for item in (pool, pool.key(label="signer")):
+        for spoil in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(InvalidType, match="a pool, its sessions and its keys"):
+                spoil(item)
+
+
+def test_the_fingerprint_of_a_pin_is_of_no_use_elsewhere() -> None:
+    """Who finds the book of refused PINs in a memory dump cannot try PINs on it."""
+    text = (
+        f"from pkcs11_pool import pins; print(pins.Secret({_SECRET!r}).fingerprint())"
+    )
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, check=True
+    ).stdout
+    assert pins.Secret(_SECRET).fingerprint() == pins.Secret(_SECRET).fingerprint()
+    assert str(pins.Secret(_SECRET).fingerprint()) != elsewhere.strip()
 
 
 async def test_no_log_event_shows_a_pin(

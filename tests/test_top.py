@@ -18,6 +18,7 @@ import pagekit
 from pkcs11_pool.asgi import BasicAuth, StatusApp
 from pkcs11_pool.cli import top
 from pkcs11_pool.integrations.status import report
+from terminalkit import on_a_terminal
 from test_cli import Run, bare
 
 if TYPE_CHECKING:
@@ -87,6 +88,16 @@ def test_each_reading_is_a_table_for_people(bare: Run, service: str) -> None:
     assert [row[1:3] for row in rows] == [["ready", "user"]] * 2
     assert rows[0][6] == "-"
     assert int(rows[1][6].replace(",", "")) > 0
+
+
+def test_on_a_terminal_one_table_is_drawn_anew(service: str) -> None:
+    """On a screen of its own, which the terminal leaves at the end."""
+    words = ("top", service, "--count", "2", "--interval", "0.1")
+    done = on_a_terminal(words, both=True)
+    assert done.status == 0, done.screen
+    assert (done.raw.count("\x1b[?1049h"), done.raw.count("\x1b[?1049l")) == (1, 1)
+    assert done.screen.count("pkcs11-pool at ") >= 2
+    assert " ready " in done.screen
 
 
 @pytest.mark.parametrize(

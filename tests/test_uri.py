@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import string
 from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import quote, unquote_to_bytes
@@ -12,7 +13,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pkcs11 import Mechanism, ObjectClass
 
-from pkcs11_pool import InvalidType, InvalidURI, Pkcs11URI, TokenPool, pins
+from pkcs11_pool import (
+    InvalidType,
+    InvalidURI,
+    PinSourceError,
+    Pkcs11URI,
+    TokenPool,
+    pins,
+)
 from pkcs11_pool.uri import ObjectType
 from poolkit import make_ec_key
 
@@ -414,6 +422,16 @@ async def test_pin_source_names_a_program_only_where_that_is_allowed(
     TokenPool.from_uri(text, pin=None)
     async with TokenPool.from_uri(text, allow_pin_command=True) as pool:
         assert pool.token.label == token.label
+
+
+async def test_pin_source_names_no_pipe(token: ThrowawayToken, tmp_path: Path) -> None:
+    """Nobody waits for one that nobody writes to: a URI comes from elsewhere."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for where in (quote(str(pipe)), f"file:{quote(str(pipe))}"):
+        text = uri_of(token, query=f"&pin-source={where}")
+        with pytest.raises(PinSourceError, match="is a pipe"):
+            await TokenPool.from_uri(text, allow_pin_command=True).open()
 
 
 @pytest.mark.parametrize(

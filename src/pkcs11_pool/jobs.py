@@ -72,6 +72,8 @@ class Thread(Protocol):
     lost: bool
     #: When it took its last job, or was woken.
     since: float
+    #: When it was done with it, but for what it does behind its caller.
+    done: float
     #: It was woken, and is not there yet.
     coming: bool
     #: How many sessions it opened, not yet counted.

@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         dest="source",
         type=Path,
         metavar="FILE",
-        help="measure nothing: take the figures of an earlier --json",
+        help="measure nothing: take the figures of an earlier --output",
     )
     whole.add_argument(
         "--check", action="store_true", help="status 1 if a target was missed"
@@ -127,7 +127,7 @@ def _add_depth(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("where it goes, besides the terminal")
-    output.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    output.add_argument("--output", type=Path, metavar="FILE", help="all figures")
     output.add_argument(
         "--plots", type=Path, metavar="DIRECTORY", help="pictures, as SVG"
     )
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.argv[1:] if arguments is None else arguments
             )
             run = Run(
-                given, terminal, seen, given.json or (KEPT if given.docs else None)
+                given, terminal, seen, given.output or (KEPT if given.docs else None)
             )
             run.all()
     except (options.BadOptionError, softhsm.SoftHSMUnavailable, OSError) as error:
@@ -284,7 +284,7 @@ def about() -> str:
 
 def told(words: Sequence[str]) -> str:
     """The command, without the places of this machine."""
-    without = {"--json", "--plots", "--from"}
+    without = {"--output", "--plots", "--from"}
     kept = [
         word
         for before, word in zip(("", *words), words, strict=False)
@@ -298,7 +298,7 @@ def conclude(given: argparse.Namespace, seen: Record, terminal: Terminal) -> int
     terminal.figures(seen)
     for line in page.verdicts(seen):
         terminal.say(line)
-    command.write(given.json, given.plots, seen, terminal)
+    command.write(given.output, given.plots, seen, terminal)
     if given.docs:
         for path in page.write(seen):
             terminal.note(f"written: {path}")

@@ -129,6 +129,27 @@ CATALOGUE = (
         ("test_engine.py::test_a_signature_costs_four_calls",),
     ),
     Mutation(
+        "wait-behind",
+        "engine/workers.py",
+        "        opens = not again and engine.deliver(",
+        "        session.close()\n        opens = not again and engine.deliver(",
+        "No result waits for what a worker does behind its caller's back.",
+        ("test_call_budget.py::test_a_result_does_not_wait_for_a_hang_behind_it",),
+    ),
+    Mutation(
+        "hang-behind-for-ever",
+        "engine/leasing.py",
+        "        if behind and not self._module.turn.serialized:",
+        "        if False:",
+        "A hang behind a caller is given up on when somebody waits for its session.",
+        (
+            (
+                "test_engine_deadlines.py::"
+                "test_a_hang_behind_a_caller_is_given_up_on_by_who_waits_for_it"
+            ),
+        ),
+    ),
+    Mutation(
         "no-trust-mark",
         "cryptoki/keys.py",
         # Not the mark alone: what is left of it is made up for after the call.

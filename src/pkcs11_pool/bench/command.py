@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pkcs11 import PKCS11Error
-
-from pkcs11_pool import softhsm
 from pkcs11_pool.bench import (
     contenders,
     imports,
@@ -24,7 +22,6 @@ from pkcs11_pool.bench.growth import TooFewSamplesError
 from pkcs11_pool.bench.record import Record, machine
 from pkcs11_pool.bench.report import Terminal
 from pkcs11_pool.bench.soak import Orders
-from pkcs11_pool.errors import PinSourceError, PoolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,30 +45,25 @@ def run(options: Options) -> int:
 
     Returns:
         0: done. 1: a result is wrong, a client failed, something grew, or importing
-        costs too much. 2: it could not begin, and the text says why.
+        costs too much. 2: a soak was too short to tell.
+
+    Raises:
+        SoftHSMUnavailable, PoolError, pkcs11.PKCS11Error, OSError: It could not
+            begin.
     """
-    terminal = Terminal()
+    terminal = Terminal(to_stderr=options.json)
     record = Record()
     try:
         good = _run(options, terminal, record)
-    except (
-        softhsm.SoftHSMUnavailable,
-        TooFewSamplesError,
-        PinSourceError,
-        OSError,
-    ) as error:
+    except TooFewSamplesError as error:
         terminal.note(str(error))
         return CANNOT_RUN
     except programs.ClientError as error:
         terminal.note(str(error))
         return BAD
-    except (PoolError, PKCS11Error) as error:
-        terminal.note(f"The token refused: {type(error).__name__}: {error}")
-        return CANNOT_RUN
-    except KeyboardInterrupt:
-        terminal.note("stopped")
-        return INTERRUPTED
-    write(options.json, options.plots, record, terminal)
+    write(options.output, options.plots, record, terminal)
+    if options.json:
+        sys.stdout.write(record.as_text())
     return GOOD if good else BAD
 
 
@@ -213,12 +205,12 @@ def soak(
 
 
 def write(
-    json: Path | None, plots: Path | None, record: Record, terminal: Terminal
+    output: Path | None, plots: Path | None, record: Record, terminal: Terminal
 ) -> None:
     """Write the files that were asked for."""
-    if json is not None:
-        record.write(json)
-        terminal.note(f"figures in {json}")
+    if output is not None:
+        record.write(output)
+        terminal.note(f"figures in {output}")
     if plots is not None:
         from pkcs11_pool.bench.plots import draw  # noqa: PLC0415  # slow, and optional
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from pkcs11_pool import pins
 from pkcs11_pool.bench.turns import BACKENDS, OPERATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from pkcs11_pool import pins
 
 CALLERS: Final = (1, 8, 64)
 MOST_CALLERS: Final = 4096
@@ -57,12 +58,12 @@ class GivenToken:
     Attributes:
         module: The Cryptoki module.
         label: The token's label.
-        pin: Gives the user's PIN. It is asked once.
+        pin: Gives the user's PIN. It is called once.
     """
 
     module: Path
     label: str
-    pin: Callable[[], str]
+    pin: Callable[[], pins.Secret]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Options:
         depth: How long.
         max_sessions: Of the pool; None for twice the callers.
         token: The user's own token; None for a throwaway one.
-        json: Where to write the figures.
+        json: Whether the figures are printed as JSON.
+        output: Where to write the figures.
         plots: A directory for pictures.
         soak: How many operations of the soak test; None to measure throughput.
         import_time: Whether to measure importing instead.
@@ -90,7 +92,8 @@ class Options:
     depth: Depth
     max_sessions: int | None
     token: GivenToken | None
-    json: Path | None
+    json: bool
+    output: Path | None
     plots: Path | None
     soak: int | None
     import_time: bool
@@ -156,13 +159,12 @@ class Given(Protocol):
     quick: bool
     rounds: int | None
     seconds: float | None
-    json: Path | None
+    json: bool
+    output: Path | None
     plots: Path | None
     module: Path | None
     token_label: str | None
-    pin_env: str | None
-    pin_file: Path | None
-    pin_prompt: bool
+    pin: Callable[[], pins.Secret] | None
 
 
 def depth_of(given: Any) -> Depth:
@@ -181,8 +183,8 @@ def check_output(given: Any) -> None:
     Raises:
         BadOptionError: It says what and why.
     """
-    if given.json is not None and not given.json.resolve().parent.is_dir():
-        raise BadOptionError(f"--json: there is no directory for {given.json}")
+    if given.output is not None and not given.output.resolve().parent.is_dir():
+        raise BadOptionError(f"--output: there is no directory for {given.output}")
     if given.plots is not None:
         if given.plots.exists() and not given.plots.is_dir():
             raise BadOptionError(f"--plots: {given.plots} is no directory")
@@ -235,6 +237,7 @@ def read(given: Given) -> Options:
         max_sessions=given.max_sessions,
         token=_token(given),
         json=given.json,
+        output=given.output,
         plots=given.plots,
         soak=given.soak,
         import_time=given.import_time,
@@ -242,28 +245,13 @@ def read(given: Given) -> Options:
 
 
 def _token(given: Given) -> GivenToken | None:
-    pin: Callable[[], str] | None = None
-    sources = (given.pin_env, given.pin_file, given.pin_prompt or None)
-    if sum(source is not None for source in sources) > 1:
-        raise BadOptionError(
-            "--pin-env, --pin-file, --pin-prompt: the PIN has one source"
-        )
-    if given.pin_env is not None:
-        pin = pins.env(given.pin_env)
-    elif given.pin_file is not None:
-        pin = pins.file(given.pin_file)
-    elif given.pin_prompt:
-        pin = pins.prompt("PIN of the token: ")
     if given.module is None:
-        if given.token_label is not None or pin is not None:
+        if given.token_label is not None or given.pin is not None:
             raise BadOptionError("--token-label and a PIN go with --module")
         return None
     if given.token_label is None:
         raise BadOptionError("--module: which token? Give --token-label")
-    if pin is None:
-        raise BadOptionError(
-            "--module: give the PIN by --pin-env, --pin-file or --pin-prompt"
-        )
     if not given.module.is_file():
         raise BadOptionError(f"--module: {given.module} is no file")
-    return GivenToken(given.module, given.token_label, pin)
+    assert given.pin is not None  # noqa: S101
+    return GivenToken(given.module, given.token_label, given.pin)

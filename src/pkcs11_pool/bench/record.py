@@ -90,16 +90,18 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Write it to a file."""
+        # In one step: who is interrupted here has the file as it was before.
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(self.as_text(), encoding="utf-8")
+        new.replace(path)
+
+    def as_text(self) -> str:
+        """It as JSON, a line for each figure: short, and a change shows where it is."""
         data = self.as_data()
-        # A line for each figure: short, and a change shows where it is.
         lines = [json.dumps(one) for one in data.pop("cells")]
         cells = ",\n  ".join(lines)
         rest = json.dumps(data)
-        text = f'{rest[:-1]},\n "cells": [\n  {cells}\n ]}}\n'
-        # In one step: who is interrupted here has the file as it was before.
-        new = path.with_name(f"{path.name}.new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
+        return f'{rest[:-1]},\n "cells": [\n  {cells}\n ]}}\n'
 
     def as_data(self) -> dict[str, Any]:
         """As JSON can hold it. What can be reckoned from the turns is there as well."""

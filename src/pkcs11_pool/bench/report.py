@@ -41,11 +41,12 @@ ONLY_RATIOS = (
 class Terminal:
     """Tells people what happens and what came of it.
 
-    The bar goes to standard error, the tables to standard output.
+    The bar goes to standard error, the tables to standard output, or to standard error
+    too where that is for something else.
     """
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, *, to_stderr: bool = False) -> None:
+        self.console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
         self._bars = Console(stderr=True, highlight=False)
 
     def say(self, text: str, style: str = "") -> None:

@@ -66,7 +66,7 @@ def given(wanted: GivenToken) -> Token:
     Raises:
         PinSourceError: It cannot be had.
     """
-    pin = wanted.pin()
+    pin = wanted.pin().encoded().decode()
     # It goes to the clients as a line of text.
     if not pin or "\n" in pin:
         raise PinSourceError("a PIN must be one line of text, and not empty")

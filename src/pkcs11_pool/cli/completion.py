@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import Final, Literal
 
 from pkcs11_pool.cli import app
+
+# The script of cyclopts defines a function and calls it nowhere. As a file of $fpath it
+# is the function's body, run at the first TAB; sourced, it has to be made known.
+_ZSH_END: Final = """\
+if [[ ${funcstack[1]} == _pkcs11-pool ]]; then
+  _cyclopts_pkcs11-pool "$@"
+else
+  compdef _cyclopts_pkcs11-pool pkcs11-pool
+fi
+"""
 
 
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
@@ -18,4 +28,6 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
     Args:
         shell: Which shell.
     """
-    sys.stdout.write(app.app().generate_completion(prog_name=app.NAME, shell=shell))
+    script = app.app().generate_completion(prog_name=app.NAME, shell=shell)
+    end = _ZSH_END if shell == "zsh" else ""
+    sys.stdout.write(f"{script}{end}")

@@ -59,6 +59,7 @@ def doctor(
         json: Print JSON.
     """
     found: list[Finding] = []
+    where.parsed()  # what is wrong with a word is no finding
 
     async def work() -> None:
         async for finding in _findings(where, login=not no_login):

@@ -49,10 +49,20 @@ class ModuleOptions:
     uri: str | None = None
 
     def parsed(self) -> Pkcs11URI:
-        """The URI, empty if there is none."""
+        """The URI, empty if there is none.
+
+        Raises:
+            CommandError: It is none, or has a PIN in it.
+        """
         found = Pkcs11URI() if self.uri is None else read(self.uri)
         if isinstance(found, InvalidURI):
             raise CommandError(str(found))
+        if found.pin_value is not None:
+            raise CommandError(
+                "--uri has a pin-value, and a PIN is no word of a command, because "
+                "others see it: take it out, and give pin-source or one of the words "
+                "of the PIN"
+            )
         return found
 
     def unquoted(self) -> str:
@@ -74,7 +84,11 @@ class ModuleOptions:
         if named is not None:
             return named
         there = [path for path in TYPICAL_MODULES if Path(path).is_file()]
-        hint = f"; {' and '.join(there)} is there" if there else ""
+        hint = (
+            f"; on this machine: {', '.join(there)}"
+            if there
+            else "; `pkcs11-pool softhsm` gets one to try"
+        )
         raise CommandError(
             f"which module? Give --module or set PKCS11_MODULE{hint}{self.unquoted()}"
         )
@@ -152,7 +166,7 @@ class TokenOptions(ModuleOptions, PinOptions):
         source = self.source()
         if source is not None:
             return source
-        if uri.pin_value is not None or uri.pin_source is not None:
+        if uri.pin_source is not None:
             return None
         return by_default(lambda: asked("PIN of the user: "))
 
@@ -164,8 +178,6 @@ class TokenOptions(ModuleOptions, PinOptions):
         """
         uri = self.parsed()
         source = self.pin(uri)
-        if source is None and uri.pin_value is not None:
-            return uri.pin_value
         if source is None and uri.pin_source is not None:
             source = pins.from_pin_source(
                 uri.pin_source, allow_command=self.allow_pin_command

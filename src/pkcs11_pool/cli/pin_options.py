@@ -57,6 +57,19 @@ class PinOptions:
         """
         return _named("pin", self, ask or (lambda: asked("PIN of the user: ")))
 
+    def later(self) -> Ask:
+        """What gives the PIN when it is called: not asked for, and the words checked.
+
+        Raises:
+            CommandError: They name two sources, or a variable that is none.
+        """
+
+        def ask() -> pins.Secret:
+            return asked("PIN of the user: ")
+
+        source = _named("pin", self, lambda: ask)
+        return lambda: taken(by_default(ask) if source is None else source)
+
     def first(self) -> pins.Secret:
         """The PIN that a user gets: asked for twice where it is typed."""
 
@@ -135,7 +148,7 @@ class NewPinOptions:
         return taken(_terminal("new-pin", ask) if source is None else source)
 
 
-def _named(which: str, words: Any, ask: Ask) -> Any:
+def _named(which: str, words: Any, ask: Callable[[], Any]) -> Any:
     """The one source of a PIN that the words name, or None.
 
     The words of every PIN are the same behind its name.
@@ -179,7 +192,8 @@ def refused(which: str, words: Any, reason: str) -> None:
 
 def taken(source: Any) -> pins.Secret:
     """The PIN of a source, now."""
-    return source if isinstance(source, pins.Secret) else pins.literal(source())
+    given = source if isinstance(source, pins.Secret) else source()
+    return given if isinstance(given, pins.Secret) else pins.literal(given)
 
 
 def _terminal(which: str, ask: Ask) -> pins.Secret:

@@ -15,6 +15,7 @@ from cyclopts import Group, Parameter
 from pkcs11_pool.bench import options
 from pkcs11_pool.bench.turns import BACKENDS, OPERATIONS
 from pkcs11_pool.cli.exits import CommandError
+from pkcs11_pool.cli.pin_options import PinOptions
 
 # What the extra of a command brings, over what the package itself needs.
 DEMO_NEEDS: Final = frozenset({"cryptography", "rich", "trio"})
@@ -25,7 +26,11 @@ _HOW_LONG: Final = Group("How long", sort_key=2)
 _WHERE: Final = Group("Where it goes, besides the terminal", sort_key=3)
 _TOKEN: Final = Group(
     "The token",
-    help="A throwaway SoftHSM2 token, if none is named. PINs are no words.",
+    help=(
+        "A throwaway SoftHSM2 token, if none is named here; PKCS11_MODULE and "
+        "PKCS11_TOKEN are not read. The PIN: by one of these words, else PKCS11_PIN, "
+        "else it is asked for."
+    ),
     sort_key=4,
 )
 
@@ -123,13 +128,14 @@ def bench(  # the words that it had before there was this command line
     seconds: Annotated[
         float | None, Parameter(converter=_by(options.duration), group=_HOW_LONG)
     ] = None,
-    json: Annotated[Path | None, Parameter(group=_WHERE)] = None,
+    json: Annotated[bool, Parameter(group=_WHERE)] = False,
+    output: Annotated[Path | None, Parameter(group=_WHERE)] = None,
     plots: Annotated[Path | None, Parameter(group=_WHERE)] = None,
     module: Annotated[Path | None, Parameter(group=_TOKEN)] = None,
-    token_label: Annotated[str | None, Parameter(group=_TOKEN)] = None,
-    pin_env: Annotated[str | None, Parameter(group=_TOKEN)] = None,
-    pin_file: Annotated[Path | None, Parameter(group=_TOKEN)] = None,
-    pin_prompt: Annotated[bool, Parameter(group=_TOKEN)] = False,
+    token_label: Annotated[
+        str | None, Parameter(name=["--token-label", "--token"], group=_TOKEN)
+    ] = None,
+    user: Annotated[PinOptions, Parameter(name="*", group=_TOKEN)] = PinOptions(),
 ) -> int:
     """Measure the pool on a token, next to the bare module.
 
@@ -147,15 +153,16 @@ def bench(  # the words that it had before there was this command line
         quick: Fewer and shorter turns.
         rounds: Turns of each figure.
         seconds: Seconds that count, of each turn.
-        json: File for all figures.
+        json: Print all figures as JSON; the tables go to standard error.
+        output: File for all figures, as JSON.
         plots: Directory for pictures, as SVG.
         module: Cryptoki module.
         token_label: Label of the token.
-        pin_env: Variable that holds the PIN.
-        pin_file: File that holds the PIN.
-        pin_prompt: Ask for the PIN.
+        user: Where the user's PIN comes from.
     """
-    given = SimpleNamespace(**locals())
+    # Without a token of the user's, the variable PKCS11_PIN is for other commands.
+    wants_pin = module is not None or user != PinOptions()
+    given = SimpleNamespace(**locals(), pin=user.later() if wants_pin else None)
     try:
         wanted = options.read(given)
     except options.BadOptionError as error:

@@ -635,6 +635,7 @@ class Dispatch:
         job.phase = Phase.WAITING
         if job.worker is not None:
             job.worker.job = None
+            job.worker.done = time.monotonic()
             self._running -= 1
         job.worker = None
         if not job.waited:
@@ -691,6 +692,7 @@ class Dispatch:
         if job.phase is Phase.WAITING:
             if not job.stays:
                 self._take_out_locked(job)
+                self._give_up_behind_locked(now)
                 # A request to the actor waits for no session; nor does a chain, that
                 # is watched between its parts and never was in line.
                 if job.kind is not Kind.ACTOR and job.since:
@@ -777,6 +779,10 @@ class Dispatch:
 
     def _write_off_locked(self, job: Job, cause: BaseException) -> None:
         """Give up on a call that is inside the module."""
+        raise NotImplementedError
+
+    def _give_up_behind_locked(self, now: float) -> None:
+        """Give up on calls behind callers, which hold up who waits."""
         raise NotImplementedError
 
     def _tell_lost(self) -> None:

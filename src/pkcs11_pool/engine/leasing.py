@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from pkcs11_pool.jobs import Thread, Waiter
 
 
+BEHIND: Final = 2.0
+"""Seconds that a worker has for closing and opening behind its caller, before those
+who wait for it in vain have it given up on."""
+
+
 class _Nobody:
     """Waits for nothing: the waiter of what the engine does for itself."""
 
@@ -241,6 +246,22 @@ class Leasing(Dispatch):
             self._wake_all(self._refuse_lane_locked(job.lane))
         self._room.leasing -= job.kind is Kind.LEASE
         self._lose_worker_locked(worker)
+
+    def _give_up_behind_locked(self, now: float) -> None:
+        """A deadline passed in line: look for those who hang behind their callers.
+
+        Nobody's deadline passes inside ``C_CloseSession`` or the ``C_OpenSession`` of
+        a session ahead. Where a module takes turns nothing is won: who has the turn
+        keeps it, and all others only wait for it.
+        """
+        behind = [
+            worker
+            for worker in self._workers
+            if worker.busy and worker.job is None and now - worker.done > BEHIND
+        ]
+        if behind and not self._module.turn.serialized:
+            for worker in behind:
+                self._lose_worker_locked(worker)
 
     def _lose_worker_locked(self, worker: Thread) -> None:
         worker.lost = True

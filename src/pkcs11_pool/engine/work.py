@@ -326,7 +326,7 @@ class Work(Outages):
         with self._lock:
             if worker.lost:
                 return False
-            now = time.monotonic()
+            worker.done = now = time.monotonic()
             worker.job = None
             self._running -= 1
             duration = now - job.since

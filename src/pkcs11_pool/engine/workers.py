@@ -34,6 +34,7 @@ class Worker:
         counted: The kind of session that is counted for it. Written there, too.
         lost: Its call was given up on. Written under the engine's lock.
         since: When it took its last job, or was woken. Written there, too.
+        done: When that job had its result, or was let go. Written there, too.
         coming: It was woken and is not there yet. Written there, too.
         opened: How many sessions it opened since the engine last looked.
         spent: Seconds on a processor for its last job, where that was measured.
@@ -49,7 +50,7 @@ class Worker:
         self.busy = False
         self.counted: bool | None = None
         self.lost = False
-        self.since = 0.0
+        self.since = self.done = 0.0
         self.coming = False
         self.opened = 0
         self.spent: float | None = None
