@@ -1184,6 +1184,92 @@ def test_a_real_module_may_use_numbers_again_itself(setup: Setup) -> None:
 
 
 @own_process
+def test_a_strike_answers_calls_whichever_they_are(setup: Setup) -> None:
+    """From the one that is named on, so many in a row; they are not made."""
+    fault, app = start(setup)
+    session = app.open()
+    room = ctypes.create_string_buffer(64)
+    fault.strike("answer", CKR.DEVICE_ERROR, after=2, times=2)
+    before = fault.calls()[-1].sequence
+    app.ok("C_GenerateRandom", session, room, 8)
+    assert app("C_SeedRandom", session, BLOCK, 16) == CKR.DEVICE_ERROR
+    assert app.login(session) == CKR.DEVICE_ERROR
+    app.ok("C_GenerateRandom", session, room, 8)
+    assert fault.call_off() == (2, before + 2)
+    assert app.login(session) == CKR.OK  # nobody was in
+
+
+@own_process
+def test_a_strike_loses_answers_to_what_was_done(setup: Setup) -> None:
+    """But no operation begins by a call that is hit, and no session is opened."""
+    fault, app = start(setup)
+    session = app.open()
+    fault.strike("replace", CKR.DEVICE_REMOVED)
+    assert app.login(session) == CKR.DEVICE_REMOVED
+    assert app.login(session) == CKR.USER_ALREADY_LOGGED_IN
+    sha = mechanism(Mechanism.SHA256)
+    fault.strike("replace", CKR.DEVICE_REMOVED)
+    assert app("C_DigestInit", session, sha) == CKR.DEVICE_REMOVED
+    app.ok("C_DigestInit", session, sha)
+    fault.strike("replace", CKR.DEVICE_REMOVED)
+    number = ctypes.c_ulong()
+    opens = (app.slot, CKF_SERIAL, None, None, ctypes.byref(number))
+    assert app("C_OpenSession", *opens) == CKR.DEVICE_REMOVED
+    assert len(fault.sessions()) == 1
+
+
+@own_process
+def test_what_ends_a_session_or_a_search_ends_it_whatever_a_strike_answers(
+    setup: Setup,
+) -> None:
+    """Or it would stay for ever: nobody closes one twice."""
+    fault, app = start(setup)
+    session = app.open()
+    app.ok("C_FindObjectsInit", session, None, 0)
+    fault.strike("answer", CKR.DEVICE_ERROR, times=1)
+    assert app("C_FindObjectsFinal", session) == CKR.DEVICE_ERROR
+    app.ok("C_DigestInit", session, mechanism(Mechanism.SHA256))
+    fault.strike("answer", CKR.DEVICE_ERROR)
+    assert app("C_CloseSession", session) == CKR.DEVICE_ERROR
+    assert fault.sessions() == []
+
+
+@own_process
+def test_a_strike_loses_what_is_open_before_the_call_is_made(setup: Setup) -> None:
+    """All sessions, the login, or the module's state; once, and then all is well."""
+    fault, app = start(setup)
+    session, room = app.open(), ctypes.create_string_buffer(64)
+    random = ("C_GenerateRandom", session, room, 8)
+    fault.strike("sessions")
+    assert app(*random) == CKR.SESSION_HANDLE_INVALID
+    assert fault.sessions() == []
+
+    session = app.open()
+    assert app.login(session) == CKR.OK
+    fault.strike("login")
+    assert app.login(session) == CKR.OK
+
+    fault.strike("finalize")
+    assert app("C_GenerateRandom", session, room, 8) == CKR.CRYPTOKI_NOT_INITIALIZED
+    assert fault.call_off()[0] == 1
+    assert app.initialize() == CKR.OK
+    app.ok("C_GenerateRandom", app.open(), room, 8)
+
+
+@own_process
+def test_a_strike_that_is_called_off_or_spares_the_call_hits_nothing(
+    setup: Setup,
+) -> None:
+    """``C_Initialize`` and ``C_Finalize`` are neither hit nor counted."""
+    fault, app = start(setup)
+    fault.strike("answer", CKR.DEVICE_ERROR)
+    app.ok("C_Finalize", None)
+    assert app.initialize() == CKR.OK
+    assert fault.call_off() == (0, 0)
+    app.open()
+
+
+@own_process
 def test_a_login_can_be_lost(setup: Setup) -> None:
     """Behind the application's back, by any session that is open on the token."""
     fault, app = start(setup)

@@ -13,6 +13,7 @@ from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
 
 from faultmodule import CKR
 from pkcs11_pool import (
+    LoginRequired,
     LoginState,
     OutcomeUnknown,
     PoolClosed,
@@ -26,6 +27,7 @@ from pkcs11_pool import (
 from pkcs11_pool.cryptoki.interface import pack_ulong
 from pkcs11_pool.cryptoki.keys import Entry, KeySpec
 from pkcs11_pool.cryptoki.operations import with_object
+from pkcs11_pool.login import recovering
 from pkcs11_pool.state import Epoch, Generation
 from poolkit import (
     LAST_RESORT,
@@ -839,6 +841,27 @@ async def test_an_officers_period_ends_with_the_token(
         assert await _sign(key)
 
 
+async def test_the_officer_waits_while_his_session_is_looked_at(
+    make_pool: MakePool, fault: FaultModule, token: Any
+) -> None:
+    """It is the login's own: no second call enters it beside the actor's."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_GenerateRandom", answer=CKR.DEVICE_ERROR)
+        async with (
+            pool.security_officer(token.so_pin) as so,
+            anyio.create_task_group() as tasks,
+        ):
+            fault.on("C_GetSessionInfo", hang="before")
+            tasks.start_soon(so.session.generate_random, 64)
+            await hangs(fault, "C_GetSessionInfo")
+            try:
+                await eventually(lambda: pool.stats().operations_waiting == 1)
+            finally:
+                fault.release()
+        assert fault.count("C_GenerateRandom") == 2
+        assert pool.stats().operations_failed == 0
+
+
 async def test_keys_are_found_anew_after_an_outage(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -993,8 +1016,73 @@ async def _told_of_doubt(call: Any) -> None:
 async def test_a_search_that_could_not_be_ended_does_not_spoil_its_session(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
-    """The next one in the same session ends it first."""
+    """It is ended once more, or the next one in the same session ends it first."""
     async with make_pool(module=fault.path) as pool, pool.session() as session:
         fault.on("C_FindObjectsFinal", answer=CKR.DEVICE_MEMORY)
         assert await session.find() == []
+        assert await digest(session)
+        fault.on("C_FindObjectsFinal", times=2, answer=CKR.DEVICE_MEMORY)
         assert await session.find() == []
+        assert await session.find() == []
+
+
+async def test_what_is_closed_with_all_others_is_not_closed_under_a_call(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`C_CloseAllSessions`, for what could not be closed, waits for who is inside."""
+    monkeypatch.setattr(recovering, "_PATIENCE", LAST_RESORT)
+    async with make_pool(module=fault.path) as pool, anyio.create_task_group() as tasks:
+        key = await make_ec_key(pool)
+        await settled(pool)
+        fault.on("C_Sign", hang="before")
+        tasks.start_soon(_sign, key)
+        await hangs(fault, "C_Sign")
+        fault.on("C_CloseSession", every=True, answer=CKR.GENERAL_ERROR)
+        fault.reset_counts()
+        fault.on("C_GetSessionInfo", answer=CKR.DEVICE_ERROR)
+        fault.on("C_DigestInit", answer=CKR.DEVICE_ERROR)
+        tasks.start_soon(digest, pool)
+        # The one with the login, the last that is closed before.
+        await eventually(lambda: fault.count("C_CloseSession") >= _CLOSED)
+        fault.release()
+    (sign,) = fault.calls("C_Sign")
+    (all_closed, *_) = fault.calls("C_CloseAllSessions")
+    assert sign.ended_ns is not None
+    assert all_closed.began_ns > sign.ended_ns
+
+
+_CLOSED = 2
+
+
+async def test_what_could_not_be_closed_with_all_others_is_closed_later(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """No login begins while sessions may be open that nobody knows of."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_CloseSession", times=2, answer=CKR.GENERAL_ERROR)
+        fault.on("C_CloseAllSessions", answer=CKR.GENERAL_ERROR)
+        fault.on("C_GetSessionInfo", answer=CKR.DEVICE_ERROR)
+        fault.on("C_DigestInit", answer=CKR.DEVICE_ERROR)
+        assert await digest(pool)
+        await settled(pool)
+        assert fault.count("C_CloseAllSessions")
+        assert len(fault.sessions()) == 1 + pool.stats().sessions_open
+
+
+async def test_no_pin_is_sent_because_a_session_is_refused_with_the_login_as_reason(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """`C_OpenSession` needs none, and the user is in: he would be logged in twice."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_OpenSession", answer=CKR.USER_NOT_LOGGED_IN)
+        fault.reset_counts()
+        async with anyio.create_task_group() as tasks:
+            for _ in range(2):
+                tasks.start_soon(_may_lack_login, pool)
+        assert await digest(pool)
+        assert fault.count("C_Login") == 0
+
+
+async def _may_lack_login(pool: TokenPool) -> None:
+    with suppress(LoginRequired):
+        await digest(pool)

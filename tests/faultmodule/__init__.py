@@ -647,7 +647,7 @@ class FaultModule:
                 close all sessions, log out, or finalise the module behind the back of
                 whoever uses it. A session that closes is closed in any case, and none
                 is opened by a call that is hit: nobody could close it. Nor does
-                ``C_…Init`` begin an operation.
+                ``C_…Init`` begin an operation, and ``C_FindObjectsFinal`` ends one.
             rv: What calls are answered that are hit.
             after: The first call that is hit, from 1.
             times: How many calls in a row are.

@@ -253,7 +253,7 @@ class Ledger:
     def _is_excused(self, call: Call) -> bool:
         """Whether it was the fault that answered so, or what the fault took away."""
         blow, session = self._blow, self._sessions.get(call.session or 0)
-        if call.rv == CKR.OPERATION_ACTIVE and call.function == "C_FindObjectsInit":
+        if call.rv == CKR.OPERATION_ACTIVE and call.function.endswith("Init"):
             return session is not None and session.unended
         if blow is None or call.sequence < blow.first:
             return False
@@ -341,7 +341,7 @@ class Ledger:
             raise Broken(f"session {call.session} is of an earlier login")
         session.searched |= call.function == "C_FindObjects"
         if call.function == "C_FindObjectsFinal":
-            session.unended = bool(call.rv)
+            session.unended = call.rv not in {CKR.OK, CKR.OPERATION_NOT_INITIALIZED}
         if call.object is not None:
             self._named(call, session)
 

@@ -111,6 +111,9 @@ class Misfortune:
         if isinstance(step, (steps.Officer, steps.Visit)) and self.may_end_sessions:
             # It is several calls in one session, and that is over.
             told |= {"SessionClosed", "SessionObjectDestroyed"}
+        if isinstance(step, steps.Visit) and self.kind == "sessions":
+            # Another session uses what it made, and the token tells that it is gone.
+            told.add("KeyHandleInvalid")
         if trouble is Trouble.LOGIN and isinstance(step, (steps.Login, steps.Officer)):
             told |= {"UserNotLoggedIn"}
         return told
@@ -119,8 +122,10 @@ class Misfortune:
         """The errors of the token that reach the caller as they are."""
         trouble, raw = self.trouble, self._raw
         if trouble is Trouble.LOGIN:
-            made_again = self.is_loss and not isinstance(step, steps.Make)
-            return set() if made_again else {"LoginRequired"}
+            if self.is_loss and isinstance(step, steps.Make):
+                # What he holds of a private object ended with the login.
+                return {"LoginRequired", "ObjectHandleInvalid"}
+            return set() if self.is_loss else {"LoginRequired"}
         # Nobody can make good what is the caller's, or says nothing.
         plain = trouble in {Trouble.CALLER, Trouble.UNSURE}
         once = isinstance(step, _TOLD) or blow.struck >= _TRIES

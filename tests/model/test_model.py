@@ -35,12 +35,14 @@ if TYPE_CHECKING:
 
 PARTS = range(2)
 """Each backend's steps are made by so many tests, for the sake of parallel ones."""
+FAULT_PARTS = range(4)
+"""Those with faults take longer."""
 _RUN = 60
 """Steps from the first pool to the last one's end."""
 _MANY_RUNS = 1_000
 """More than one test can make for one seed; so no two tests have the same seed."""
-_SLOWER = 3
-"""Steps with faults cost so much more: there are fewer of them."""
+_WITH_FAULTS = 5, 6
+"""So many steps are made with faults for so many without: 10,000 for 12,000."""
 _STRUCK = 0.02
 """The least share of the steps in which a fault was really played."""
 _LONG = 100_000
@@ -72,7 +74,7 @@ def test_the_pool_and_the_model_agree(
     tokens: Tokens, backend: str, part: int, request: pytest.FixtureRequest
 ) -> None:
     """Whatever hypothesis does to them, from tasks of two loops and from threads."""
-    steps, first = _share(request, backend, part)
+    steps, first = _share(request, backend, part, len(PARTS))
     counts = _run(Machine, tokens, backend, steps, first)
     text = f"{counts['steps']} steps (at least {steps}), "
     text += f"{counts['calls']} calls of the pool, {counts['module calls']} of the "
@@ -83,7 +85,7 @@ def test_the_pool_and_the_model_agree(
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", FAULT_PARTS)
 @pytest.mark.parametrize("backend", LOOPS)
 def test_the_pool_and_the_model_agree_when_the_token_fails(
     tokens: Tokens,
@@ -96,8 +98,7 @@ def test_the_pool_and_the_model_agree_when_the_token_fails(
     # A token that is back is found soon; how long the rests are is not what is tested.
     monkeypatch.setattr(recovery, "FIRST_REST", 0.002)
     monkeypatch.setattr(recovery, "LONGEST_REST", 0.05)
-    steps, first = _share(request, backend, part)
-    steps = -(-steps // _SLOWER)
+    steps, first = _share(request, backend, part, len(FAULT_PARTS), _WITH_FAULTS)
     counts = _run(FaultMachine, tokens, backend, steps, first)
     kinds = {name: n for name, n in counts.items() if name.startswith("fault ")}
     text = f"{counts['steps']} steps (at least {steps}), {counts['runs']} runs, "
@@ -109,13 +110,20 @@ def test_the_pool_and_the_model_agree_when_the_token_fails(
     assert len(kinds) == len(set(_FAULTS))
 
 
-def _share(request: pytest.FixtureRequest, backend: str, part: int) -> tuple[int, int]:
+def _share(
+    request: pytest.FixtureRequest,
+    backend: str,
+    part: int,
+    parts: int,
+    rate: tuple[int, int] = (1, 1),
+) -> tuple[int, int]:
     """How many steps one of the tests makes, and where its choices begin."""
     wanted = request.config.getoption("--model-steps")
     if request.config.getoption("--long"):
         wanted = max(_LONG, wanted)
-    steps = -(-wanted // (len(LOOPS) * len(PARTS)))
-    place = list(LOOPS).index(backend) * len(PARTS) + part
+    made, of = rate
+    steps = -(-wanted * made // (of * len(LOOPS) * parts))
+    place = list(LOOPS).index(backend) * parts + part
     return steps, (request.config.getoption("--model-seed") * 10 + place) * _MANY_RUNS
 
 

@@ -484,10 +484,70 @@ CATALOGUE = (
         ),
     ),
     Mutation(
+        "leftovers-closed-under-a-call",
+        "login/recovering.py",
+        "            self._gate.wait_quiet(time.monotonic() + _PATIENCE)",
+        "            pass",
+        "No session is closed with all others while a call is in it.",
+        (
+            (
+                "test_recovery.py::"
+                "test_what_is_closed_with_all_others_is_not_closed_under_a_call"
+            ),
+        ),
+    ),
+    Mutation(
+        "leftovers-forgotten",
+        "cryptoki/module.py",
+        '            rv.check(code, "C_CloseAllSessions")',
+        "            pass",
+        "What could not be closed with all others is closed later.",
+        (
+            (
+                "test_recovery.py::"
+                "test_what_could_not_be_closed_with_all_others_is_closed_later"
+            ),
+        ),
+    ),
+    Mutation(
+        "officer-beside-the-look",
+        "engine/dispatch.py",
+        "            if self._outage is not None:",
+        "            if False:",
+        "The security officer waits while his session is looked at.",
+        (("test_recovery.py::test_the_officer_waits_while_his_session_is_looked_at"),),
+    ),
+    Mutation(
+        "search-not-ended-again",
+        "cryptoki/session.py",
+        "            if functions.C_FindObjectsFinal(handle):",
+        "            if functions.C_FindObjectsFinal(handle) and False:",
+        "A search that could not be ended is ended once more.",
+        (
+            (
+                "test_recovery.py::"
+                "test_a_search_that_could_not_be_ended_does_not_spoil_its_session"
+            ),
+        ),
+    ),
+    Mutation(
+        "pin-for-a-refused-session",
+        "engine/work.py",
+        "        if fault is recovery.Fault.LOGIN and self.options.login_per_session:",
+        "        if fault is recovery.Fault.LOGIN:",
+        "A session that is refused costs no PIN.",
+        (
+            (
+                "test_recovery.py::"
+                "test_no_pin_is_sent_because_a_session_is_refused_with_the_login_as_reason"
+            ),
+        ),
+    ),
+    Mutation(
         "leftovers-left",
         "cryptoki/module.py",
-        "            self.functions.C_CloseAllSessions(slot_id)",
-        "            pass",
+        "        code = self.functions.C_CloseAllSessions(slot_id)",
+        "        code = 0",
         "What could not be closed is closed with the pool.",
         (
             (

@@ -43,6 +43,18 @@ if TYPE_CHECKING:
 _HANGS_WITH_THREADS: Final = ("p11-kit-client",)
 """Modules that lose wake-ups when several threads are inside during an outage."""
 _NOT_INITIALIZED: Final = rv.CODES["CKR_CRYPTOKI_NOT_INITIALIZED"]
+_NOT_LEFT: Final = frozenset(
+    rv.CODES[name]
+    for name in (
+        "CKR_OK",
+        "CKR_CRYPTOKI_NOT_INITIALIZED",
+        "CKR_DEVICE_ERROR",
+        "CKR_DEVICE_REMOVED",
+        "CKR_TOKEN_NOT_PRESENT",
+        "CKR_FUNCTION_NOT_SUPPORTED",
+    )
+)
+"""Answers to ``C_CloseAllSessions`` after which there is no more to be done."""
 _SENSIBLE: Final = 1 << 31
 """Larger counts are ``-1``, ``-2`` and the like: no number of sessions."""
 
@@ -140,10 +152,20 @@ class Module:
         """``C_CloseAllSessions``, if one of ours could not be closed there before.
 
         Where that worked it is not called: other code may have sessions of its own.
+
+        Raises:
+            PKCS11Error: They are still open, for all that is known.
         """
-        if slot_id in self.leftovers:
-            self.leftovers.discard(slot_id)
-            self.functions.C_CloseAllSessions(slot_id)
+        if slot_id not in self.leftovers:
+            return
+        code = self.functions.C_CloseAllSessions(slot_id)
+        if code not in _NOT_LEFT:
+            rv.check(code, "C_CloseAllSessions")
+        self.leftovers.discard(slot_id)
+        for session in [s for s in self.live.values() if s.slot_id == slot_id]:
+            # In the hands of a call that is lost, which would close it once more.
+            self.live.pop(session.handle, None)
+            session.forget()
 
     @property
     def is_blocked(self) -> bool:

@@ -99,6 +99,12 @@ class Session:
             self._p11 = opened.session(self._token, self.handle, rw=self.rw)
         return self._p11
 
+    @property
+    def slot_id(self) -> int:
+        """The slot that it is on."""
+        slot_id: int = self._token.slot.slot_id
+        return slot_id
+
     def lend(self) -> pkcs11.Session:
         """The ``pkcs11.Session``, for a caller's function, which may close it."""
         self.module.lent_list.watch(self.p11)
@@ -131,7 +137,7 @@ class Session:
         code = self.functions.C_CloseSession(handle)
         if code and code not in _GONE:
             # Not closed twice, for its number may be another's by then: see the module.
-            module.leftovers.add(self._token.slot.slot_id)
+            module.leftovers.add(self.slot_id)
         return code
 
     def forget(self) -> int:
@@ -241,7 +247,9 @@ class Session:
                     break
                 found += batch[: count.value]
         finally:
-            functions.C_FindObjectsFinal(handle)
+            if functions.C_FindObjectsFinal(handle):
+                # One that goes on keeps others out, on some tokens of any kind.
+                functions.C_FindObjectsFinal(handle)
         return found if most is None else found[:most]
 
     def __repr__(self) -> str:

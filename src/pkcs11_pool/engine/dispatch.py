@@ -98,7 +98,10 @@ class Pause(Enum):
     When no others are open, he stops chains that have a session to themselves.
     """
     ALL = "all"
-    """Nothing, but the jobs of a period of the security officer."""
+    """Nothing, but the jobs of a period of the security officer.
+
+    And those neither while the token may be lost.
+    """
 
 
 _NOT: Final = Pause.NOT
@@ -184,6 +187,8 @@ class Dispatch:
     state = _State(PoolState.NEW)
     # What may start.
     _pause = _State(Pause.NOT)
+    #: What is known of a token that may be lost, while it may be.
+    _outage: object | None = None
     # A lost login is being restored: what may not start twice waits for it.
     _login_awaited = _State(False)  # noqa: FBT003  # its default
     # Calls that were given up on and have not returned.
@@ -467,6 +472,9 @@ class Dispatch:
 
     def _can_start_locked(self, job: Job) -> bool:
         if self._pause is Pause.ALL:
+            if self._outage is not None:
+                # His session is the login's own, and the actor looks at it.
+                return False
             return job.lane is not None and job.lane is self._so_lane
         if self._login_awaited and not job.restart and not job.stays:
             return False

@@ -292,8 +292,8 @@ class Work(Outages):
             elif fault.tells_of_outage:
                 again = self._not_opened_locked(job)
         self._close_all(close)
-        if fault is recovery.Fault.LOGIN:
-            # It was opened, and its own login refused.
+        if fault is recovery.Fault.LOGIN and self.options.login_per_session:
+            # It was opened, and its own login refused. Without one it tells nothing.
             again = self._again(job, wait=True)
             self.actor.need_login(epoch)
         else:

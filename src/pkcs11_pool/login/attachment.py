@@ -131,7 +131,8 @@ class Attachment:
                 if self._is_logged_in:
                     module.functions.C_Logout(self._anchor.handle)
                 self._anchor.close()
-                module.close_leftovers(self.known.slot_id)
+                with suppress(p11.PKCS11Error):
+                    module.close_leftovers(self.known.slot_id)
             module.turn.__exit__()
         self._anchor = None
         if self.info is not None:

@@ -272,6 +272,10 @@ class Recovering(Attachment):
             if self._anchor is not None:
                 self._anchor.close()
                 self._anchor = None
+        if self.known.slot_id in module.leftovers:
+            # They are closed with all others, and those in workers' hands are at work.
+            self._gate.wait_quiet(time.monotonic() + _PATIENCE)
+        with self._in_turn():
             module.close_leftovers(self.known.slot_id)
             self.token, self.info = self._whereabouts(module)
             self._anchor = self.new_session(rw=False)
