@@ -61,7 +61,10 @@ def on_a_terminal(
     termios.tcsetwinsize(theirs, _ROWS_AND_COLUMNS)
     told: list[bytes] = []
     reader = threading.Thread(target=_read_all, args=(ours, told))
-    environment = {**os.environ, "TERM": "xterm-256color", **(variables or {})}
+    rows, columns = map(str, _ROWS_AND_COLUMNS)
+    # Said twice: these variables count for more than what the terminal says.
+    size = {"TERM": "xterm-256color", "LINES": rows, "COLUMNS": columns}
+    environment = {**os.environ, **size, **(variables or {})}
     try:
         with subprocess.Popen(
             [*COMMAND, *words],
