@@ -45,6 +45,8 @@ _WITH_FAULTS = 1, 6
 """So many steps are made with faults for so many without: 2,000 for 12,000."""
 _STRUCK = 0.02
 """The least share of the steps in which a fault was really played."""
+_EACH_KIND = 1_000
+"""In so many steps each kind of fault is played; in fewer, chance may leave one out."""
 _LONG = 100_000
 """Steps in all, with ``--long``."""
 # hypothesis' own way would make much the same run again and again: what begins at
@@ -107,7 +109,8 @@ def test_the_pool_and_the_model_agree_when_the_token_fails(
     request.node.user_properties.append(("model machine", text))
     assert counts["steps"] >= steps
     assert sum(kinds.values()) >= steps * _STRUCK
-    assert len(kinds) == len(set(_FAULTS))
+    if steps >= _EACH_KIND:
+        assert len(kinds) == len(set(_FAULTS))
 
 
 def _share(
