@@ -289,7 +289,7 @@ async def test_the_life_of_a_pool_shows_no_pin(
     scene: Scene, way: Way, fault: FaultModule, name: str
 ) -> None:
     """Opening, open, used, logging in again, in an outage, back, and closed."""
-    way.options["timeout"] = 60.0  # to look for it takes long, and its loop stands still
+    way.options["timeout"] = 60.0  # its loop stands still while the PIN is looked for
     pool = WAYS[name](way)
     scene.objects.append(pool)
     found = await look(scene, "new")
