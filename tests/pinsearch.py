@@ -54,7 +54,7 @@ from pkcs11_pool.softhsm import ThrowawayToken
 
 Seen = Iterable["str | bytes"]
 
-_PART: Final = 8
+_PART: Final = 11
 """Letters of a PIN that no place may show together."""
 _HERE: Final = os.path.dirname(__file__)  # noqa: PTH120  # frames have text
 _WRAPPING: Final = re.compile(r"\x1b\[[0-9;]*m|[\s│]")
