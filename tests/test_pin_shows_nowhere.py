@@ -198,8 +198,8 @@ def test_the_searcher_sees_what_a_console_wrapped_and_what_was_cut() -> None:
     """A long line is broken by a frame of lines, a long value by dots."""
     pin = pinsearch.make()
     find = Searcher(pin)
-    assert find(f"│ pin = '{pin.text[:6]} │\n│ {pin.text[6:9]}…' │")
-    assert find(f"pin = '…{pin.text[-9:]}'")
+    assert find(f"│ pin = '{pin.text[:6]} │\n│ {pin.text[6:12]}…' │")
+    assert find(f"pin = '…{pin.text[-12:]}'")
 
 
 async def _leaks(scene: Scene, text: str) -> None:
