@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -125,7 +126,7 @@ class _State(Generic[T]):
         engine.look_at_state()
 
 
-class Dispatch:
+class Dispatch(ABC):
     """Lines, room, deadlines and idle workers of one token.
 
     Every attribute is written under ``_lock``. A method whose name ends in
@@ -766,33 +767,33 @@ class Dispatch:
 
     # -- Done by the layers above -------------------------------------------------
 
+    @abstractmethod
     def end_orphans(self) -> None:
         """End what nobody holds any more."""
-        raise NotImplementedError
 
-    def _start_worker_locked(self) -> Thread:
-        raise NotImplementedError
+    @abstractmethod
+    def _start_worker_locked(self) -> Thread: ...
 
+    @abstractmethod
     def _give_back(self, result: Any) -> None:
         """A result that nobody takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _write_off_locked(self, job: Job, cause: BaseException) -> None:
         """Give up on a call that is inside the module."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _give_up_behind_locked(self, now: float) -> None:
         """Give up on calls behind callers, which hold up who waits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tell_lost(self) -> None:
         """Log the calls that were given up on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _send_one_locked(self) -> None:
         """Send a caller who waits for the PIN, if one is needed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _errand_dropped_locked(self, job: Job) -> None:
         """The caller who was sent for the PIN goes away."""
-        raise NotImplementedError

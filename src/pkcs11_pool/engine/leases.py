@@ -7,6 +7,7 @@ on the engine's workers.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class Hold:
             self._orphans.append((self._lease, self._chain))
 
 
-class Chain:
+class Chain(ABC):
     """A multi-part operation: a chain of calls that has a session to itself.
 
     Between two calls nothing is inside the module, and no thread is held.
@@ -79,9 +80,9 @@ class Chain:
         self.private = False
         self.cause: Exception | None = None
 
+    @abstractmethod
     def stop(self, session: Session) -> None:
         """End it in the module, so that the session can be used for others."""
-        raise NotImplementedError
 
 
 class Lease:

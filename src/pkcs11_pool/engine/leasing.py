@@ -6,6 +6,7 @@ The middle layer of the engine, on :class:`~pkcs11_pool.engine.dispatch.Dispatch
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
@@ -56,8 +57,8 @@ class Leasing(Dispatch):
         self._lost_news: deque[int] = deque()
 
     @property
-    def _module(self) -> Module:
-        raise NotImplementedError
+    @abstractmethod
+    def _module(self) -> Module: ...
 
     # -- Giving back --------------------------------------------------------------
 
