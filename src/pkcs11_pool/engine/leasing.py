@@ -225,7 +225,7 @@ class Leasing(Dispatch):
             self._wake_all(self._refuse_lane_locked(lease))
             self._room.returned(lease)
         # Nothing of theirs stays in line: it would stand in the way of the officer's.
-        for job in [*self._lines, *self._parked]:
+        for job in [*self._lines, *self._parked, *self._resting]:
             if job.lane in lone:
                 self._take_out_locked(job)
                 if self._settle_lane_locked(job):
