@@ -31,6 +31,7 @@ import doctest
 import inspect
 import io
 import os
+import random
 import re
 import shutil
 import signal
@@ -338,10 +339,12 @@ class Page:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """One that stays free: those that the system gives, it gives to others as well."""
+    while True:
+        port = random.randrange(20_000, 30_000)  # noqa: S311  # no secret
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _restore(environment: dict[str, str]) -> None:
