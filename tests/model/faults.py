@@ -173,6 +173,7 @@ class FaultMachine(Machine):
         out = isinstance(step, (steps.Logout, steps.Officer))
         if recovered and not fault.may_end_login and not out and not doubt:
             self.fail("A pool recovered, and nothing was lost", running)
+        called = self.world.ledger.shown()
         seen = {name: self._seen(name) for name in self.model.lives}
         told = []
         for model in self._candidates(step, running, fault, blow, over):
@@ -185,7 +186,7 @@ class FaultMachine(Machine):
             told.append(expected)
         shown = [f"There is now: {seen}"]
         shown += [f"Or there would be: {one}" for one in told]
-        shown += [f"Hit: {blow}", f"Over: {over}"]
+        shown += [f"Hit: {blow}", f"Over: {over}", "Called:", *called]
         self.fail("\n".join(["No misfortune explains this.", *shown]), running)
 
     def _seen(self, life: str) -> Seen:

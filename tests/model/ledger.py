@@ -152,6 +152,8 @@ class Ledger:
         self.lent: set[int] = set()
         self.outliving: set[int] = set()
         self.calls = 0
+        #: What was called in the last step, to be shown where it is not explained.
+        self.recent: list[Call] = []
         #: The fault that was played in the step that is read next, if one was.
         self.strike: Blow | None = None
         self._blow: Blow | None = None
@@ -203,7 +205,16 @@ class Ledger:
                 raise Broken("\n".join([str(error), *map(str, around)])) from None
         if calls:
             self._last = calls[-1].sequence
+            self.recent = events
         self.calls += len(calls)
+
+    def shown(self) -> list[str]:
+        """What was called in the last step, a line for each call."""
+        return [
+            f"    {c.sequence} thread {c.thread % 100_000}: {c.function}, session "
+            f"{c.session}, object {c.object} -> {c.rv}"
+            for c in self.recent
+        ]
 
     def _finished(self) -> list[Call]:
         deadline = time.monotonic() + 5
