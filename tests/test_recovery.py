@@ -885,7 +885,7 @@ async def test_the_officers_session_is_closed_by_the_login_alone(
             await hangs(fault, "C_GetSessionInfo")
             try:
                 # Workers close behind their callers.
-                quiet = pool._engine.wait_quiet
+                quiet = pool._engine.wait_quiet  # noqa: SLF001  # tidying has no mark
                 assert await blocking(quiet, time.monotonic() + LAST_RESORT)
                 assert fault.count("C_CloseSession") == 0
             finally:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule
 from pkcs11.exceptions import SessionHandleInvalid
 
+from faultmodule import CKR
 from model import steps
-from model.bench import LIVES, STATES, WHO, judge
+from model.bench import LIVES, PINS, STATES, WHO, WRONG, WRONG_SO, judge
 from model.ledger import Blow
 from model.machine import Machine
 from model.misfortune import CODES, Misfortune
@@ -26,15 +27,19 @@ from model.spec import Model, Refused, User
 from model.together import KINDS as STEPS
 from model.together import Seen
 from model.world import wait_until
-from pkcs11_pool import KeyNotFound, LoginState
+from pkcs11_pool import KeyNotFound, LoginState, PinRefused
+from pkcs11_pool.login import pin_guard
+from pkcs11_pool.pins import literal
 
 if TYPE_CHECKING:
     from model.callers import Running
     from model.steps import Step
+    from pkcs11_pool.login.pin_guard import PinGuard
 
 _ANSWERS = ("answer", "replace")
 _LOSSES = ("sessions", "login", "finalize")
 KINDS = (*_ANSWERS, *_LOSSES)
+_USERS = {User.USER: pin_guard.USER, User.SO: pin_guard.SO}
 Pick = tuple[str, int, int, bool, bool]
 Fault = tuple[str, int, int, int]
 
@@ -159,7 +164,7 @@ class FaultMachine(Machine):
             problem = judge(step, running, self.model)
             if problem:
                 self.fail(problem, running)
-            self._adopt_logins(self.model)
+            # How many C_Login there were is compared as after any other step.
             return
         over = self._over()
         recovered = self._recoveries() != recoveries
@@ -173,13 +178,16 @@ class FaultMachine(Machine):
         out = isinstance(step, (steps.Logout, steps.Officer))
         if recovered and not fault.may_end_login and not out and not doubt:
             self.fail("A pool recovered, and nothing was lost", running)
+        self._check_logins(step, blow)
         called = self.world.ledger.shown()
+        accepted = self.world.ledger.accepted.copy()
         seen = {name: self._seen(name) for name in self.model.lives}
         told = []
         for model in self._candidates(step, running, fault, blow, over):
             self._adopt_logins(model)
             expected = {name: self._expected(model, name) for name in seen}
             if expected == seen:
+                self._adopt_books(model, step, accepted, called)
                 self.model = model
                 self._epochs.clear()
                 return
@@ -266,8 +274,68 @@ class FaultMachine(Machine):
                 token.user = STATES[self.world.pools[name].login_state]
         return model
 
+    def _adopt_books(
+        self, model: Model, step: Step, accepted: set[int], called: Any
+    ) -> None:
+        """Which PINs are not sent again.
+
+        What the step came to does not tell whether the token refused its PIN, nor
+        that a recovery logged in, which strikes the page. But nothing else does, and
+        none is in the book that was not tried.
+        """
+        tried = {getattr(step, "pin", None), getattr(step, "so_pin", None)}
+        for number, token in enumerate(model.tokens):
+            life = model.life_of(number)
+            guard = self.world.pools[life]._engine.actor.guard  # noqa: SLF001
+            pins = {*WRONG, *PINS, WRONG_SO, token.so_pin}
+            for user, who in _USERS.items():
+                before = self.model.tokens[number].refused[user]
+                now = {pin for pin in pins if _is_refused(guard, who, pin)}
+                if not now <= before | tried | {model.lives[life].pin}:
+                    self.fail(f"These were not tried: {now - before}")
+                if not now >= before and self.world.slots.get(number) not in accepted:
+                    self.fail(
+                        "\n".join([f"Forgotten: {before - now}, {who} {life}", *called])
+                    )
+                token.refused[user] = now
+
+    def _check_logins(self, step: Step, blow: Blow) -> None:
+        """Each C_Login was needed: one for each login, and for each wrong PIN.
+
+        Those that were hit are no one's: nobody heard what came of them.
+        """
+        for number, slot in self.world.slots.items():
+            life = self.model.life_of(number)
+            calls = [c for c in self.world.ledger.recent if c.slot == slot]
+            sent = [c for c in calls if c.function == "C_Login"]
+            heard = [c for c in sent if c.sequence not in blow.hits]
+            refused = sum(c.rv == CKR.PIN_INCORRECT for c in heard)
+            moves = self.world.pools[life].login_epoch - self._were.get(life, 0)
+            # Between two logins there is an end of the first.
+            if len(heard) - refused > (moves + 1) // 2:
+                self.fail(f"{len(heard)} C_Login, and {moves} other logins on {life}")
+            if refused > self._wrong_pins(step, life):
+                self.fail(f"{refused} times a wrong PIN was sent on {life}")
+
+    def _wrong_pins(self, step: Step, life: str) -> int:
+        """How many there are in a step."""
+        token = self.model.token_of(life)
+        if getattr(step, "life", None) != life:
+            return 0
+        if isinstance(step, steps.Officer):
+            return step.so_pin != token.so_pin
+        return isinstance(step, steps.Login) and step.pin not in (None, token.pin)
+
     def _adopt_logins(self, model: Model) -> None:
-        """How many C_Login there were; the ledger has seen that each was needed."""
+        """How many C_Login there were; that each was needed was looked at before."""
         for number, token in enumerate(model.tokens):
             if number in self.world.slots:
                 token.logins = self.world.ledger.logins(self.world.slots[number])
+
+
+def _is_refused(guard: PinGuard, who: str, pin: str) -> bool:
+    try:
+        guard.check_refused(who, literal(pin))
+    except PinRefused:
+        return True
+    return False

@@ -124,6 +124,10 @@ class Blow:
         self.changed = any(c.function in CHANGES and c.sequence <= last for c in calls)
         return self
 
+    def has_lost_answer_to(self, call: Call) -> bool:
+        """Whether nobody but the token knows what it answered."""
+        return self.kind == "replace" and call.sequence in self.hits
+
     def has_come(self, call: Call) -> bool:
         """Whether something was lost just before a call."""
         loses = self.kind not in {"answer", "replace"}
@@ -152,6 +156,8 @@ class Ledger:
         self.lent: set[int] = set()
         self.outliving: set[int] = set()
         self.calls = 0
+        #: Slots with a C_Login in the last step that the token may have accepted.
+        self.accepted: set[int] = set()
         #: What was called in the last step, to be shown where it is not explained.
         self.recent: list[Call] = []
         #: The fault that was played in the step that is read next, if one was.
@@ -188,6 +194,7 @@ class Ledger:
         """
         self._step += 1
         self.failed_to_make = 0
+        self.accepted.clear()
         struck, self.strike = self.strike, None
         self._began_with = {n: slot.epoch for n, slot in self._slots.items()}
         calls = self._finished()
@@ -339,6 +346,9 @@ class Ledger:
         if call.rv == 0:
             slot.logged_in = True
             slot.epoch += 1
+        blow = self._blow
+        if call.rv == 0 or (blow is not None and blow.has_lost_answer_to(call)):
+            self.accepted.add(number)
 
     def _used(self, call: Call, session: _Open) -> None:
         session.threads.add(call.thread)

@@ -112,8 +112,9 @@ class Misfortune:
             # It is several calls in one session, and that is over.
             told |= {"SessionClosed", "SessionObjectDestroyed"}
         if isinstance(step, steps.Visit) and self.kind == "sessions":
-            # Another session uses what it made, and the token tells that it is gone.
-            told.add("KeyHandleInvalid")
+            # Another session uses what it made, and the token tells that it is gone:
+            # by the one name where numbers are the fault module's, else by the other.
+            told |= {"KeyHandleInvalid", "ObjectHandleInvalid"}
         if trouble is Trouble.LOGIN and isinstance(step, (steps.Login, steps.Officer)):
             told |= {"UserNotLoggedIn"}
         return told
