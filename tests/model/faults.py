@@ -22,7 +22,7 @@ from model import steps
 from model.bench import LIVES, PINS, STATES, WHO, WRONG, WRONG_SO, judge
 from model.ledger import Blow
 from model.machine import Machine
-from model.misfortune import CODES, Misfortune
+from model.misfortune import CODES, Misfortune, Trouble
 from model.spec import Model, Refused, User
 from model.together import KINDS as STEPS
 from model.together import Seen
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _ANSWERS = ("answer", "replace")
 _LOSSES = ("sessions", "login", "finalize")
 KINDS = (*_ANSWERS, *_LOSSES)
+_SET_PIN = "set_pin"
 _USERS = {User.USER: pin_guard.USER, User.SO: pin_guard.SO}
 Pick = tuple[str, int, int, bool, bool]
 Fault = tuple[str, int, int, int]
@@ -47,7 +48,11 @@ Fault = tuple[str, int, int, int]
 def _picks(kinds: tuple[str, ...]) -> Any:
     """Steps, each with the fault that is played in it."""
     step = st.tuples(
-        st.sampled_from(STEPS), WHO, st.integers(0, 5), st.booleans(), st.booleans()
+        st.sampled_from((*STEPS, _SET_PIN)),
+        WHO,
+        st.integers(0, 5),
+        st.booleans(),
+        st.booleans(),
     )
     fault = st.tuples(
         st.sampled_from(kinds),
@@ -90,6 +95,11 @@ class FaultMachine(Machine):
             for stream in list(self.world.streams):
                 self.step(0, steps.EndStream(stream, forget=False))
             number, one, other = more
+            if word == _SET_PIN:
+                self._play_set_pin(
+                    life, who, number, Misfortune(kind, rv, after, times)
+                )
+                continue
             step = self._part(life, (word, who, int(number), bool(one), bool(other), 1))
             if not getattr(step, "token", True):
                 # Nobody would know whose session object it is, if its maker did not
@@ -99,6 +109,24 @@ class FaultMachine(Machine):
             at = who % 2 if isinstance(step, steps.Officer) else who
             hits = times if kind in _ANSWERS else 1
             self._play(at, step, Misfortune(kind, rv, after, hits))
+
+    def _play_set_pin(
+        self, life: str, who: int, number: int, fault: Misfortune
+    ) -> None:
+        """Change the PIN; where nobody heard of it, look which one it is now."""
+        token = self.model.token_of(life)
+        old = token.pin if number else WRONG[1]
+        new = PINS[token.pin == PINS[0]]
+        if fault.kind not in _ANSWERS:
+            fault = replace(fault, times=1)
+        elif fault.trouble in {Trouble.CALLER, Trouble.LOGIN}:
+            # To say that it refused what it did would be a lie, and no fault.
+            fault = replace(fault, kind="answer")
+        self._play(who, steps.SetPin(life, old, new), fault)
+        if self.model.lives[life].in_doubt:
+            self.step(who, steps.Logout(life))
+            self.step(who, steps.Login(life, None))
+            self.step(who, steps.Login(life, self.model.token_of(life).pin))
 
     def _play(self, who: int, step: Step, fault: Misfortune) -> None:
         self._begin(f"{self._name(who)}: {step} with {fault}")
@@ -179,6 +207,7 @@ class FaultMachine(Machine):
         if recovered and not fault.may_end_login and not out and not doubt:
             self.fail("A pool recovered, and nothing was lost", running)
         self._check_logins(step, blow)
+        self._calls = self.world.ledger.recent
         called = self.world.ledger.shown()
         accepted = self.world.ledger.accepted.copy()
         seen = {name: self._seen(name) for name in self.model.lives}
@@ -224,6 +253,10 @@ class FaultMachine(Machine):
                 found.append(self._after(model, over))
         if running.error is None or found:
             return found
+        if isinstance(step, steps.SetPin) and running.outcome == "OutcomeUnknown":
+            model = copy.deepcopy(self.model)
+            model.lose_pin(step.life, step.new, made=self._has_set_pin(step, blow))
+            return [self._after(model, over)] if blow.changed else []
         if fault.excuses(step, running.outcome, blow):
             found.append(self._after(copy.deepcopy(self.model), over))
             if step.changes and fault.may_have_happened(running.outcome, blow):
@@ -236,6 +269,14 @@ class FaultMachine(Machine):
                         model.refs[step.ref].follows = None
                     found.append(self._after(model, over))
         return found
+
+    def _has_set_pin(self, step: steps.SetPin, blow: Blow) -> bool:
+        """Whether the token did it, and only its answer was lost."""
+        right = step.old == self.model.token_of(step.life).pin
+        return right and any(
+            call.function == "C_SetPIN" and blow.has_lost_answer_to(call)
+            for call in self._calls
+        )
 
     def _done(self, step: Step) -> list[Step]:
         """A step that nobody has heard of."""
@@ -270,7 +311,9 @@ class FaultMachine(Machine):
                 continue
             token = model.token_of(name)
             token.epoch += 1
-            if token.user is User.NOBODY and life.wants_user and life.pin == token.pin:
+            restored = token.user is User.NOBODY and life.pin == token.pin
+            if life.wants_user and (restored or life.in_doubt):
+                # In doubt no PIN is sent, and what is lost is not restored.
                 token.user = STATES[self.world.pools[name].login_state]
         return model
 
@@ -283,7 +326,7 @@ class FaultMachine(Machine):
         that a recovery logged in, which strikes the page. But nothing else does, and
         none is in the book that was not tried.
         """
-        tried = {getattr(step, "pin", None), getattr(step, "so_pin", None)}
+        tried = {getattr(step, name, None) for name in ("pin", "so_pin", "old")}
         for number, token in enumerate(model.tokens):
             life = model.life_of(number)
             guard = self.world.pools[life]._engine.actor.guard  # noqa: SLF001

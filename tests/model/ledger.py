@@ -156,7 +156,7 @@ class Ledger:
         self.lent: set[int] = set()
         self.outliving: set[int] = set()
         self.calls = 0
-        #: Slots with a C_Login in the last step that the token may have accepted.
+        #: Slots where the token may have accepted a PIN in the last step, or a new one.
         self.accepted: set[int] = set()
         #: What was called in the last step, to be shown where it is not explained.
         self.recent: list[Call] = []
@@ -305,6 +305,8 @@ class Ledger:
             raise Broken(f"{call.function}: two calls on session {number} at once")
         session.busy_until = call.ended_ns or 0
         session.kept |= number in self.lent or call.function in _LOGINS
+        if call.function == "C_SetPIN" and call.rv == 0:
+            self.accepted.add(session.slot)
         if call.function == "C_CloseSession":
             self._closed(number)
         elif call.function in _LOGINS:
