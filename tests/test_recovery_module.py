@@ -22,6 +22,7 @@ from pkcs11_pool import (
     TokenUnavailable,
     list_tokens,
 )
+from pkcs11_pool.engine import dispatch
 from pkcs11_pool.login import steps
 from pkcs11_pool.login.steps import Step
 from poolkit import blocking, digest, eventually, hangs, make_ec_key, settled, workers
@@ -130,9 +131,14 @@ async def test_a_pool_that_was_well_comes_back_by_itself(
 
 
 async def test_an_idle_pool_tidies_nothing_while_it_stands_back(
-    make_pool: MakePool, fault: FaultModule, other: ThrowawayToken
+    make_pool: MakePool,
+    fault: FaultModule,
+    other: ThrowawayToken,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What it opened ahead ended with the generation: its number is another's soon."""
+    # It is idle when the test says so.
+    monkeypatch.setattr(dispatch, "IDLE", 60)
     async with AsyncExitStack() as stack:
         ill, well = await _two(stack, make_pool, fault, other)
         for pool in (ill, well):
