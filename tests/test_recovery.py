@@ -864,6 +864,25 @@ async def test_the_officer_waits_while_his_session_is_looked_at(
         assert pool.stats().operations_failed == 0
 
 
+async def test_what_was_made_in_a_session_that_was_lost_is_told_so(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """That the session is over says nothing of the key, which is on the token."""
+    async with (
+        make_pool(module=fault.path) as pool,
+        pool.session(rw=True) as session,
+    ):
+        # Made, and looked at by python-pkcs11; then the pool looks, and it is lost.
+        code = CKR.SESSION_HANDLE_INVALID
+        fault.on("C_GetAttributeValue", nth=3, answer=code)
+        with pytest.raises(OutcomeUnknown):
+            await session.generate_key(KeyType.AES, 128, label="made", store=True)
+        fault.clear()
+        with pytest.raises(SessionClosed):
+            await digest(session)
+        assert len(await pool.find({Attribute.LABEL: "made"})) == 1
+
+
 async def test_the_officers_session_is_closed_by_the_login_alone(
     make_pool: MakePool, fault: FaultModule, token: Any
 ) -> None:

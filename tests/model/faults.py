@@ -257,7 +257,7 @@ class FaultMachine(Machine):
             model = copy.deepcopy(self.model)
             model.lose_pin(step.life, step.new, made=self._has_set_pin(step, blow))
             return [self._after(model, over)] if blow.changed else []
-        if fault.excuses(step, running.outcome, blow):
+        if fault.excuses(step, running.outcome, blow, is_public=self._is_public(step)):
             found.append(self._after(copy.deepcopy(self.model), over))
             if step.changes and fault.may_have_happened(running.outcome, blow):
                 for done in self._done(step):
@@ -269,6 +269,13 @@ class FaultMachine(Machine):
                         model.refs[step.ref].follows = None
                     found.append(self._after(model, over))
         return found
+
+    def _is_public(self, step: Step) -> bool:
+        """Whether nobody is logged in where a reference is used."""
+        ref = getattr(step, "ref", None)
+        if ref is None:
+            return False
+        return self.model.token_of(self.model.refs[ref].life).user is User.NOBODY
 
     def _has_set_pin(self, step: steps.SetPin, blow: Blow) -> bool:
         """Whether the token did it, and only its answer was lost."""

@@ -133,8 +133,9 @@ class Outages(Leasing):
         known = unsent or (fault is Fault.SESSION and not job.restart)
         if job.changes and not known and not isinstance(error, PoolError):
             return self._unknown(job, error)
-        if lane is not None and lane.cause is not None and not job.stays:
+        if lane is not None and lane.cause is not None and not (job.stays or once):
             return lane.error()
+        # What may have happened is worth more than why nothing more can.
         return error
 
     def _unknown(self, job: Job, error: Exception) -> OutcomeUnknown:
