@@ -191,7 +191,7 @@ class SecurityOfficerBlock:
             engine = self._engine
             events.warning(
                 events.SO_FAILED,
-                token=engine.actor.info.label,
+                token=engine.actor.known.label,
                 error=type(failure).__name__,
             )
 
