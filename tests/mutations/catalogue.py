@@ -199,7 +199,7 @@ CATALOGUE = (
     ),
     Mutation(
         "owner-goes-on",
-        "cryptoki/keys.py",
+        "cryptoki/session_objects.py",
         "            self.closed = True",
         "            pass",
         "A session object is of no use after its owner.",
@@ -212,7 +212,7 @@ CATALOGUE = (
     ),
     Mutation(
         "private-goes-on",
-        "cryptoki/keys.py",
+        "cryptoki/session_objects.py",
         "if self.entry.private and epoch != self.entry.epoch:",
         "if epoch < self.entry.epoch:",
         "A private session object ends with its login.",

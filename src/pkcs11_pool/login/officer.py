@@ -3,7 +3,7 @@
 A R/O session and his login exclude each other. So the anchor is a R/W session
 meanwhile, and it is the one that he works in.
 
-Source: PKCS#11 v3.1, "Session events", "C_Login".
+Source: PKCS#11 v3.1, "C_Login".
 """
 
 from __future__ import annotations
