@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 class LoginActor(Standing):
     """Logs in and out on one token, and holds the anchor.
 
-    It is what others may know of the token, and takes their messages.
+    It is what others may know of the token, and takes their messages. It does not hold
+    a standing but is one, because every operation looks there: one step less for each.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class LoginActor(Standing):
         self._gate = gate
         self._mail = mail = Mailbox(self._take)
         self._own_pin = OwnPin(options.pin)
-        self._attachment = held = Attachment(
+        self._attachment = attachment = Attachment(
             self, options, gate, cache, name=name, member=self
         )
         # Who meets a lost token tells the recovery, which brings back what he had.
-        self._recovery = lost = Recovery(
-            held,
+        self._recovery = recovery = Recovery(
+            attachment,
             options,
             gate,
             cache,
@@ -72,19 +73,19 @@ class LoginActor(Standing):
         )
         self._sender = sender = PinSender(self, gate)
         self._user = user = UserLogin(
-            held,
+            attachment,
             options,
             gate,
             mail,
             own_pin=self._own_pin,
             sender=sender,
-            recovery=lost,
+            recovery=recovery,
         )
         self._officer = Officer(
-            held, gate, mail, sender=sender, user=user, recovery=lost
+            attachment, gate, mail, sender=sender, user=user, recovery=recovery
         )
         self._kept_alive = KeepAlive(
-            options.session_max_idle, held, gate, self._officer, lost
+            options.session_max_idle, attachment, gate, self._officer, recovery
         )
         self._stopping = threading.Event()
 
