@@ -58,32 +58,29 @@ class _Port:
     """The way from the workers into one event loop: many results, one wake-up."""
 
     def __init__(self, ended: Callable[[], bool]) -> None:
-        self._ready: deque[_LoopWaiter] = deque()
-        self._scheduled = False
-        # Whether the loop has ended.
-        self._ended = ended
+        #: Waiters to be resumed on the loop.
+        self.ready: deque[_LoopWaiter] = deque()
+        #: Whether the loop was woken for them.
+        self.scheduled = False
+        #: Whether the loop has ended.
+        self.ended = ended
 
-    def post(self, waiter: _LoopWaiter) -> bool:
-        """Resume a waiter on its loop; False if the loop has ended."""
-        if self._ended():
-            return False
-        self._ready.append(waiter)
-        if self._scheduled:
-            return True
-        self._scheduled = True
+    def schedule(self) -> bool:
+        """Wake the loop for those who are ready; False if it has ended."""
+        self.scheduled = True
         try:
             self._schedule()
         except (RuntimeError, OSError):
             # trio.RunFinishedError is a RuntimeError; a run of trio's that its host
             # abandoned has no socket any more to be woken by.
-            self._scheduled = False
+            self.scheduled = False
             return False
         return True
 
     def _drain(self) -> None:
         # Before the queue is emptied: what is posted from here on schedules anew.
-        self._scheduled = False
-        ready = self._ready
+        self.scheduled = False
+        ready = self.ready
         while ready:
             ready.popleft().resume()
 
@@ -203,7 +200,11 @@ class _LoopWaiter:
     def wake(self) -> bool:
         """Called by any thread."""
         port = self._port()
-        return port is not None and port.post(self)
+        if port is None or port.ended():
+            return False
+        port.ready.append(self)
+        # Most find that somebody else is waking the loop already.
+        return port.scheduled or port.schedule()
 
     def resume(self) -> None:
         """Called on the loop."""
