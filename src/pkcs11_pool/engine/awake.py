@@ -4,8 +4,7 @@ Pure; called under the engine's lock. A worker that comes back from its call tak
 the next job without being woken. Where calls are short, the next one is back
 sooner than another could be woken, and a woken one only takes the interpreter's
 lock from the one at work and from the event loops: so one is enough. Where calls are
-long, because
-they wait for a network or compute for themselves, many may be inside.
+long, because they wait for a network or compute for themselves, many may be inside.
 """
 
 from __future__ import annotations

@@ -347,16 +347,19 @@ class Work(Outages):
             else:
                 settled = self._ended_locked(worker, job, result, error, now)
             lines, opens = self._lines, False
-            if not (lines.reads or lines.others):
-                # A spare for each busy worker.
+            # But for those that a worker comes for, who was woken.
+            waiting = len(lines.reads) + lines.others - self._awake.coming
+            if waiting <= 0:
+                # A spare for each busy worker, and one for this one's caller, who may
+                # be back sooner than the next is open.
                 opens = (
                     self._usual
                     and job.kind is _READ
-                    and len(self._room.ahead) < self._busy
+                    and len(self._room.ahead) <= self._busy
                 )
             elif (
                 # Each worker has its next one, while the loop makes new ones.
-                len(lines.reads) + lines.others > len(self._awake.at_work)
+                waiting > len(self._awake.at_work)
                 and settled
                 and self._hold_locked(job, now)
             ):
