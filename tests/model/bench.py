@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from model.world import Tokens
 
 WRONG: Final = ("9999", "8888")
+WRONG_SO: Final = "wrong-so"
 PINS: Final = ("1234", "4321")
 STATES: Final = {
     LoginState.PUBLIC: User.NOBODY,
@@ -271,7 +272,10 @@ class Bench(RuleBasedStateMachine):
             if not self._failed:
                 self._end()
         finally:
-            self.world.close()
+            # In any case: all tests after this one need the module.
+            left = self.world.close()
+        if left and not self._failed:
+            self._disagree("\n".join(["At the end:", *left]), None)
         self.counts["runs"] += not self._is_left_out
         self.counts["module calls"] += self.world.ledger.calls
 

@@ -142,8 +142,10 @@ class Worker:
         opens = not again and engine.deliver(self, job, result, failure)
         if self.lost:
             return session
+        lane = job.lane
         if job.kind is not _READ and (
-            isinstance(result, Loan) or (job.lane is not None and not job.lane.cause)
+            isinstance(result, Loan)
+            or (lane is not None and (lane.anchor or not lane.cause))
         ):
             return None
         # Behind the caller's back.
