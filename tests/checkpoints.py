@@ -1,3 +1,4 @@
+# ruff: noqa: SLF001  # it stands where results come in
 """Cancels a coroutine at its n-th checkpoint, in every way that there is.
 
 A checkpoint is where a coroutine yields to its event loop. :class:`Checkpoints`
@@ -17,7 +18,7 @@ import anyio
 import anyio.lowlevel
 import sniffio
 
-from pkcs11_pool.faces import ports
+from pkcs11_pool.faces import waiting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
@@ -64,15 +65,15 @@ class Posted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.expected: Callable[[], object] = lambda: True
         self._event = threading.Event()
-        post = ports.Port.post
+        wake = waiting._LoopWaiter.wake
 
-        def told(port: Any, waiter: Any) -> bool:
+        def told(waiter: Any) -> bool:
             try:
-                return post(port, waiter)
+                return wake(waiter)
             finally:
                 self._event.set()
 
-        monkeypatch.setattr(ports.Port, "post", told)
+        monkeypatch.setattr(waiting._LoopWaiter, "wake", told)
 
     def forget(self) -> None:
         """What came so far does not count."""

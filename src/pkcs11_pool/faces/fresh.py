@@ -110,13 +110,7 @@ class FreshCalls(Calls):
             limit = arguments.timeout(timeout, limit)
         engine.check_process()
         waiter = current_waiter()
-        job = Reading(
-            work,
-            waiter=waiter,
-            deadline=time.monotonic() + limit if limit else None,
-            nowait=limit == 0,
-            holder=waiter.holder,
-        )
+        job = Reading(work, waiter, limit)
         try:
             engine.submit(job)
         except WouldDeadlock:

@@ -32,33 +32,33 @@ class Resumed(Protocol):
 class Port:
     """The way from the workers into one event loop: many results, one wake-up."""
 
-    def __init__(self, ended: Callable[[], bool]) -> None:
-        self._ready: deque[Resumed] = deque()
-        self._scheduled = False
-        # Whether the loop has ended.
-        self._ended = ended
+    #: What stands for the loop in its library.
+    loop: Any
 
-    def post(self, waiter: Resumed) -> bool:
-        """Resume a waiter on its loop; False if the loop has ended."""
-        if self._ended():
-            return False
-        self._ready.append(waiter)
-        if self._scheduled:
-            return True
-        self._scheduled = True
+    def __init__(self, ended: Callable[[], bool]) -> None:
+        #: Waiters to be resumed on the loop.
+        self.ready: deque[Resumed] = deque()
+        #: Whether the loop was woken for them.
+        self.scheduled = False
+        #: Whether the loop has ended.
+        self.ended = ended
+
+    def schedule(self) -> bool:
+        """Wake the loop for those who are ready; False if it has ended."""
+        self.scheduled = True
         try:
             self._schedule()
         except (RuntimeError, OSError):
             # trio.RunFinishedError is a RuntimeError; a run of trio's that its host
             # abandoned has no socket any more to be woken by.
-            self._scheduled = False
+            self.scheduled = False
             return False
         return True
 
     def _drain(self) -> None:
         # Before the queue is emptied: what is posted from here on schedules anew.
-        self._scheduled = False
-        ready = self._ready
+        self.scheduled = False
+        ready = self.ready
         while ready:
             ready.popleft().resume()
 
@@ -151,7 +151,7 @@ class _Kept:
         return self._port
 
 
-Way = Callable[[], Any]
+Way = Callable[[], Port | None]
 """Gives the port into a loop, or None when it went with its loop."""
 NOWHERE: Final[Way] = _Kept(None)
 """The way of a thread on which no loop ran yet."""

@@ -73,7 +73,11 @@ class _LoopWaiter:
     def wake(self) -> bool:
         """Called by any thread."""
         port = self._port()
-        return port is not None and port.post(self)
+        if port is None or port.ended():
+            return False
+        port.ready.append(self)
+        # Most find that somebody else is waking the loop already.
+        return port.scheduled or port.schedule()
 
     def resume(self) -> None:
         """Called on the loop."""
