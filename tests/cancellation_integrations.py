@@ -237,6 +237,8 @@ _FOREIGN = {
     if inspect.iscoroutinefunction(member)
 } - {"pdf.PoolSigner.async_sign", "pdf.PoolSigner.async_sign_raw"}
 """What is pyHanko's own; all of it comes to these two."""
+_PARTS = {"wrapping.wrap", "wrapping.unwrap"}
+"""What an envelope's coroutines await."""
 
 
 def integration_coroutines() -> set[str]:
@@ -253,4 +255,4 @@ def integration_coroutines() -> set[str]:
             and inspect.isfunction(thing)
             and inspect.isasyncgenfunction(inspect.unwrap(thing))
         }
-    return found - _FOREIGN
+    return found - _FOREIGN - _PARTS

@@ -781,6 +781,10 @@ def awaited_pin(pin: str) -> Callable[[], Awaitable[str]]:
 _NOT_FOR_USERS = {
     "Calls": "what TokenPool and PooledSession have in common",
     "Making": "the base of that",
+    "FreshCalls": "the base of TokenPool",
+    "open_pool": "TokenPool.open",
+    "close_pool": "TokenPool.close",
+    "request": "inside whatever concerns the login",
     "KeyMaker": "a part of KeyRef",
     "Reader": "reads data inside an operation",
     "Task": "an operation before its data is read",
