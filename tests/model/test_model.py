@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 PARTS = range(2)
 """Each backend's steps are made by so many tests, for the sake of parallel ones."""
-FAULT_PARTS = range(1)
+FAULT_PARTS = range(4)
 """And those with faults by so many."""
 _RUN = 60
 """Steps from the first pool to the last one's end."""
 _MANY_RUNS = 1_000
 """More than one test can make for one seed; so no two tests have the same seed."""
-_WITH_FAULTS = 1, 6
-"""So many steps are made with faults for so many without: 2,000 for 12,000."""
+_WITH_FAULTS = 5, 6
+"""So many steps are made with faults for so many without: 10,000 for 12,000."""
 _STRUCK = 0.02
 """The least share of the steps in which a fault was really played."""
 _EACH_KIND = 1_000
