@@ -122,6 +122,7 @@ async def _some_ahead(pool: TokenPool) -> None:
         await _all_at_once(pool, 4)
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_next_operation_goes_to_a_spare_worker_with_a_session(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -140,6 +141,7 @@ async def test_the_next_operation_goes_to_a_spare_worker_with_a_session(
         fault.release()
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_there_is_a_spare_session_for_each_running_operation_and_no_more(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
