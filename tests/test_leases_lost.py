@@ -220,7 +220,7 @@ async def test_who_lost_a_lease_by_cancellation_may_ask_again(
         async def ask_twice() -> None:
             with scope:
                 await pool.session().__aenter__()
-            async with pool.session(timeout=5) as session:
+            async with pool.session(timeout=LAST_RESORT) as session:
                 assert await digest(session)
 
         async with anyio.create_task_group() as tasks:

@@ -78,7 +78,9 @@ def _is_signature(public_der: bytes, signature: bytes) -> bool:
 
 async def _works(key: KeyRef) -> bool:
     """Whether the pool signs with the key: the user is logged in, and it is seen."""
-    return _is_signature(await key.public_key_der(), await _sign(key, timeout=5))
+    return _is_signature(
+        await key.public_key_der(), await _sign(key, timeout=_LAST_RESORT)
+    )
 
 
 def _handle_of(session: pkcs11.Session) -> int:
@@ -816,7 +818,7 @@ async def test_who_holds_a_session_comes_to_his_end_while_the_officer_waits(
             async with pool.session():
                 has.set()
                 await asks.wait()
-                await pool.generate_random(8, timeout=5)
+                await pool.generate_random(8, timeout=_LAST_RESORT)
 
         async with anyio.create_task_group() as group:
             has = anyio.Event()
@@ -1001,15 +1003,15 @@ async def test_an_officer_inside_his_period_would_deadlock(
     """The task that has so.session asks for what waits for its own end."""
 
     async def again() -> None:
-        async with pool.security_officer(token.so_pin, timeout=1):
+        async with pool.security_officer(token.so_pin, timeout=_LAST_RESORT):
             pass
 
     async def lease() -> None:
-        async with pool.session(timeout=1):
+        async with pool.session(timeout=_LAST_RESORT):
             pass
 
     async def operation() -> None:
-        await pool.generate_random(8, timeout=1)
+        await pool.generate_random(8, timeout=_LAST_RESORT)
 
     async with pool.security_officer(token.so_pin) as so:
         for call in (again, lease, operation):
@@ -1023,7 +1025,7 @@ async def test_an_officer_who_logs_in_or_out_would_deadlock(
     make_pool: MakePool, token: ThrowawayToken
 ) -> None:
     """Both wait for the end of the period, and that waits for this very task."""
-    async with make_pool(timeout=2) as pool:
+    async with make_pool(timeout=_LAST_RESORT) as pool:
         async with pool.security_officer(token.so_pin):
             for call in (pool.login, pool.logout):
                 with pytest.raises(WouldDeadlock):
@@ -1046,7 +1048,7 @@ async def test_a_login_lost_while_the_officer_waits_is_restored(
             await _officer_waits(pool)
             fault.lose_login()
             try:
-                signature = await _sign(key.on(holder.session), timeout=3)
+                signature = await _sign(key.on(holder.session), timeout=_LAST_RESORT)
             finally:
                 holder.go.set()
                 officer.go.set()
@@ -1124,7 +1126,7 @@ async def test_a_cancelled_block_ends_the_period(
                 await anyio.lowlevel.checkpoint()
         assert scope.cancelled_caught
         assert _who(pool) is LoginState.USER
-    assert len(await pool.generate_random(64, timeout=3)) == 8
+    assert len(await pool.generate_random(64, timeout=_LAST_RESORT)) == 8
 
 
 async def test_a_deadline_of_the_callers_own_ends_the_period(
@@ -1225,7 +1227,7 @@ async def test_a_pool_that_is_not_open_has_no_officer(
     """Before opening and after closing it is PoolClosed at once."""
 
     async def enter(pool: TokenPool) -> None:
-        async with pool.security_officer(token.so_pin, timeout=1):
+        async with pool.security_officer(token.so_pin, timeout=_LAST_RESORT):
             pytest.fail("the block was entered")
 
     pool = make_pool()

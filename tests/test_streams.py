@@ -428,9 +428,9 @@ async def test_a_slow_source_holds_a_session_and_no_thread(
         await settled(pool)
         assert pool.stats().sessions_leased == 1
         assert fault.inside() == 0
-        assert await digest(pool, timeout=5) == sha256(b"data")
+        assert await digest(pool, timeout=LAST_RESORT) == sha256(b"data")
         await pool.logout()
-        assert await digest(pool, timeout=5) == sha256(b"data")
+        assert await digest(pool, timeout=LAST_RESORT) == sha256(b"data")
         await pool.login()
         source.give(b"end", None)
     assert found == [sha256(b"start" + bytes(2 * PIECE) + b"end")]
@@ -499,7 +499,7 @@ async def test_the_officer_does_not_wait_for_a_slow_source(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(caught, mac.sign(source, mechanism=_HMAC))
             await source.runs_dry()
-            async with pool.security_officer(token.so_pin, timeout=5):
+            async with pool.security_officer(token.so_pin, timeout=LAST_RESORT):
                 assert pool.login_state is LoginState.SO
                 assert [s.rw for s in fault.sessions()] == [True]
                 assert pool.stats().sessions_leased == 0
@@ -520,7 +520,7 @@ async def test_data_that_is_still_there_is_begun_again(
         data = [data_of(_LARGE), b"end"]
 
         async def period() -> None:
-            async with pool.security_officer(token.so_pin, timeout=5):
+            async with pool.security_officer(token.so_pin, timeout=LAST_RESORT):
                 assert pool.login_state is LoginState.SO
 
         # The officer comes while the second call is inside. When it is back, either he
