@@ -15,6 +15,7 @@ import structlog
 import uvloop
 from pkcs11 import PKCS11Error
 
+import leftovers
 from faultmodule import FaultModule
 from faultmodule.build import build
 from pkcs11_pool import TokenPool, softhsm
@@ -196,9 +197,11 @@ def fault(
 
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
-    """No thread and no file descriptor outlives a test."""
+    """No initialised module, no thread and no file descriptor outlives a test."""
     before = _descriptors()
     yield
+    # Where a test failed in the middle, it must not be the end of all after it.
+    assert leftovers.free_modules() == []
     for thread in _threads():
         thread.join(20)
     assert _threads() == []

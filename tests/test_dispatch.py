@@ -10,7 +10,8 @@ import pytest
 import structlog
 from pkcs11 import Mechanism
 
-from pkcs11_pool import LoginState, events
+from faultmodule import CKR
+from pkcs11_pool import LoginState, PoolTimeout, events
 from pkcs11_pool.faces import waiting
 from poolkit import (
     LAST_RESORT,
@@ -152,6 +153,28 @@ async def test_there_is_a_spare_session_for_each_running_operation_and_no_more(
             await _all_at_once(pool, 1)
         assert pool.stats().sessions_ahead == 1
         assert len(fault.sessions()) == 2  # the anchor
+
+
+@pytest.mark.parametrize("how", ["down", "count"])
+async def test_sessions_ahead_that_are_given_up_do_not_count(
+    make_pool: MakePool, fault: FaultModule, how: str
+) -> None:
+    """Neither those that went with the token nor those closed for want of room."""
+    async with make_pool(module=fault.path) as pool:
+        await _some_ahead(pool)
+        if how == "down":
+            fault.go_down()
+            with pytest.raises(PoolTimeout):
+                await digest(pool, timeout=0.2)
+            fault.come_back()
+        else:
+            fault.on("C_OpenSession", answer=CKR.SESSION_COUNT)
+            await pool.run(lambda session: session.rw, rw=True)
+        assert await pool.run(lambda session: session.rw, rw=True)
+        await settled(pool)
+        ahead = pool.stats().sessions_ahead
+        assert pool.stats().sessions_open == ahead
+        await eventually(lambda: len(fault.sessions()) == 1 + ahead)
 
 
 @pytest.mark.parametrize("how", ["logout", "lost", "so"])

@@ -271,7 +271,10 @@ class Bench(RuleBasedStateMachine):
             if not self._failed:
                 self._end()
         finally:
-            self.world.close()
+            # In any case: all tests after this one need the module.
+            left = self.world.close()
+        if left and not self._failed:
+            self._disagree("\n".join(["At the end:", *left]), None)
         self.counts["runs"] += not self._is_left_out
         self.counts["module calls"] += self.world.ledger.calls
 

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from pkcs11 import Attribute, ObjectClass
 from pkcs11.util.ec import encode_ec_public_key
 
+import leftovers
 from keykit import is_signature
 from model.ledger import Ledger
 from pkcs11_pool import PoolTimeout, TokenPool
@@ -228,14 +229,11 @@ class World:
         number: int = self.refs[ref]._target.entry.handle  # noqa: SLF001
         return number
 
-    def close(self) -> None:
-        """Close what a failure left open."""
+    def close(self) -> list[str]:
+        """Close what a failure left open; what does not close, or was left."""
+        self.fault.call_off()
         self.fault.clear()
-        for pool in self.pools.values():
-            if pool.state.value in {"ready", "recovering", "opening"}:
-                from pkcs11_pool.faces.waiting import blocking  # noqa: PLC0415
-
-                blocking(pool.close())
+        return leftovers.close(self.pools.values()) + leftovers.free_modules()
 
 
 def _is_quiet(pool: TokenPool) -> bool:

@@ -282,7 +282,7 @@ CATALOGUE = (
         "        self.open_all -= len(taken)",
         "        self.open_all -= 0",
         "Sessions open are those running, ahead and leased.",
-        ("test_engine.py::test_an_idle_pool_holds_no_session",),
+        ("test_dispatch.py::test_sessions_ahead_that_are_given_up_do_not_count",),
     ),
     Mutation(
         "last-come-first-served",

@@ -242,7 +242,8 @@ class TokenPool(Calls):
 
         Raises:
             ModuleError, ModuleInUse: The file cannot be used.
-            TokenNotFound, TokenAmbiguous, TokenInUse: By the token's name.
+            TokenNotFound, TokenAmbiguous, TokenInUse: By the token's name. The first
+                is said after about a second.
             TokenUnavailable: The module was down for ``open_timeout`` seconds.
             PinRefused: The token refused the PIN.
             PoolClosed: It was open before; a pool is opened once.
@@ -252,7 +253,9 @@ class TokenPool(Calls):
 
         Cryptoki:
             ``C_Initialize``, ``C_GetSlotList``, ``C_GetTokenInfo``,
-            ``C_OpenSession``, ``C_Login``.
+            ``C_OpenSession``, ``C_Login``. All but the last again, and ``C_Finalize``
+            before, for at most a second: where the token is not there, or
+            ``CKR_GENERAL_ERROR``, as it may be misread while others write it.
 
         Source:
             PKCS#11 v3.1, "General-purpose functions", "Session management functions".

@@ -27,11 +27,10 @@ from pkcs11_pool.errors import (
     LoginRequired,
     PinRefused,
     PoolClosed,
-    PoolError,
-    TokenUnavailable,
 )
 from pkcs11_pool.jobs import Job, Phase
 from pkcs11_pool.login.attachment import came_to, who_is_in
+from pkcs11_pool.login.opening import Tries, is_down, surely
 from pkcs11_pool.login.pin_guard import SO, USER
 from pkcs11_pool.login.question import Question
 from pkcs11_pool.login.recovering import Recovering
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
 
 _LOOK: Final = 0.05
 """Seconds between two looks at a request that waits for quiet, during a login."""
-_RETRY: Final = 0.2
-"""Seconds between two tries to reach a module that is down, at opening."""
 _OFTEN: Final = 3
 """How often an idle session is used before the token would drop it."""
 _SOON: Final = 1.0
@@ -233,7 +230,7 @@ class LoginActor(Recovering):
         try:
             handle(job, *arguments)
         except Exception as error:  # noqa: BLE001  # it is the caller's, raised there
-            later = handle == self._log_in and not self._sent and _is_down(error)
+            later = handle == self._log_in and not self._sent and is_down(error)
             lost = self._gone(error)
             later = later and lost and self._gate.put_off(job)
             if later:
@@ -271,20 +268,15 @@ class LoginActor(Recovering):
     # -- Opening and closing ------------------------------------------------------
 
     def _open(self, job: Job) -> None:
-        options = self._options
+        tries = Tries(self._options.module, job.deadline)
         while True:
             try:
+                tries.begin()
                 self._attach()
                 break
             except Exception as error:
                 self._detach()
-                if not _is_down(error):
-                    raise
-                left = None if job.deadline is None else job.deadline - time.monotonic()
-                if left is not None and left <= _RETRY:
-                    message = f"{options.module} does not answer: {error}"
-                    raise TokenUnavailable(message) from error
-                if self._stopping.wait(_RETRY):
+                if self._stopping.wait(tries.rest(error, shared=self.is_shared)):
                     message = "the pool was closed while it opened"
                     raise PoolClosed(message) from error
         try:
@@ -379,7 +371,7 @@ class LoginActor(Recovering):
         waiting, self._logins = self._logins, []
         for job in waiting:
             # What was asked for by name waits for the token, too, then asks anew.
-            later = lost and not self._sent and _is_down(error)
+            later = lost and not self._sent and is_down(error)
             if later and self._gate.put_off(job):
                 again = partial(self._handle, job, self._log_in, None, self._insisted)
                 self._postponed.append(again)
@@ -490,7 +482,7 @@ class LoginActor(Recovering):
         """``C_GetTokenInfo`` and ``C_Login``, if this PIN may be tried."""
         who = SO if user == interface.CKU_SO else USER
         self._sent = False
-        self.info = fresh = self.same_token()
+        self.info = fresh = surely(self.same_token)
         self.guard.check(who, pin, fresh, force=force)
         events.info(events.LOGIN_STARTED, token=self._label, user=who)
         self._sent = True
@@ -671,7 +663,3 @@ class LoginActor(Recovering):
             )
             raise LoginRequired(message)
         return self._pin
-
-
-def _is_down(error: BaseException) -> bool:
-    return not isinstance(error, PoolError) and recovery.classify(error).is_outage

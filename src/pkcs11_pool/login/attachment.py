@@ -99,6 +99,8 @@ class Attachment:
             self.info = info
             self.guard = guard_of((self.module.path, info.identity))
             self._anchor = self._first_session(info)
+            # Read once more: what was misread would be taken for the token's own.
+            self.same_token()
 
     def _first_session(self, info: TokenInfo) -> Session:
         """The anchor, or what is odd about a token that does not give it."""
@@ -141,6 +143,11 @@ class Attachment:
         modules.release(module)
         self._is_attached = False
         self.info = self.token = None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the module is in use without this pool."""
+        return self.module is not None and self.module.users > self._is_attached
 
     def new_session(self, *, rw: bool) -> Session:
         """``C_OpenSession`` on the token; whoever calls has the turn."""
