@@ -20,6 +20,7 @@ from faultmodule import FaultModule
 from faultmodule.build import build
 from pkcs11_pool import TokenPool, softhsm
 from pkcs11_pool.cryptoki import module as modules
+from poolkit import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -131,10 +132,9 @@ def _finalise_kept() -> None:
     On a machine that stands still a call is lost where no test means it to be. The next
     pool would take the module over, but the next test has other tokens.
     """
-    for thread in _threads():
-        thread.join(20)
     for module in modules._modules.values():  # noqa: SLF001
-        if module.initialized and not module.users:
+        if module.initialized and not module.users and not module.forked:
+            wait_for(lambda module=module: not module.lost_calls)  # type: ignore[misc]
             with contextlib.suppress(PKCS11Error):
                 module.library.finalize()
             module.initialized = False
