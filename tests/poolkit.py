@@ -17,6 +17,7 @@ import pytest
 from pkcs11 import KeyType, Mechanism
 
 from pkcs11_pool import PoolClosed, PoolError, PoolState, PoolTimeout
+from pkcs11_pool.engine.dispatch import Pause
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -75,9 +76,18 @@ async def settled(pool: TokenPool) -> None:
     def quiet() -> bool:
         stats = pool.stats()
         idle = stats.sessions_open == stats.sessions_ahead + stats.sessions_leased
-        return idle and not stats.operations_running
+        busy = stats.operations_running or pool._engine._busy  # noqa: SLF001
+        return idle and not busy
 
     await eventually(quiet)
+
+
+async def paused(pool: TokenPool) -> None:
+    """Wait until nothing new starts any more, for a logout or for the officer.
+
+    A caller with a time limit would tell it, too, if the machine did not stand still.
+    """
+    await eventually(lambda: pool._engine._pause is not Pause.NOT)  # noqa: SLF001
 
 
 async def digest(pool: Any, data: bytes = b"data", **options: Any) -> bytes:

@@ -156,6 +156,7 @@ async def test_there_is_a_spare_session_for_each_running_operation_and_no_more(
 
 
 @pytest.mark.parametrize("how", ["down", "count"])
+@pytest.mark.usefixtures("never_idle")
 async def test_sessions_ahead_that_are_given_up_do_not_count(
     make_pool: MakePool, fault: FaultModule, how: str
 ) -> None:
@@ -210,6 +211,7 @@ async def test_no_session_opened_ahead_survives_a_change_of_the_login(
 # -- Who is woken ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_worker_that_went_idle_last_is_woken_first(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

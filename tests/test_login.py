@@ -49,7 +49,12 @@ from pkcs11_pool import (
     TokenUnavailable,
     pins,
 )
-from poolkit import given_up, hangs, time_is_up
+from poolkit import (
+    given_up,
+    hangs,
+    paused,
+    time_is_up,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -279,21 +284,11 @@ async def test_searches_that_began_logged_out_are_login_required(
                 await _in_thread(fault.wait_until_hanging, "C_FindObjectsFinal")
                 await pool.login()
                 group.start_soon(pool.logout)
-                await _until_paused(pool)
+                await paused(pool)
                 fault.on("C_FindObjectsFinal", nth=2, hang="before")
                 fault.release()
             fault.clear()
         assert _who(pool) is LoginState.PUBLIC
-
-
-async def _until_paused(pool: TokenPool) -> None:
-    """Wait until nothing starts: a caller that must not wait tells."""
-    with anyio.fail_after(_LAST_RESORT):
-        while True:
-            try:
-                await pool.generate_random(64, timeout=0)
-            except PoolTimeout:
-                return
 
 
 # -- Logged out -------------------------------------------------------------------
@@ -407,7 +402,7 @@ async def test_logout_waits_for_the_call_inside_or_changes_nothing(
 
             async with anyio.create_task_group() as late:
                 late.start_soon(log_out)
-                await _until_paused(pool)
+                await paused(pool)
                 time_is_up(pool)
             assert phases == ["waiting"]
             assert _who(pool) is LoginState.USER

@@ -35,7 +35,10 @@ from pkcs11_pool import (
     WouldDeadlock,
 )
 from pkcs11_pool.engine.dispatch import Pause
-from poolkit import Hold
+from poolkit import (
+    Hold,
+    paused,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,12 +105,6 @@ async def _until(condition: Callable[[], bool]) -> None:
     with anyio.fail_after(_LAST_RESORT):
         while not condition():
             await anyio.lowlevel.checkpoint()
-
-
-async def _officer_waits(pool: TokenPool) -> None:
-    """Until the officer is heard: from then on nothing new starts."""
-    # With a time limit a call would tell it, too, if the machine did not stand still.
-    await _until(lambda: pool._engine._pause is not Pause.NOT)  # noqa: SLF001
 
 
 class _Holder:
@@ -784,7 +781,7 @@ async def test_the_officer_waits_for_open_sessions_and_they_can_finish(
         session = holder.session
         assert session is not None
         group.start_soon(officer)
-        await _officer_waits(pool)
+        await paused(pool)
         for _ in range(3):
             signature = await _sign(key.on(session))
             assert _is_signature(await key.on(session).public_key_der(), signature)
@@ -858,7 +855,7 @@ async def test_new_operations_wait_behind_a_waiting_officer(
         group.start_soon(holder)
         await holder.has.wait()
         group.start_soon(officer)
-        await _officer_waits(pool)
+        await paused(pool)
         group.start_soon(random)
         await _until(lambda: pool.stats().operations_waiting == 1)
         holder.go.set()
@@ -910,7 +907,7 @@ async def test_the_officer_waits_for_a_running_call(
         group.start_soon(run)
         await _in_thread(started.wait)
         group.start_soon(officer)
-        await _officer_waits(pool)
+        await paused(pool)
         assert not officer.inside.is_set()
         assert results == []
         release.set()
@@ -1045,7 +1042,7 @@ async def test_a_login_lost_while_the_officer_waits_is_restored(
             await holder.has.wait()
             assert holder.session is not None
             group.start_soon(officer)
-            await _officer_waits(pool)
+            await paused(pool)
             fault.lose_login()
             try:
                 signature = await _sign(key.on(holder.session), timeout=_LAST_RESORT)
@@ -1071,7 +1068,7 @@ async def test_an_entry_cancelled_while_it_waits_leaves_nothing(
             group.start_soon(holder)
             await holder.has.wait()
             group.start_soon(officer)
-            await _officer_waits(pool)
+            await paused(pool)
             officer.scope.cancel()
             await anyio.wait_all_tasks_blocked()
             holder.go.set()
@@ -1251,7 +1248,7 @@ async def test_closing_the_pool_ends_a_waiting_officer(
         group.start_soon(holder)
         await holder.has.wait()
         group.start_soon(officer)
-        await _officer_waits(pool)
+        await paused(pool)
         try:
             await pool.close()
         finally:

@@ -57,6 +57,7 @@ from poolkit import (
     eventually,
     given_up,
     hangs,
+    paused,
     settled,
     time_limits,
 )
@@ -533,22 +534,12 @@ async def test_data_that_is_still_there_is_begun_again(
                 tasks.start_soon(caught, mac.sign(data, mechanism=_HMAC))
                 await hangs(fault, "C_SignUpdate")
                 tasks.start_soon(period)
-                await _paused(pool)
+                await paused(pool)
                 fault.release()
             assert caught.result == hmac_sha256(b"".join(data))
             if fault.count("C_SignInit") == 2:
                 return
         pytest.fail("the officer was never first")
-
-
-async def _paused(pool: TokenPool) -> None:
-    """Wait until nothing new starts any more."""
-    with anyio.fail_after(LAST_RESORT):
-        while True:
-            try:
-                await digest(pool, timeout=0)
-            except PoolTimeout:
-                return
 
 
 @pytest.mark.parametrize("repeatable", [True, False])
