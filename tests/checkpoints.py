@@ -1,4 +1,3 @@
-# ruff: noqa: SLF001  # it stands where results come in
 """Cancels a coroutine at its n-th checkpoint, in every way that there is.
 
 A checkpoint is where a coroutine yields to its event loop. :class:`Checkpoints`
@@ -18,7 +17,7 @@ import anyio
 import anyio.lowlevel
 import sniffio
 
-from pkcs11_pool.faces import waiting
+from pkcs11_pool.faces import ports
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
@@ -65,7 +64,7 @@ class Posted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.expected: Callable[[], object] = lambda: True
         self._event = threading.Event()
-        post = waiting._Port.post
+        post = ports.Port.post
 
         def told(port: Any, waiter: Any) -> bool:
             try:
@@ -73,7 +72,7 @@ class Posted:
             finally:
                 self._event.set()
 
-        monkeypatch.setattr(waiting._Port, "post", told)
+        monkeypatch.setattr(ports.Port, "post", told)
 
     def forget(self) -> None:
         """What came so far does not count."""

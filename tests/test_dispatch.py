@@ -13,7 +13,7 @@ from pkcs11 import Mechanism
 
 from faultmodule import CKR
 from pkcs11_pool import LoginState, PoolTimeout, events
-from pkcs11_pool.faces import waiting
+from pkcs11_pool.faces import ports
 from poolkit import (
     LAST_RESORT,
     Hold,
@@ -291,7 +291,7 @@ async def test_many_results_wake_the_loop_once(
         return count
 
     kinds = ("_EventPort", "_TrioPort")
-    for kind in (getattr(waiting, name) for name in kinds):
+    for kind in (getattr(ports, name) for name in kinds):
         monkeypatch.setattr(kind, "_schedule", counted(kind._schedule))  # noqa: SLF001
     with Hold() as hold:
         async with anyio.create_task_group() as group:
