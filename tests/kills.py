@@ -70,7 +70,7 @@ async def opening(token: Any, server: TokenServer, _plan: str) -> dict[str, Any]
     began = time.monotonic()
     refused = ""
     try:
-        await _pool(token, open_timeout=0.5).open()
+        await _pool(token, open_timeout=2.0).open()
     except TokenUnavailable as error:
         refused = str(error)
     gave_up = time.monotonic() - began
@@ -88,13 +88,14 @@ async def opening(token: Any, server: TokenServer, _plan: str) -> dict[str, Any]
 
 async def hanging(token: Any, server: TokenServer, _plan: str) -> dict[str, Any]:
     """The server is stopped for good: nothing that ends may wait for the call."""
-    pool = _pool(token, close_timeout=0.5, recovery_timeout=0.5)
+    pool = _pool(token, close_timeout=0.5, recovery_timeout=5.0)
     await pool.open()
     server.stop()
     phases: list[str] = []
-    for _ in range(3):
+    # Time to get into the module; less than the recovery has; more than that.
+    for timeout in (2.0, 0.4, 30.0):
         try:
-            await pool.generate_random(64, timeout=0.4)
+            await pool.generate_random(64, timeout=timeout)
         except PoolTimeout as error:
             phases.append(error.phase)
         except TokenUnavailable as error:

@@ -16,10 +16,11 @@ import anyio.to_thread
 import pytest
 from pkcs11 import KeyType, Mechanism
 
-from pkcs11_pool import PoolClosed, PoolError, PoolState
+from pkcs11_pool import PoolClosed, PoolError, PoolState, PoolTimeout
+from pkcs11_pool.engine.dispatch import Pause
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from faultmodule import Call, FaultModule
     from pkcs11_pool import KeyRef, TokenPool
@@ -28,8 +29,17 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LAST_RESORT = 10.0
-"""Seconds after which a wait that should have ended long ago fails its test."""
+LAST_RESORT = 20.0
+"""Seconds after which a wait that should have ended long ago fails its test.
+
+Less than the 30 s that a pool gives its calls by default, lest it hide a wait for them.
+"""
+
+SLACK = 5.0
+"""Seconds that a machine may stand still, besides three times what is promised."""
+
+_FAR = 100.0
+"""Seconds: later than all deadlines, but for those of minutes."""
 
 ASYNCIO_ONLY = pytest.mark.parametrize(
     "anyio_backend",
@@ -66,9 +76,18 @@ async def settled(pool: TokenPool) -> None:
     def quiet() -> bool:
         stats = pool.stats()
         idle = stats.sessions_open == stats.sessions_ahead + stats.sessions_leased
-        return idle and not stats.operations_running
+        busy = stats.operations_running or pool._engine._busy  # noqa: SLF001
+        return idle and not busy
 
     await eventually(quiet)
+
+
+async def paused(pool: TokenPool) -> None:
+    """Wait until nothing new starts any more, for a logout or for the officer.
+
+    A caller with a time limit would tell it, too, if the machine did not stand still.
+    """
+    await eventually(lambda: pool._engine._pause is not Pause.NOT)  # noqa: SLF001
 
 
 async def digest(pool: Any, data: bytes = b"data", **options: Any) -> bytes:
@@ -142,6 +161,65 @@ async def hangs(fault: FaultModule, function: str, calls: int = 1) -> None:
     await blocking(fault.wait_until_hanging, function, calls)
 
 
+def time_is_up(pool: TokenPool) -> None:
+    """Let the deadlines of all calls pass now, however far they are.
+
+    For what comes after a deadline. A short one in its place would have to be long
+    enough for the call to get into the module, on whatever machine.
+    """
+    pool._engine.sweep(time.monotonic() + _FAR)  # noqa: SLF001
+
+
+async def given_up(
+    pool: TokenPool, call: Callable[[], Awaitable[object]], inside: Awaitable[None]
+) -> PoolTimeout:
+    """Make a call, wait until it is inside, and let its deadline pass there.
+
+    Args:
+        pool: Whose call it is.
+        call: Makes it.
+        inside: Waits until it hangs.
+    """
+    errors = []
+
+    async def runs_out() -> None:
+        with pytest.raises(PoolTimeout) as caught:
+            await call()
+        errors.append(caught.value)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(runs_out)
+        await inside
+        time_is_up(pool)
+    (error,) = errors
+    assert error.phase == "running"
+    return error
+
+
+async def lost(pool: TokenPool, fault: FaultModule, calls: int = 1) -> PoolTimeout:
+    """Make a call that hangs in ``C_Digest``, and is given up on.
+
+    Args:
+        pool: Whose call it is.
+        fault: It has a rule for it.
+        calls: How many hang then.
+    """
+    return await given_up(pool, lambda: digest(pool), hangs(fault, "C_Digest", calls))
+
+
+def time_limits(first: float) -> Iterator[float]:
+    """Time limits, each four times the one before.
+
+    For a call that must have got somewhere when its time is over. On a machine that
+    stands still it has not, and another one with more time has to be made.
+    """
+    limit = first
+    while limit < LAST_RESORT:
+        yield limit
+        limit *= 4
+    pytest.fail(f"no call got anywhere within {limit / 4} s")
+
+
 def by_session(calls: Iterable[Call]) -> dict[int, list[str]]:
     """The functions that were called on each session, in order."""
     found: dict[int, list[str]] = {}
@@ -211,5 +289,5 @@ async def closes_in_time(pool: TokenPool, promised: float = 0.3) -> None:
     """Close a pool whose ``close_timeout`` was promised."""
     began = time.monotonic()
     await pool.close()
-    assert time.monotonic() - began < 3 * promised
+    assert time.monotonic() - began < 3 * promised + SLACK
     assert pool.state is PoolState.CLOSED

@@ -25,7 +25,14 @@ from pkcs11_pool import (
     PoolTimeout,
     TokenUnavailable,
 )
-from poolkit import blocking, digest, eventually, hangs, settled
+from poolkit import (
+    blocking,
+    digest,
+    eventually,
+    hangs,
+    settled,
+    time_is_up,
+)
 
 if TYPE_CHECKING:
     from conftest import MakePool
@@ -264,14 +271,13 @@ async def test_a_login_that_hangs_is_lost_in_time(
 
             async def late() -> None:
                 with pytest.raises(PoolTimeout) as caught:
-                    await key.sign(
-                        b"message", pin=token.user_pin, timeout=0.3, **_PKCS1
-                    )
+                    await key.sign(b"message", pin=token.user_pin, **_PKCS1)
                 assert caught.value.phase == "running"
 
             tasks.start_soon(late)
             await hangs(fault, "C_Login")
             assert await digest(pool)
+            time_is_up(pool)
         fault.release()
         await eventually(lambda: pool.stats().calls_stuck == 0)
         signature = await key.sign(b"message", pin=token.user_pin, **_PKCS1)

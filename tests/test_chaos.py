@@ -12,7 +12,10 @@ from pkcs11 import Attribute, KeyType
 
 from pkcs11_pool import chaos
 from pkcs11_pool.chaos import faults, load, server
-from poolkit import eventually
+from poolkit import (
+    LAST_RESORT,
+    eventually,
+)
 from terminalkit import on_a_terminal
 
 if TYPE_CHECKING:
@@ -103,7 +106,7 @@ async def test_wrong_results_and_callers_without_answer_are_seen(
 ) -> None:
     """A signature by another key, and a call that does not come back in time."""
     monkeypatch.setattr(load, "_GRACE", -29.8)
-    async with make_pool(module=fault.path, timeout=5) as pool:
+    async with make_pool(module=fault.path, timeout=LAST_RESORT) as pool:
         await load.prepare(pool)
         await pool.generate_keypair(
             KeyType.EC, curve="secp256r1", label="another", store=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -123,6 +124,7 @@ async def _some_ahead(pool: TokenPool) -> None:
         await _all_at_once(pool, 4)
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_next_operation_goes_to_a_spare_worker_with_a_session(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -141,6 +143,7 @@ async def test_the_next_operation_goes_to_a_spare_worker_with_a_session(
         fault.release()
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_there_is_a_spare_session_for_each_running_operation_and_one_more(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -157,6 +160,7 @@ async def test_there_is_a_spare_session_for_each_running_operation_and_one_more(
 
 
 @pytest.mark.parametrize("how", ["down", "count"])
+@pytest.mark.usefixtures("never_idle")
 async def test_sessions_ahead_that_are_given_up_do_not_count(
     make_pool: MakePool, fault: FaultModule, how: str
 ) -> None:
@@ -211,6 +215,7 @@ async def test_no_session_opened_ahead_survives_a_change_of_the_login(
 # -- Who is woken ---------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_worker_that_went_idle_last_is_woken_first(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -223,7 +228,9 @@ async def test_the_worker_that_went_idle_last_is_woken_first(
             await settled(pool)
         threads = [call.thread for call in fault.calls("C_Digest")]
         assert len(threads) == 12
-        assert len(set(threads)) == 1
+        # Taking turns, each of four has three. One that does not wake in a moment, on a
+        # slow machine, is helped by another.
+        assert Counter(threads).most_common(1)[0][1] > 6
 
 
 async def test_on_a_fast_token_few_workers_do_all(

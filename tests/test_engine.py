@@ -10,6 +10,7 @@ import pytest
 from pkcs11 import Mechanism
 
 from poolkit import (
+    LAST_RESORT,
     Hold,
     by_session,
     digest,
@@ -93,12 +94,13 @@ async def test_the_caller_waits_for_no_tidying(
     """The result comes first; the used session is closed behind the caller."""
     async with make_pool(module=fault.path) as pool:
         fault.on("C_CloseSession", hang="before")
-        with anyio.fail_after(5):
+        with anyio.fail_after(LAST_RESORT):
             await digest(pool)
         await hangs(fault, "C_CloseSession")
         fault.release()
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_next_session_is_opened_ahead(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -108,11 +110,12 @@ async def test_the_next_session_is_opened_ahead(
         await settled(pool)
         assert pool.stats().sessions_ahead == 1
         fault.on("C_OpenSession", every=True, hang="before")
-        with anyio.fail_after(5):
+        with anyio.fail_after(LAST_RESORT):
             await digest(pool)
         fault.clear()
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_a_session_opened_ahead_makes_room(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -122,7 +125,7 @@ async def test_a_session_opened_ahead_makes_room(
         await settled(pool)
         assert pool.stats().sessions_ahead == 1
         fault.clear_log()
-        rw = await pool.run(lambda session: session.rw, rw=True, timeout=5)
+        rw = await pool.run(lambda session: session.rw, rw=True, timeout=LAST_RESORT)
         assert rw
         calls = [call.function for call in fault.calls()]
         assert calls[:2] == ["C_CloseSession", "C_OpenSession"]
@@ -247,7 +250,7 @@ async def test_one_that_cannot_start_holds_up_no_other_kind(
             await hold.entered()
             await anyio.wait_all_tasks_blocked()
             assert pool.stats().operations_waiting == 1
-            assert await digest(pool, timeout=5)
+            assert await digest(pool, timeout=LAST_RESORT)
             assert len(hold.calls) == 1
             hold.let_go()
 

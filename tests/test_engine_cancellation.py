@@ -19,6 +19,7 @@ from poolkit import (
     eventually,
     hangs,
     settled,
+    time_is_up,
 )
 
 if TYPE_CHECKING:
@@ -189,11 +190,13 @@ async def test_a_deadline_ends_the_wait_for_an_outcome(
     """A cancelled call that changes waits no longer than its own deadline."""
     async with make_pool(module=fault.path) as pool:
         with Hold() as hold:
-            caller = Caller(lambda: pool.run(hold, rw=True, timeout=0.3))
+            caller = Caller(lambda: pool.run(hold, rw=True))
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(caller)
                 await hold.entered()
                 caller.scope.cancel()
+                await anyio.wait_all_tasks_blocked()
+                time_is_up(pool)
             assert caller.cancelled
             assert hold.ended == 0
             assert pool.stats().calls_lost == 1
@@ -210,7 +213,7 @@ async def test_the_callers_own_limit_is_no_pool_timeout(
             await digest(pool)
         assert not isinstance(caught.value, PoolTimeout)
         assert pool.stats().operations_cancelled == 1
-        fault.release()
+        fault.clear()
         await _nothing_is_lost(pool)
 
 
@@ -225,7 +228,7 @@ async def test_asyncios_own_limit_is_no_pool_timeout(
             async with asyncio.timeout(0.1):
                 await digest(pool)
         assert not isinstance(caught.value, PoolTimeout)
-        fault.release()
+        fault.clear()
         await _nothing_is_lost(pool)
 
 

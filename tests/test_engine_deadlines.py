@@ -11,12 +11,18 @@ import pytest
 
 from pkcs11_pool import PoolTimeout, TokenUnavailable, TooManyWaiting
 from poolkit import (
+    LAST_RESORT,
+    SLACK,
     Hold,
     blocking,
     digest,
     eventually,
+    given_up,
     hangs,
+    lost,
     settled,
+    time_is_up,
+    time_limits,
     wait_for,
     workers,
 )
@@ -37,7 +43,20 @@ async def _times_out(call: Callable[[], Any], phase: str, promised: float) -> No
     took = time.monotonic() - began
     assert caught.value.phase == phase
     assert isinstance(caught.value, TimeoutError)
-    assert promised <= took < 3 * promised or promised == 0
+    assert promised <= took < 3 * promised + SLACK
+
+
+async def _runs_out(
+    call: Callable[[float], Any], is_inside: Callable[[], object]
+) -> None:
+    for limit in time_limits(_SHORT):
+        began = time.monotonic()
+        with pytest.raises(PoolTimeout) as caught:
+            await call(limit)
+        assert limit <= time.monotonic() - began < 3 * limit + SLACK
+        if is_inside():
+            assert caught.value.phase == "running"
+            return
 
 
 async def test_a_deadline_while_waiting_sends_nothing(
@@ -67,12 +86,13 @@ async def test_a_deadline_of_a_running_call_holds(
 ) -> None:
     """In the phase ``running`` the call was sent; its caller goes on time."""
     async with make_pool(module=fault.path) as pool:
-        fault.on("C_Digest", hang="before")
-        await _times_out(lambda: digest(pool, timeout=_SHORT), "running", _SHORT)
-        assert fault.count("C_Digest") == 1
+        fault.on("C_Digest", hang="before", every=True)
+        await _runs_out(
+            lambda limit: digest(pool, timeout=limit), lambda: fault.inside("C_Digest")
+        )
         with Hold() as hold:
-            await _times_out(
-                lambda: pool.run(hold, rw=True, timeout=_SHORT), "running", _SHORT
+            await _runs_out(
+                lambda limit: pool.run(hold, rw=True, timeout=limit), lambda: hold.calls
             )
         fault.clear()
         await eventually(lambda: pool.stats().calls_stuck == 0)
@@ -103,6 +123,7 @@ async def test_an_infinite_timeout_is_none(make_pool: MakePool) -> None:
             assert await digest(session)
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_timeout_zero_does_not_wait(make_pool: MakePool) -> None:
     """With ``timeout=0`` a free session is used, and no other waited for."""
     async with make_pool(max_sessions=1) as pool:
@@ -171,12 +192,11 @@ async def test_a_lost_call_is_replaced(make_pool: MakePool, fault: FaultModule) 
     """A call that hangs keeps its thread; the pool goes on without both."""
     async with make_pool(module=fault.path, max_sessions=1) as pool:
         fault.on("C_Digest", hang="before")
-        with pytest.raises(PoolTimeout):
-            await digest(pool, timeout=_SHORT)
+        await lost(pool, fault)
         stats = pool.stats()
         assert (stats.calls_lost, stats.calls_stuck) == (1, 1)
         assert stats.operations_running == 0
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
         stuck = next(c for c in fault.calls("C_Digest") if c.rv is None)
         fault.release()
         await eventually(lambda: pool.stats().calls_stuck == 0)
@@ -184,7 +204,7 @@ async def test_a_lost_call_is_replaced(make_pool: MakePool, fault: FaultModule) 
         # Its session is closed, and its thread ends.
         assert stuck.session not in {s.number for s in fault.sessions()}
         await eventually(lambda: len(workers()) <= 2)
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
 
 
 @pytest.mark.parametrize("function", ["C_OpenSession", "C_CloseSession"])
@@ -207,7 +227,7 @@ async def test_a_hang_behind_a_caller_is_given_up_on_by_who_waits_for_it(
         await _times_out(lambda: digest(pool, timeout=_SHORT), "waiting", _SHORT)
         stats = pool.stats()
         assert (stats.calls_lost, stats.calls_stuck) == (1, 1)
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
         fault.release()
         await eventually(lambda: pool.stats().calls_stuck == 0)
         await settled(pool)
@@ -215,18 +235,19 @@ async def test_a_hang_behind_a_caller_is_given_up_on_by_who_waits_for_it(
 
 
 async def test_a_call_behind_a_caller_has_its_time(
-    make_pool: MakePool, fault: FaultModule
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who has no time to wait takes nothing from it."""
+    monkeypatch.setattr("pkcs11_pool.engine.leasing.BEHIND", LAST_RESORT)
     async with make_pool(module=fault.path, max_sessions=1) as pool:
         fault.on("C_CloseSession", hang="before")
-        await digest(pool, timeout=5)
+        await digest(pool, timeout=LAST_RESORT)
         await hangs(fault, "C_CloseSession")
         with pytest.raises(PoolTimeout):
             await digest(pool, timeout=0.01)
         assert pool.stats().calls_lost == 0
         fault.release()
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
 
 
 @pytest.mark.parametrize("function", ["C_OpenSession", "C_CloseSession"])
@@ -237,12 +258,12 @@ async def test_a_session_that_cannot_be_opened_or_closed_in_time(
     async with make_pool(module=fault.path, max_sessions=2) as pool:
         fault.on(function, hang="before")
         if function == "C_OpenSession":
-            await _times_out(lambda: digest(pool, timeout=_SHORT), "running", _SHORT)
+            await given_up(pool, lambda: digest(pool), hangs(fault, function))
         else:
-            await digest(pool, timeout=5)
+            await digest(pool, timeout=LAST_RESORT)
         await hangs(fault, function)
         for _ in range(3):
-            assert await digest(pool, timeout=5)
+            assert await digest(pool, timeout=LAST_RESORT)
         fault.release()
         # A pool that closes while the call is still inside keeps the module.
         await eventually(lambda: pool.stats().calls_stuck == 0)
@@ -258,21 +279,17 @@ async def test_deadlines_hold_while_every_worker_hangs(
         fault.on("C_Digest", every=True, hang="before")
         async with anyio.create_task_group() as tasks:
             for _ in range(2):
-                tasks.start_soon(
-                    _times_out,
-                    lambda: digest(pool, timeout=2 * _SHORT),
-                    "running",
-                    2 * _SHORT,
-                )
+                tasks.start_soon(_times_out, lambda: digest(pool), "running", 0)
             await hangs(fault, "C_Digest", 2)
             await _times_out(lambda: digest(pool, timeout=_SHORT), "waiting", _SHORT)
-        await _times_out(lambda: digest(pool, timeout=_SHORT), "running", _SHORT)
+            time_is_up(pool)
+        await lost(pool, fault, 3)
         assert pool.stats().calls_stuck == 3
         with pytest.raises(TokenUnavailable, match="new process"):
             await digest(pool)
         fault.clear()
         await eventually(lambda: pool.stats().calls_stuck == 0)
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
 
 
 async def test_a_result_that_arrived_first_wins(make_pool: MakePool) -> None:
@@ -285,11 +302,10 @@ async def test_a_result_that_arrived_first_wins(make_pool: MakePool) -> None:
             # On the loop's own thread: nobody is resumed meanwhile.
             hold.let_go()
             wait_for(lambda: pool.stats().operations_running == 0)
-            until = time.monotonic() + 2 * _SHORT
-            wait_for(lambda: time.monotonic() > until)
+            time_is_up(pool)
 
         async def call() -> None:
-            results.append(await pool.run(hold, "result", timeout=2 * _SHORT))
+            results.append(await pool.run(hold, "result"))
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call)
@@ -307,14 +323,15 @@ async def test_a_cancelled_call_is_lost_at_its_own_deadline(
         fault.on("C_Digest", hang="before")
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(lambda: digest(pool, timeout=4 * _SHORT))
+                tasks.start_soon(digest, pool)
                 await hangs(fault, "C_Digest")
                 scope.cancel()
         stats = pool.stats()
         assert (stats.operations_running, stats.calls_lost) == (1, 0)
-        await eventually(lambda: pool.stats().calls_stuck == 1)
+        time_is_up(pool)
         stats = pool.stats()
         assert (stats.operations_running, stats.calls_lost) == (0, 1)
+        assert stats.calls_stuck == 1
         assert (stats.operations_cancelled, stats.operations_timed_out) == (1, 0)
         fault.clear()
         await eventually(lambda: pool.stats().calls_stuck == 0)
@@ -332,7 +349,7 @@ async def test_deadlines_hold_on_plain_threads(make_pool: MakePool) -> None:
                 with pytest.raises(PoolTimeout) as caught:
                     pool.run_sync(_nothing, timeout=_SHORT)
                 assert caught.value.phase == "waiting"
-                assert _SHORT <= time.monotonic() - began < 3 * _SHORT
+                assert _SHORT <= time.monotonic() - began < 3 * _SHORT + SLACK
 
             await blocking(call)
             hold.let_go()

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from poolkit import Hold, digest, eventually, settled
+from poolkit import (
+    LAST_RESORT,
+    Hold,
+    digest,
+    eventually,
+    settled,
+)
 
 if TYPE_CHECKING:
     from conftest import MakePool
@@ -166,7 +172,7 @@ async def test_the_rw_limit_that_the_token_tells_is_heeded(
                     tasks.start_soon(lambda: pool.run(hold, rw=True))
                 await hold.entered(2)
                 for _ in range(5):
-                    assert await digest(pool, timeout=5)
+                    assert await digest(pool, timeout=LAST_RESORT)
                 assert len(hold.calls) == 2
         assert len(hold.calls) == 5
         assert _refused(fault) == 0

@@ -230,7 +230,7 @@ def test_whatever_an_operation_is_given(
     make_pool: MakePool, fault: FaultModule, backend: str, request: Any
 ) -> None:
     """On the pool, each in a session of its own."""
-    pool = make_pool(module=fault.path, timeout=5.0)
+    pool = make_pool(module=fault.path, timeout=20.0)
     with on_a_loop(pool, backend) as bench:
         bench.call(_make_keys, pool)
 
@@ -250,7 +250,7 @@ def test_whatever_an_open_session_is_given(
     make_pool: MakePool, fault: FaultModule, backend: str, request: Any
 ) -> None:
     """In one session, which is good for the next call."""
-    pool = make_pool(module=fault.path, timeout=5.0)
+    pool = make_pool(module=fault.path, timeout=20.0)
 
     async def in_a_session(name: str, options: _Options) -> None:
         async with pool.session(rw=True) as session:
@@ -276,7 +276,7 @@ def test_whatever_a_blocking_call_is_given(
     make_pool: MakePool, fault: FaultModule, request: Any
 ) -> None:
     """The twins for plain threads refuse the same."""
-    pool = make_pool(module=fault.path, timeout=5.0)
+    pool = make_pool(module=fault.path, timeout=20.0)
     calls: dict[str, Callable[[_Options], Any]] = {
         "run": lambda o: pool.run_sync(o.pop("func"), **o),
         "map": lambda o: list(pool.map_sync(o.pop("func"), o.pop("items"), **o)),

@@ -129,7 +129,7 @@ def test_whatever_a_source_gives_or_raises(
         return source.answer()
 
     raised = _RAISED if awaited else (*_RAISED, *_RAISED_BEYOND)
-    pool = make_pool(module=fault.path, pin=later if awaited else now, timeout=5.0)
+    pool = make_pool(module=fault.path, pin=later if awaited else now, timeout=20.0)
     with on_a_loop(pool, backend) as bench, structlog.testing.capture_logs() as logs:
 
         @examples(request, 120)
@@ -165,7 +165,7 @@ def test_whatever_is_passed_as_a_pin(
     make_pool: MakePool, fault: FaultModule, token: ThrowawayToken, request: Any
 ) -> None:
     """To each call that takes one; nothing of it is shown, and the pool goes on."""
-    pool = make_pool(module=fault.path, timeout=5.0)
+    pool = make_pool(module=fault.path, timeout=20.0)
 
     async def login(pin: Any) -> None:
         await pool.logout()

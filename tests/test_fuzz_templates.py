@@ -151,7 +151,7 @@ def test_whatever_a_template_holds(
     make_pool: MakePool, fault: FaultModule, backend: str, request: Any
 ) -> None:
     """In every way to give one; the session and the pool go on."""
-    pool = make_pool(module=fault.path, timeout=5.0)
+    pool = make_pool(module=fault.path, timeout=20.0)
 
     async def attempt(way: str, base: str, template: dict[Any, Any]) -> None:
         async with pool.session(rw=True) as session:

@@ -15,6 +15,7 @@ from pkcs11_pool import (
     WouldDeadlock,
 )
 from poolkit import (
+    LAST_RESORT,
     Hold,
     by_session,
     digest,
@@ -160,7 +161,7 @@ async def test_an_open_session_holds_no_thread(make_pool: MakePool) -> None:
         pool.session(),
     ):
         assert pool.stats().operations_running == 0
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
 
 
 async def test_leases_leave_one_session_for_operations(make_pool: MakePool) -> None:
@@ -182,7 +183,7 @@ async def test_leases_leave_one_session_for_operations(make_pool: MakePool) -> N
             await anyio.wait_all_tasks_blocked()
             stats = pool.stats()
             assert (stats.sessions_leased, stats.operations_waiting) == (2, 3)
-            assert await digest(pool, timeout=5)
+            assert await digest(pool, timeout=LAST_RESORT)
             leave.set()
         assert pool.stats().sessions_leased == 0
 
@@ -214,8 +215,8 @@ async def test_all_lent_would_deadlock_for_one_more(make_pool: MakePool) -> None
         async with pool.session(), pool.session():
             with pytest.raises(WouldDeadlock):
                 await pool.session().__aenter__()
-            assert await digest(pool, timeout=5)
-        async with pool.session(timeout=5):
+            assert await digest(pool, timeout=LAST_RESORT)
+        async with pool.session(timeout=LAST_RESORT):
             pass
 
 

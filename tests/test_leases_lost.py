@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import threading
 from typing import TYPE_CHECKING, Literal
@@ -19,11 +18,13 @@ from pkcs11_pool import (
     SessionClosed,
 )
 from poolkit import (
+    LAST_RESORT,
     Hold,
     blocking,
     digest,
     eventually,
     hangs,
+    time_is_up,
     wait_for,
 )
 
@@ -74,7 +75,7 @@ async def test_after_a_timeout_inside_the_session_is_gone(
 
             async def in_line() -> None:
                 try:
-                    await digest(session)
+                    await digest(session, timeout=None)
                 except SessionClosed as error:
                     errors.append(error)
 
@@ -82,6 +83,8 @@ async def test_after_a_timeout_inside_the_session_is_gone(
                 tasks.start_soon(_times_out, session)
                 await hangs(fault, "C_Digest")
                 tasks.start_soon(in_line)
+                await anyio.wait_all_tasks_blocked()
+                time_is_up(pool)
             assert session.closed
             with pytest.raises(SessionClosed) as caught:
                 await digest(session)
@@ -97,7 +100,7 @@ async def test_after_a_timeout_inside_the_session_is_gone(
 
 async def _times_out(session: PooledSession) -> None:
     with pytest.raises(PoolTimeout) as caught:
-        await digest(session, timeout=0.2)
+        await digest(session)
     assert caught.value.phase == "running"
 
 
@@ -126,7 +129,7 @@ async def test_a_cancelled_block_gives_its_session_back(
             with anyio.CancelScope() as scope:
                 async with pool.session():
                     scope.cancel()
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
         await eventually(lambda: pool.stats().sessions_leased == 0)
         await eventually(lambda: len(fault.sessions()) == 1)
 
@@ -152,7 +155,7 @@ async def test_a_cancelled_block_gives_its_session_back_when_its_call_is_back(
             fault.release()
         assert scope.cancelled_caught
         assert pool.stats().sessions_leased == 0
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
 
 
 def _arrives(pool: TokenPool, fault: FaultModule) -> None:
@@ -166,13 +169,23 @@ async def test_a_block_whose_call_never_returns_ends_with_that_calls_deadline(
 ) -> None:
     """The session is lost with the call; of that the block's end has nothing to say."""
     async with make_pool(module=fault.path) as pool:
-        async with pool.session() as session:
-            fault.on("C_Digest", hang="before")
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(functools.partial(digest, session, timeout=0.4))
-                await hangs(fault, "C_Digest")
-                tasks.cancel_scope.cancel()
-        assert session.closed
+        fault.on("C_Digest", hang="before")
+        scope = anyio.CancelScope()
+        sessions = []
+
+        async def block() -> None:
+            async with pool.session() as session:
+                sessions.append(session)
+                with scope:
+                    await digest(session)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(block)
+            await hangs(fault, "C_Digest")
+            scope.cancel()
+            await anyio.wait_all_tasks_blocked()
+            time_is_up(pool)
+        assert sessions[0].closed
         assert pool.stats().calls_lost == 1
         assert pool.stats().sessions_leased == 0
         fault.release()
@@ -192,7 +205,7 @@ async def test_a_lease_for_a_caller_just_cancelled_is_given_back(
                 _arrives(pool, fault)
                 scope.cancel()
         await eventually(lambda: pool.stats().sessions_leased == 0)
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
 
 
 async def test_who_lost_a_lease_by_cancellation_may_ask_again(
@@ -207,7 +220,7 @@ async def test_who_lost_a_lease_by_cancellation_may_ask_again(
         async def ask_twice() -> None:
             with scope:
                 await pool.session().__aenter__()
-            async with pool.session(timeout=5) as session:
+            async with pool.session(timeout=LAST_RESORT) as session:
                 assert await digest(session)
 
         async with anyio.create_task_group() as tasks:
@@ -235,7 +248,7 @@ async def test_a_lease_cancelled_while_it_is_opened_is_closed(
         assert len(fault.sessions()) == 2
         fault.release()
         await eventually(lambda: len(fault.sessions()) == 1)
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
 
 
 def _leave_in_a_dead_loop(
@@ -278,10 +291,10 @@ async def test_the_lease_of_a_loop_that_has_ended_is_given_back(
             target=_leave_in_a_dead_loop, args=(pool, fault, where)
         )
         thread.start()
-        await blocking(thread.join, 10)
+        await blocking(thread.join, LAST_RESORT)
         gc.collect()
         fault.clear()
         # With a limit of one, this is served only when the lease is given back.
-        assert await digest(pool, timeout=5)
+        assert await digest(pool, timeout=LAST_RESORT)
         await eventually(lambda: pool.stats().sessions_leased == 0)
         await eventually(lambda: len(fault.sessions()) == 1)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
-
 import leftovers
-from pkcs11_pool import PoolTimeout, TokenPool, softhsm
-from poolkit import blocking, digest
+from pkcs11_pool import TokenPool, softhsm
+from poolkit import (
+    blocking,
+    digest,
+    lost,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
     from conftest import MakePool
     from faultmodule import FaultModule
@@ -44,8 +48,7 @@ async def test_a_module_is_finalised_when_its_lost_call_is_back(
     """The pool that it was lost in was closed around it, and left the module so."""
     async with make_pool(module=fault.path) as pool:
         fault.on("C_Digest", hang="before")
-        with pytest.raises(PoolTimeout):
-            await digest(pool, timeout=0.1)
+        await lost(pool, fault)
     assert not _is_free(tmp_path)
     fault.clear()
     assert len(await blocking(leftovers.free_modules)) == 1

@@ -49,6 +49,12 @@ from pkcs11_pool import (
     TokenUnavailable,
     pins,
 )
+from poolkit import (
+    given_up,
+    hangs,
+    paused,
+    time_is_up,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -62,7 +68,7 @@ if TYPE_CHECKING:
 _WRONG = "4321"
 _DIGEST = hashlib.sha256(b"message").digest()
 _SECRET = "geheim-77-geheim"  # noqa: S105  # no token has it
-_LAST_RESORT = 10
+_LAST_RESORT = 20
 """Seconds after which a test that would hang fails instead."""
 
 
@@ -278,21 +284,11 @@ async def test_searches_that_began_logged_out_are_login_required(
                 await _in_thread(fault.wait_until_hanging, "C_FindObjectsFinal")
                 await pool.login()
                 group.start_soon(pool.logout)
-                await _until_paused(pool)
+                await paused(pool)
                 fault.on("C_FindObjectsFinal", nth=2, hang="before")
                 fault.release()
             fault.clear()
         assert _who(pool) is LoginState.PUBLIC
-
-
-async def _until_paused(pool: TokenPool) -> None:
-    """Wait until nothing starts: a caller that must not wait tells."""
-    with anyio.fail_after(_LAST_RESORT):
-        while True:
-            try:
-                await pool.generate_random(64, timeout=0)
-            except PoolTimeout:
-                return
 
 
 # -- Logged out -------------------------------------------------------------------
@@ -388,7 +384,7 @@ async def test_logout_waits_for_the_call_inside_or_changes_nothing(
         return "stayed"
 
     results = []
-    async with make_pool(timeout=0.2) as pool:
+    async with make_pool() as pool:
         epoch = pool.login_epoch
 
         async def run() -> None:
@@ -397,9 +393,18 @@ async def test_logout_waits_for_the_call_inside_or_changes_nothing(
         async with anyio.create_task_group() as group:
             group.start_soon(run)
             await _in_thread(started.wait)
-            with pytest.raises(PoolTimeout) as caught:
-                await pool.logout()
-            assert caught.value.phase == "waiting"
+            phases: list[str] = []
+
+            async def log_out() -> None:
+                with pytest.raises(PoolTimeout) as caught:
+                    await pool.logout()
+                phases.append(caught.value.phase)
+
+            async with anyio.create_task_group() as late:
+                late.start_soon(log_out)
+                await paused(pool)
+                time_is_up(pool)
+            assert phases == ["waiting"]
             assert _who(pool) is LoginState.USER
             assert pool.login_epoch == epoch
             release.set()
@@ -745,7 +750,7 @@ async def test_another_token_is_sent_no_pin_to_restore_a_login(
         fault.token_info(serial="another")
         fault.reset_counts()
         with pytest.raises(TokenUnavailable):
-            await _sign(key, timeout=1)
+            await _sign(key)
         assert fault.count("C_Login") == 0
 
 
@@ -1125,7 +1130,7 @@ async def test_a_cancelled_lone_caller_leaves_the_source_to_the_next(
             group.cancel_scope.cancel()
         source.gate.set()
         with anyio.fail_after(_LAST_RESORT):
-            signature = await _sign(key, timeout=3)
+            signature = await _sign(key)
         assert _is_signature(await key.public_key_der(), signature)
 
 
@@ -1444,14 +1449,16 @@ async def test_a_set_pin_that_timed_out_leaves_no_pin_to_try(
     async with make_pool(module=fault.path) as pool:
         key = await _make_signer(pool)
         fault.on("C_SetPIN", hang="after")
-        with pytest.raises(PoolTimeout) as caught:
-            await pool.set_pin(token.user_pin, "new-pin", timeout=0.2)
-        assert caught.value.phase == "running"
+        await given_up(
+            pool,
+            lambda: pool.set_pin(token.user_pin, "new-pin"),
+            hangs(fault, "C_SetPIN"),
+        )
         try:
             fault.lose_login()
             fault.reset_counts()
             with pytest.raises(LoginRequired):
-                await _sign(key, timeout=2)
+                await _sign(key)
             with pytest.raises(LoginRequired):
                 await pool.login()
             assert fault.count("C_Login") == 0
@@ -1475,7 +1482,7 @@ async def test_a_set_pin_lost_with_the_token_leaves_no_pin_to_try(
         fault.lose_login()
         fault.reset_counts()
         with pytest.raises(LoginRequired):
-            await _sign(key, timeout=2)
+            await _sign(key)
         assert fault.count("C_Login") == 0
         await pool.login("new-pin")
         assert _is_signature(await key.public_key_der(), await _sign(key))

@@ -34,6 +34,7 @@ from poolkit import (
     eventually,
     make_ec_key,
     pool_threads,
+    time_is_up,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Slow:
 
     async def came(self) -> None:
         """Wait until it is asked."""
-        await blocking(self._came.wait, LAST_RESORT)
+        assert await blocking(self._came.wait, LAST_RESORT)
 
 
 def _who(pool: TokenPool) -> LoginState:
@@ -88,17 +89,32 @@ async def _answered() -> None:
     await eventually(lambda: _ASKING not in pool_threads())
 
 
+async def _times_out(
+    pool: TokenPool, source: Slow, call: Callable[[], Any] | None = None
+) -> None:
+    """Log in, or make another call, until its deadline, while the source hangs."""
+
+    async def late() -> None:
+        with pytest.raises(PoolTimeout):
+            await (call or pool.login)()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(late)
+        await source.came()
+        await anyio.wait_all_tasks_blocked()
+        time_is_up(pool)
+
+
 async def test_a_source_that_hangs_keeps_the_deadline_of_a_login(
     make_pool: MakePool, token: ThrowawayToken
 ) -> None:
     """And its answer, when it comes, serves who asks then."""
     source = Slow(token.user_pin)
-    async with make_pool(pin=source, timeout=0.2) as pool:
+    async with make_pool(pin=source) as pool:
         await pool.logout()
         with source:
             for _ in range(3):
-                with anyio.fail_after(LAST_RESORT), pytest.raises(PoolTimeout):
-                    await pool.login()
+                await _times_out(pool, source)
             # It hangs once, however many ask.
             assert source.asked == 2
         await _answered()
@@ -119,13 +135,14 @@ async def test_nothing_else_waits_for_a_source_that_hangs(
 
                 async def sign() -> None:
                     with pytest.raises(PoolTimeout):
-                        await key.sign(b"d" * 32, timeout=0.3)
+                        await key.sign(b"d" * 32)
 
                 tasks.start_soon(sign)
                 await source.came()
                 assert len(await digest(pool)) == 32
                 async with pool.session() as session:
                     assert len(await digest(session)) == 32
+                time_is_up(pool)
         assert await key.sign(b"d" * 32, mechanism=Mechanism.ECDSA)
 
 
@@ -134,11 +151,10 @@ async def test_another_pin_is_taken_while_a_source_hangs(
 ) -> None:
     """The late answer is dropped: it is not sent, and changes no login."""
     source = Slow(token.user_pin)
-    async with make_pool(module=fault.path, pin=source, timeout=0.2) as pool:
+    async with make_pool(module=fault.path, pin=source) as pool:
         await pool.logout()
         with source:
-            with pytest.raises(PoolTimeout):
-                await pool.login()
+            await _times_out(pool, source)
             await pool.login(token.user_pin)
             assert _who(pool) is LoginState.USER
             source.pin = "wrong"
@@ -154,11 +170,10 @@ async def test_a_late_answer_does_not_log_in_against_a_logout(
 ) -> None:
     """The user's word was to stay out; it was said while the source hung."""
     source = Slow(token.user_pin)
-    async with make_pool(module=fault.path, pin=source, timeout=0.2) as pool:
+    async with make_pool(module=fault.path, pin=source) as pool:
         await pool.logout()
         with source:
-            with pytest.raises(PoolTimeout):
-                await pool.login()
+            await _times_out(pool, source)
             await pool.logout()
             fault.reset_counts()
         await _answered()
@@ -205,12 +220,11 @@ async def test_a_pool_closes_while_its_source_hangs(
 ) -> None:
     """In its time, and who waits for the login is told."""
     source = Slow(token.user_pin)
-    pool = make_pool(pin=source, timeout=0.2, close_timeout=0.3)
+    pool = make_pool(pin=source, close_timeout=0.3)
     await pool.open()
     await pool.logout()
     with source:
-        with pytest.raises(PoolTimeout):
-            await pool.login()
+        await _times_out(pool, source)
         await closes_in_time(pool)
 
 
@@ -248,11 +262,19 @@ async def test_a_pipe_that_nobody_writes_to_keeps_the_deadline(
     """``pins.file(pipe=True)`` waits for its writer, and nobody else does."""
     with _a_pipe(tmp_path / "pin") as write:
         source = pins.file(tmp_path / "pin", pipe=True)
-        async with make_pool(pin=None, timeout=0.3) as pool:
+        async with make_pool(pin=None) as pool:
             assert _who(pool) is LoginState.PUBLIC
-        pool = make_pool(pin=source, open_timeout=0.3)
-        with anyio.fail_after(LAST_RESORT), pytest.raises(PoolTimeout):
-            await pool.open()
+        pool = make_pool(pin=source)
+
+        async def late() -> None:
+            with pytest.raises(PoolTimeout):
+                await pool.open()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(late)
+            # Else nobody would read what is written.
+            await eventually(lambda: _ASKING in pool_threads())
+            time_is_up(pool)
         await blocking(write)
     await _answered()
     del token
@@ -298,11 +320,10 @@ async def test_a_keyring_that_waits_to_be_unlocked_keeps_the_deadline(
     answer = Slow(token.user_pin)
     monkeypatch.setitem(sys.modules, "keyring", _Ring(answer))
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: object())
-    async with make_pool(pin=pins.keyring("hsm", "me"), timeout=0.2) as pool:
+    async with make_pool(pin=pins.keyring("hsm", "me")) as pool:
         await pool.logout()
         with answer:
-            with pytest.raises(PoolTimeout):
-                await pool.login()
+            await _times_out(pool, answer)
             assert len(await digest(pool)) == 32
 
 
@@ -313,12 +334,11 @@ async def test_a_prompt_that_nobody_answers_keeps_the_deadline(
     answer = Slow(token.user_pin)
     monkeypatch.setattr("pkcs11_pool.pin_sources.can_prompt", lambda: True)
     monkeypatch.setattr("getpass.getpass", lambda _text: answer())
-    async with make_pool(pin=pins.prompt(), timeout=0.2) as pool:
+    async with make_pool(pin=pins.prompt()) as pool:
         await pool.logout()
         with answer:
             for _ in range(2):
-                with pytest.raises(PoolTimeout):
-                    await pool.login()
+                await _times_out(pool, answer)
             assert answer.asked == 2
         await _answered()
         await pool.login()

@@ -32,9 +32,11 @@ from pkcs11_pool.login import recovering
 from pkcs11_pool.state import Epoch, Generation
 from poolkit import (
     LAST_RESORT,
+    SLACK,
     blocking,
     digest,
     eventually,
+    given_up,
     hangs,
     make_ec_key,
     settled,
@@ -245,13 +247,25 @@ async def test_another_token_in_its_place_is_named_and_gets_no_pin(
         fault.reset_counts()
         fault.token_info(pool.token.slot_id, label="stranger")
         fault.lose_sessions(pool.token.slot_id)
-        with pytest.raises(TokenUnavailable, match="stranger") as caught:
-            await _sign(key)
-        assert isinstance(caught.value.__cause__, TokenUnavailable)
+        refused = await _told_of_a_stranger(lambda: _sign(key))
+        assert isinstance(refused.__cause__, TokenUnavailable)
         assert fault.count("C_Login") == 0
         fault.token_info(pool.token.slot_id)
         await _back(pool)
         assert await _sign(key)
+
+
+async def _told_of_a_stranger(call: Callable[[], Any]) -> TokenUnavailable:
+    """Make a call until its refusal says what stands there.
+
+    On a machine that stands still the time may be over before the pool has looked.
+    """
+    with anyio.fail_after(LAST_RESORT):
+        while True:
+            with pytest.raises(TokenUnavailable) as caught:
+                await call()
+            if "stranger" in str(caught.value):
+                return caught.value
 
 
 @pytest.mark.parametrize("use", ["verify", "digest", "session", "destroy"])
@@ -273,8 +287,7 @@ async def test_a_token_swapped_during_a_rest_is_sent_nothing(
         await _rested(pool, monkeypatch)
         fault.token_info(pool.token.slot_id, label="stranger")
         fault.reset_counts()
-        with pytest.raises(TokenUnavailable, match="stranger"):
-            await uses[use](pool, public)
+        await _told_of_a_stranger(lambda: uses[use](pool, public))
         sent = {name for name, count in fault.counts().items() if count}
         assert sent <= _LOOKED
         fault.token_info(pool.token.slot_id)
@@ -331,7 +344,7 @@ async def test_callers_wait_no_longer_than_recovery_timeout(
     async with make_pool(module=fault.path, recovery_timeout=0.3) as pool:
         key = await make_ec_key(pool)
         async with _Outage(pool, fault):
-            with anyio.fail_after(0.9 + LAST_RESORT / 10):
+            with anyio.fail_after(0.9 + SLACK):
                 with pytest.raises(TokenUnavailable, match="DEVICE_ERROR") as caught:
                     await _sign(key, timeout=None)
                 assert isinstance(caught.value.__cause__, pkcs11.DeviceError)
@@ -629,12 +642,13 @@ async def test_a_call_that_changes_the_token_and_hangs_says_where_to_look(
     """At its deadline nobody knows either whether it happened."""
     async with make_pool(module=fault.path) as pool:
         fault.on("C_GenerateKey", hang="after")
-        with pytest.raises(PoolTimeout) as caught:
-            await pool.generate_key(KeyType.AES, 128, **_NAMED, timeout=0.2)
-        await hangs(fault, "C_GenerateKey")
-        assert caught.value.phase == "running"
-        assert "generate_key(label='new', id=b'\\x07')" in str(caught.value)
-        assert _FIND in str(caught.value)
+        error = await given_up(
+            pool,
+            lambda: pool.generate_key(KeyType.AES, 128, **_NAMED),
+            hangs(fault, "C_GenerateKey"),
+        )
+        assert "generate_key(label='new', id=b'\\x07')" in str(error)
+        assert _FIND in str(error)
         fault.release()
         await eventually(lambda: not pool.stats().calls_stuck)
 

@@ -16,7 +16,6 @@ from faultmodule import CKR
 from pkcs11_pool import (
     LoginState,
     PoolState,
-    PoolTimeout,
     SessionClosed,
     TokenPool,
     TokenUnavailable,
@@ -25,7 +24,17 @@ from pkcs11_pool import (
 from pkcs11_pool.engine import dispatch
 from pkcs11_pool.login import steps
 from pkcs11_pool.login.steps import Step
-from poolkit import blocking, digest, eventually, hangs, make_ec_key, settled, workers
+from poolkit import (
+    LAST_RESORT,
+    blocking,
+    digest,
+    eventually,
+    hangs,
+    lost,
+    make_ec_key,
+    settled,
+    workers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -229,8 +238,7 @@ async def test_with_a_lost_call_inside_nothing_is_finalised(
     ) as pool:
         await make_ec_key(pool)
         fault.on("C_Digest", hang="before")
-        with pytest.raises(PoolTimeout):
-            await digest(pool, timeout=0.1)
+        await lost(pool, fault)
         fault.reset_counts()
         fault.go_down(stays=True)
         with pytest.raises(TokenUnavailable, match="only a new process"):
@@ -275,12 +283,11 @@ async def test_a_module_that_takes_turns_and_hangs_is_told_of_soon(
         await make_ec_key(pool)
         fault.on("C_Digest", hang="before")
         async with pool.session() as session:
-            with pytest.raises(PoolTimeout) as caught:
-                await digest(pool, timeout=0.1)
-            assert caught.value.phase == "running"
+            await lost(pool, fault)
             with pytest.raises(TokenUnavailable, match="only a new process"):
                 await _sign(pool)
-            with anyio.fail_after(1):
+            # Not each after the time limit of the recovery.
+            with anyio.fail_after(LAST_RESORT / 2):
                 for _ in range(100):
                     with pytest.raises(TokenUnavailable):
                         await _sign(pool)
@@ -299,9 +306,8 @@ async def test_past_the_limit_of_lost_calls_the_pool_fails_fast(
     """Each lost call keeps a thread and a session: there is an end to that."""
     async with make_pool(module=fault.path, max_sessions=2) as pool:
         fault.on("C_Digest", every=True, hang="before")
-        for _ in range(3):
-            with pytest.raises(PoolTimeout):
-                await digest(pool, timeout=0.1)
+        for calls in (1, 2, 3):
+            await lost(pool, fault, calls)
         stats = pool.stats()
         assert (stats.calls_lost, stats.calls_stuck) == (3, 3)
         with pytest.raises(TokenUnavailable, match="only a new process"):

@@ -37,7 +37,10 @@ from pkcs11_pool import (
     events,
 )
 from pkcs11_pool.engine.dispatch import Pause
-from poolkit import Hold
+from poolkit import (
+    Hold,
+    paused,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +54,7 @@ _WRONG = "99999999"
 _NEW = "new-pin"
 _DIGEST = hashlib.sha256(b"message").digest()
 _CKU_SO, _CKU_USER = 0, 1
-_LAST_RESORT = 10
+_LAST_RESORT = 20
 """Seconds after which a test that would hang fails instead."""
 
 
@@ -80,7 +83,9 @@ def _is_signature(public_der: bytes, signature: bytes) -> bool:
 
 async def _works(key: KeyRef) -> bool:
     """Whether the pool signs with the key: the user is logged in, and it is seen."""
-    return _is_signature(await key.public_key_der(), await _sign(key, timeout=5))
+    return _is_signature(
+        await key.public_key_der(), await _sign(key, timeout=_LAST_RESORT)
+    )
 
 
 def _handle_of(session: pkcs11.Session) -> int:
@@ -102,16 +107,6 @@ async def _until(condition: Callable[[], bool]) -> None:
     with anyio.fail_after(_LAST_RESORT):
         while not condition():
             await anyio.lowlevel.checkpoint()
-
-
-async def _officer_waits(pool: TokenPool) -> None:
-    """Until the officer is heard: from then on nothing new starts."""
-    with anyio.fail_after(_LAST_RESORT):
-        while True:
-            try:
-                await pool.generate_random(8, timeout=0.2)
-            except PoolTimeout:
-                return
 
 
 class _Holder:
@@ -797,7 +792,7 @@ async def test_the_officer_waits_for_open_sessions_and_they_can_finish(
         session = holder.session
         assert session is not None
         group.start_soon(officer)
-        await _officer_waits(pool)
+        await paused(pool)
         for _ in range(3):
             signature = await _sign(key.on(session))
             assert _is_signature(await key.on(session).public_key_der(), signature)
@@ -831,7 +826,7 @@ async def test_who_holds_a_session_comes_to_his_end_while_the_officer_waits(
             async with pool.session():
                 has.set()
                 await asks.wait()
-                await pool.generate_random(8, timeout=5)
+                await pool.generate_random(8, timeout=_LAST_RESORT)
 
         async with anyio.create_task_group() as group:
             has = anyio.Event()
@@ -871,7 +866,7 @@ async def test_new_operations_wait_behind_a_waiting_officer(
         group.start_soon(holder)
         await holder.has.wait()
         group.start_soon(officer)
-        await _officer_waits(pool)
+        await paused(pool)
         group.start_soon(random)
         await _until(lambda: pool.stats().operations_waiting == 1)
         holder.go.set()
@@ -891,7 +886,7 @@ async def test_what_must_not_wait_does_not_wait_for_the_officer(
         async with anyio.create_task_group() as group:
             group.start_soon(officer)
             try:
-                with anyio.fail_after(3):
+                with anyio.fail_after(_LAST_RESORT):
                     while not refused:
                         try:
                             await pool.generate_random(8, timeout=0)
@@ -923,7 +918,7 @@ async def test_the_officer_waits_for_a_running_call(
         group.start_soon(run)
         await _in_thread(started.wait)
         group.start_soon(officer)
-        await _officer_waits(pool)
+        await paused(pool)
         assert not officer.inside.is_set()
         assert results == []
         release.set()
@@ -1016,15 +1011,15 @@ async def test_an_officer_inside_his_period_would_deadlock(
     """The task that has so.session asks for what waits for its own end."""
 
     async def again() -> None:
-        async with pool.security_officer(token.so_pin, timeout=1):
+        async with pool.security_officer(token.so_pin, timeout=_LAST_RESORT):
             pass
 
     async def lease() -> None:
-        async with pool.session(timeout=1):
+        async with pool.session(timeout=_LAST_RESORT):
             pass
 
     async def operation() -> None:
-        await pool.generate_random(8, timeout=1)
+        await pool.generate_random(8, timeout=_LAST_RESORT)
 
     async with pool.security_officer(token.so_pin) as so:
         for call in (again, lease, operation):
@@ -1038,7 +1033,7 @@ async def test_an_officer_who_logs_in_or_out_would_deadlock(
     make_pool: MakePool, token: ThrowawayToken
 ) -> None:
     """Both wait for the end of the period, and that waits for this very task."""
-    async with make_pool(timeout=2) as pool:
+    async with make_pool(timeout=_LAST_RESORT) as pool:
         async with pool.security_officer(token.so_pin):
             for call in (pool.login, pool.logout):
                 with pytest.raises(WouldDeadlock):
@@ -1058,10 +1053,10 @@ async def test_a_login_lost_while_the_officer_waits_is_restored(
             await holder.has.wait()
             assert holder.session is not None
             group.start_soon(officer)
-            await _officer_waits(pool)
+            await paused(pool)
             fault.lose_login()
             try:
-                signature = await _sign(key.on(holder.session), timeout=3)
+                signature = await _sign(key.on(holder.session), timeout=_LAST_RESORT)
             finally:
                 holder.go.set()
                 officer.go.set()
@@ -1084,7 +1079,7 @@ async def test_an_entry_cancelled_while_it_waits_leaves_nothing(
             group.start_soon(holder)
             await holder.has.wait()
             group.start_soon(officer)
-            await _officer_waits(pool)
+            await paused(pool)
             officer.scope.cancel()
             await anyio.wait_all_tasks_blocked()
             holder.go.set()
@@ -1139,7 +1134,7 @@ async def test_a_cancelled_block_ends_the_period(
                 await anyio.lowlevel.checkpoint()
         assert scope.cancelled_caught
         assert _who(pool) is LoginState.USER
-    assert len(await pool.generate_random(64, timeout=3)) == 8
+    assert len(await pool.generate_random(64, timeout=_LAST_RESORT)) == 8
 
 
 async def test_a_deadline_of_the_callers_own_ends_the_period(
@@ -1240,7 +1235,7 @@ async def test_a_pool_that_is_not_open_has_no_officer(
     """Before opening and after closing it is PoolClosed at once."""
 
     async def enter(pool: TokenPool) -> None:
-        async with pool.security_officer(token.so_pin, timeout=1):
+        async with pool.security_officer(token.so_pin, timeout=_LAST_RESORT):
             pytest.fail("the block was entered")
 
     pool = make_pool()
@@ -1258,13 +1253,13 @@ async def test_closing_the_pool_ends_a_waiting_officer(
     """PoolClosed wins over his own deadline, and closing does not wait for that."""
     pool = make_pool(close_timeout=0.5)
     await pool.open()
-    holder, officer = _Holder(pool), _Officer(pool, token.so_pin, timeout=5)
+    holder, officer = _Holder(pool), _Officer(pool, token.so_pin, timeout=_LAST_RESORT)
     officer.go.set()  # should he get in, he comes out
     async with anyio.create_task_group() as group:
         group.start_soon(holder)
         await holder.has.wait()
         group.start_soon(officer)
-        await _officer_waits(pool)
+        await paused(pool)
         try:
             await pool.close()
         finally:

@@ -10,7 +10,14 @@ import pytest
 from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
 
 from pkcs11_pool import SessionObjectDestroyed, SessionObjectNeedsSession
-from poolkit import blocking, eventually, hangs, make_ec_key, settled
+from poolkit import (
+    LAST_RESORT,
+    blocking,
+    eventually,
+    hangs,
+    make_ec_key,
+    settled,
+)
 
 if TYPE_CHECKING:
     from conftest import MakePool
@@ -221,7 +228,7 @@ async def test_the_only_session_may_be_the_owners(make_pool: MakePool) -> None:
     """Where no other session is to be had, the object is used in its own."""
     async with make_pool(max_sessions=1) as pool, pool.session() as owner:
         key = await _secret(owner)
-        assert await key.encrypt(_BLOCK, mechanism=_ECB, timeout=5)
+        assert await key.encrypt(_BLOCK, mechanism=_ECB, timeout=LAST_RESORT)
 
 
 async def test_a_search_knows_whose_an_object_is(pool: TokenPool) -> None:

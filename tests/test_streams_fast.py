@@ -110,7 +110,7 @@ class Relay:
                 before = fault.count(function)
                 fault.release(function)
                 try:
-                    fault.wait_until_count(function, before + 1, timeout=0.5)
+                    fault.wait_until_count(function, before + 1, timeout=3)
                     fault.wait_until_hanging(function)
                 except TimeoutError:
                     fault.clear()
@@ -135,11 +135,11 @@ async def test_the_officer_comes_in_between_two_parts(
                 tasks.start_soon(upload)
             tasks.start_soon(relay)
             await relay.goes_on()
-            async with pool.security_officer(token.so_pin, timeout=3) as so:
+            async with pool.security_officer(token.so_pin, timeout=LAST_RESORT) as so:
                 assert pool.login_state is LoginState.SO
                 assert [s.rw for s in fault.sessions()] == [True]
                 # What was stopped must not stand in the way of his own.
-                assert await digest(so.session, timeout=3) == sha256(b"data")
+                assert await digest(so.session, timeout=LAST_RESORT) == sha256(b"data")
         assert [type(upload.error) for upload in uploads] == [StreamInterrupted] * 2
         assert all("begin again" in str(upload.error) for upload in uploads)
         assert pool.login_state is LoginState.USER
@@ -244,7 +244,7 @@ async def test_a_login_does_not_wait_for_a_part(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(upload)
             await hangs(fault, "C_DigestUpdate")
-            with anyio.fail_after(3):
+            with anyio.fail_after(LAST_RESORT / 2):
                 await pool.login("1234")
             assert pool.login_state is LoginState.USER
             fault.release()

@@ -492,7 +492,7 @@ class FaultModule:
     # Waiting, without polling
 
     def wait_until_hanging(
-        self, function: str | None = None, n: int = 1, timeout: float = 10
+        self, function: str | None = None, n: int = 1, timeout: float = 20
     ) -> None:
         """Block until *n* calls, of *function* or at all, hang.
 
@@ -502,7 +502,7 @@ class FaultModule:
         self._wait(_WAIT_HANGING, function, n, timeout, f"{n} hanging")
 
     def wait_until_inside(
-        self, function: str | None = None, n: int = 1, timeout: float = 10
+        self, function: str | None = None, n: int = 1, timeout: float = 20
     ) -> None:
         """Block until *n* calls are inside at once, hanging or not.
 
@@ -511,7 +511,7 @@ class FaultModule:
         """
         self._wait(_WAIT_INSIDE, function, n, timeout, f"{n} inside")
 
-    def wait_until_count(self, function: str, n: int, timeout: float = 10) -> None:
+    def wait_until_count(self, function: str, n: int, timeout: float = 20) -> None:
         """Block until *function* was called *n* times since ``reset_counts``.
 
         Raises:
@@ -519,7 +519,7 @@ class FaultModule:
         """
         self._wait(_WAIT_COUNT, function, n, timeout, f"{n} calls")
 
-    def wait_until_idle(self, function: str | None = None, timeout: float = 10) -> None:
+    def wait_until_idle(self, function: str | None = None, timeout: float = 20) -> None:
         """Block until no call, of *function* or at all, is inside.
 
         Raises:
