@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pkcs11
 import pytest
+import structlog
 from pkcs11 import KeyType, Mechanism
 
 from faultmodule import CKR, FaultModule
@@ -701,6 +702,24 @@ async def test_what_a_busy_token_refuses_is_tried_again(
         await _sign_many(key)
         assert pool.stats().operations_failed == 0
         assert pool.state is PoolState.READY
+
+
+@pytest.mark.parametrize("function", ["C_DigestInit", "C_OpenSession"])
+async def test_each_rest_of_an_operation_is_told(
+    make_pool: MakePool, fault: FaultModule, function: str
+) -> None:
+    """Whoever runs the service sees that his token throttles."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on(function, times=3, answer=CKR.FUNCTION_FAILED)
+        with structlog.testing.capture_logs() as log:
+            await digest(pool)
+        assert {told["event"] for told in log} == {"operation.throttled"}
+        assert [told["rests"] for told in log] == [1, 2, 3]
+        for told in log:
+            assert told["log_level"] == "warning"
+            assert told["token"] == pool.token.label
+            assert "CKR_FUNCTION_FAILED" in told["error"]
+            assert 0.025 <= told["retry_in"] <= 0.2
 
 
 @pytest.mark.parametrize("lent", [False, True])
