@@ -129,7 +129,7 @@ def event_table() -> str:
     """Each log event and when it is written."""
     texts = comments(events, above=False)
     rows = (
-        (f"`{value}`", markdown(texts.get(name, "")))
+        (f"`{value}`", markdown(texts[name]))
         for name, value in vars(events).items()
         if name.isupper() and isinstance(value, str)
     )
@@ -203,11 +203,17 @@ def main(arguments: list[str]) -> int:
     stale = [
         page for page in pages() if page.read_text() != with_tables(page.read_text())
     ]
+    shown = {
+        name for page in pages() for _, name, *_ in _TABLE.findall(page.read_text())
+    }
+    lost = sorted(TABLES.keys() - shown)
+    for name in lost:
+        print(f"the table {name} is on no page")
     for page in stale:
         print(page)
         if "--check" not in arguments:
             page.write_text(with_tables(page.read_text()))
-    return 1 if stale and "--check" in arguments else 0
+    return 1 if lost or (stale and "--check" in arguments) else 0
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from conftest import MakePool
     from faultmodule import FaultModule
     from pkcs11_pool import TokenPool
-    from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken
+    from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken, TokenDirectory
 
 COMMAND = (sys.executable, "-m", "pkcs11_pool", "bench")
 SHORT = ("--quick", "--rounds", "1", "--seconds", "0.05")
@@ -325,6 +325,61 @@ def test_without_a_word_it_is_the_pin_of_every_other_command(
     assert tokens.given(given).pin == "typed at PIN of the user: "
 
 
+def test_a_uri_names_module_token_and_pin(
+    token: ThrowawayToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for every other command; the words beside it may say the same again."""
+    monkeypatch.setenv("PKCS11_PIN", "of somebody else")
+    monkeypatch.setenv("THE_PIN", token.user_pin)
+    whole = f"pkcs11:token={token.label}?module-path={token.module}"
+    given = parsed("--uri", f"{whole}&pin-source=env:THE_PIN").token
+    assert given is not None
+    taken = tokens.given(given)
+    with tokens.with_keys(taken) as scenario:
+        assert (scenario.module, scenario.label) == (str(token.module), token.label)
+    assert taken.pin == token.user_pin
+    again = ("--module", str(token.module), "--token", token.label)
+    given = parsed("--uri", whole, *again, "--pin-env", "THE_PIN").token
+    assert given is not None
+    assert tokens.given(given).pin == token.user_pin
+
+
+def test_a_word_for_the_pin_comes_before_that_of_the_uri(
+    token: ThrowawayToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a program of the URI is run only where it is allowed."""
+    monkeypatch.setenv("THE_PIN", token.user_pin)
+    uri = f"pkcs11:token=x?module-path={token.module}&pin-source=%7Cecho%204711"
+    allowed = ("--uri", uri, "--allow-pin-command")
+    for words, pin in (
+        (allowed, "4711"),
+        ((*allowed, "--pin-env", "THE_PIN"), token.user_pin),
+    ):
+        given = parsed(*words).token
+        assert given is not None
+        assert tokens.given(given).pin == pin
+
+
+def test_of_two_tokens_of_a_label_none_is_measured(
+    token_directory: TokenDirectory,
+) -> None:
+    """The serial tells them apart, but not to the programs, that go by the label."""
+    one, _ = (token_directory.add_token("twin") for _ in range(2))
+    serial = one.serial.decode()
+    uri = f"pkcs11:serial={serial}?module-path={one.module}"
+    done = bench(*SHORT, *ONE_CELL, "--uri", uri, PKCS11_PIN=one.user_pin)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "more than one token has the label 'twin'" in done.stderr
+
+
+def test_a_serial_alone_chooses_the_token(token: ThrowawayToken) -> None:
+    """Its label is asked of the token."""
+    uri = f"pkcs11:serial={token.serial.decode()}?module-path={token.module}"
+    done = bench(*SHORT, *ONE_CELL, "--uri", uri, PKCS11_PIN=token.user_pin)
+    assert done.returncode == 0, done.stderr
+    assert "pkcs11_pool, asyncio" in done.stdout
+
+
 def test_no_variable_names_the_token_that_is_measured(
     token: ThrowawayToken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,8 +451,17 @@ LABEL = ("--token-label", "x")
         (["--max-sessions", "-1"], "'-1' is not a whole number from 1 up"),
         (["--soak", "0"], "'0' is not a whole number from 1 up"),
         (["--soak", "9", "--import-time"], "two things: choose one"),
-        ([*LABEL], "--token-label and a PIN go with --module"),
-        (["--pin-env", "X"], "--token-label and a PIN go with --module"),
+        ([*LABEL], "--token-label and a PIN go with --module or --uri"),
+        (["--pin-env", "X"], "--token-label and a PIN go with --module or --uri"),
+        (["--uri", "pkcs11:token"], "at character 8"),
+        (["--uri", "pkcs11:token=x?pin-value=4711"], "a PIN is no word of a command"),
+        (["--uri", "pkcs11:library-version=1", *MODULE], "take it out"),
+        (["--uri", "pkcs11:token=x"], "which module? Give module-path or --module; if"),
+        (["--uri", "pkcs11:", *MODULE], "which token? Give --token-label"),
+        (["--uri", "pkcs11:token=x?module-path=/no.so"], "module-path: /no.so is no"),
+        (["--uri", "pkcs11:?module-path=/b.so", *MODULE], "the module '/b.so', and"),
+        (["--uri", "pkcs11:token=y", *MODULE, *LABEL], "names the token 'y', and"),
+        (["--uri", "pkcs11:token=x?pin-source=|cat%20x", *MODULE], "unless it is"),
         ([*MODULE, "--pin-env", "X"], "which token? Give --token-label"),
         ([*MODULE, *LABEL, "--pin-env", "X", "--pin-prompt"], "has one source"),
         ([*MODULE, *LABEL, "--pin-env", "1234"], "takes the name of a variable"),
@@ -817,7 +881,8 @@ def test_a_token_that_does_not_tell_its_sessions_is_not_judged_by_them() -> None
 @pytest.fixture
 def prepared(token: ThrowawayToken) -> Iterator[Scenario]:
     """The test's token with the keys of the benchmark."""
-    given = tokens.Token(str(token.module), token.label, token.user_pin, throwaway=True)
+    chosen = {"token_label": token.label}
+    given = tokens.Token(str(token.module), chosen, token.user_pin, throwaway=True)
     with tokens.with_keys(given) as scenario:
         yield scenario
 

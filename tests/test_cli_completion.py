@@ -56,6 +56,7 @@ def test_bash_completes_by_it(bare: Run, tmp_path: Path) -> None:
     [
         ("ke", "keygen"),
         ("random --token-se", "--token-serial"),
+        ("bench --ur", "--uri"),
         ("completion z", "zsh"),
     ],
 )

@@ -18,9 +18,10 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 import pkcs11_pool
 from pagekit import README, ROOT, Page, foreign, pages, skipped, sources, unmarked
-from pkcs11_pool import PoolClosed, PoolState, SessionObjectDestroyed
+from pkcs11_pool import PoolClosed, PoolState, SessionObjectDestroyed, events
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from cryptography.hazmat.primitives.asymmetric import rsa
@@ -139,6 +140,34 @@ def test_the_tables_are_those_of_the_code() -> None:
     command = [sys.executable, str(ROOT / "docs" / "tables.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def written_events() -> Iterator[tuple[str, set[str]]]:
+    """Each place of the source that writes an event: its name there, and the keys."""
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            if ast.unparse(node.func) in {"events.info", "events.warning"}:
+                name = ast.unparse(node.args[0]).removeprefix("events.")
+                yield name, {str(keyword.arg) for keyword in node.keywords}
+
+
+def test_every_event_has_the_keys_that_its_text_names() -> None:
+    """Those before a semicolon always, those behind it at times."""
+    page = (ROOT / "docs/reference/events.md").read_text()
+    texts = dict(re.findall(r"(?m)^\| `([\w.]+)` \| .* Keys: (.+) \|$", page))
+    seen: dict[str, set[str]] = {}
+    for name, keys in written_events():
+        event = getattr(events, name)
+        always, _, at_times = texts[event].partition(";")
+        must, may = (set(re.findall(r"`(\w+)`", part)) for part in (always, at_times))
+        assert must <= keys <= must | may, (name, keys)
+        seen.setdefault(event, set()).update(keys)
+    told = {event: set(re.findall(r"`(\w+)`", text)) for event, text in texts.items()}
+    assert seen == told
+    constants = {value for name, value in vars(events).items() if name.isupper()}
+    assert constants == set(seen)
 
 
 def test_the_readme_begins_with_the_two_commands() -> None:

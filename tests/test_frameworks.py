@@ -14,7 +14,8 @@ from aiohttp.test_utils import TestClient as AiohttpClient
 from aiohttp.test_utils import TestServer
 from fastapi import FastAPI
 from litestar import Litestar, get
-from pkcs11 import PKCS11Error
+from litestar.params import FromPath  # noqa: TC002  # it is read at run time
+from pkcs11 import Mechanism, PKCS11Error
 from pkcs11 import exceptions as p11
 from quart import Quart
 from starlette.applications import Starlette
@@ -29,6 +30,7 @@ from pkcs11_pool import (
     PoolState,
     PoolTimeout,
     TokenPool,
+    TooManyWaiting,
     WouldDeadlock,
 )
 from pkcs11_pool.asgi import StatusApp
@@ -68,9 +70,22 @@ async def work(pool: TokenPool) -> dict[str, str]:
     return {"digest": (await digest(pool)).hex()}
 
 
-async def fail(pool: TokenPool) -> None:
+FAILURES: dict[str, tuple[Callable[[TokenPool], Any], int, str]] = {
+    # An error of both kinds; of the pool alone; of the token alone.
+    "both": (lambda pool: pool.key(label="secret-label").sign(b""), 404, "KeyNotFound"),
+    "pool": (lambda pool: digest(pool, timeout="secret-label"), 400, "InvalidType"),
+    "token": (
+        lambda pool: pool.digest(b"", mechanism=Mechanism.RSA_PKCS),
+        400,
+        "MechanismInvalid",
+    ),
+}
+"""What handlers do that fails, its status and the code of the problem."""
+
+
+async def fail(pool: TokenPool, kind: str) -> None:
     """What the handlers do that fail."""
-    await pool.key(label="secret-label").sign(b"data")
+    await FAILURES[kind][0](pool)
 
 
 class Client:
@@ -132,9 +147,9 @@ def fastapi_app(make: Callable[[], TokenPool]) -> FastAPI:
     async def do_work(pool: for_fastapi.Pool) -> dict[str, str]:
         return await work(pool)
 
-    @app.get("/fail")
-    async def do_fail(pool: for_fastapi.Pool) -> None:
-        await fail(pool)
+    @app.get("/fail/{kind}")
+    async def do_fail(pool: for_fastapi.Pool, kind: str) -> None:
+        await fail(pool, kind)
 
     return app
 
@@ -146,12 +161,12 @@ def starlette_app(make: Callable[[], TokenPool]) -> Starlette:
         return JSONResponse(await work(for_starlette.get_pool(request)))
 
     async def do_fail(request: Request) -> None:
-        await fail(for_starlette.get_pool(request))
+        await fail(for_starlette.get_pool(request), request.path_params["kind"])
 
     below = Starlette(routes=[Route("/", do_work)])
     app = Starlette(
         lifespan=for_starlette.lifespan(make),
-        routes=[Mount("/work", below), Route("/fail", do_fail)],
+        routes=[Mount("/work", below), Route("/fail/{kind}", do_fail)],
     )
     for_starlette.handle_errors(app)
     return app
@@ -164,9 +179,9 @@ def litestar_app(make: Callable[[], TokenPool]) -> Litestar:
     async def do_work(pool: for_litestar.Pool) -> dict[str, str]:
         return await work(pool)
 
-    @get("/fail")
-    async def do_fail(pool: for_litestar.Pool) -> None:
-        await fail(pool)
+    @get("/fail/{kind:str}")
+    async def do_fail(pool: for_litestar.Pool, kind: FromPath[str]) -> None:
+        await fail(pool, kind)
 
     return Litestar([do_work, do_fail], plugins=[for_litestar.PoolPlugin(make)])
 
@@ -180,10 +195,14 @@ def quart_app(make: Callable[[], TokenPool]) -> Quart:
     async def do_work() -> dict[str, str]:
         return await work(for_quart.current_pool())
 
-    @app.get("/fail")
-    async def do_fail() -> str:
-        await fail(for_quart.current_pool())
+    @app.get("/fail/<kind>")
+    async def do_fail(kind: str) -> str:
+        await fail(for_quart.current_pool(), kind)
         return ""
+
+    @app.get("/poolside")
+    async def beside_the_status_page() -> str:
+        return "own"
 
     return app
 
@@ -224,12 +243,20 @@ async def serves(make_pool: MakePool, make_app: Any) -> None:
 
 async def answers_errors(http: Any) -> None:
     """A problem in JSON, and nothing of the error's own text."""
-    answer = await http.get("/fail")
-    assert answer.status_code == 404
-    assert answer.headers["Content-Type"] == "application/problem+json"
-    assert answer.headers["Cache-Control"] == "no-store"
-    assert json.loads(answer.content)["code"] == "KeyNotFound"
-    assert b"secret-label" not in answer.content
+    for kind, (_, status, code) in FAILURES.items():
+        answer = await http.get(f"/fail/{kind}")
+        assert answer.status_code == status
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert json.loads(answer.content)["code"] == code
+        assert b"secret-label" not in answer.content
+
+
+async def says_that_there_is_no_pool(client: Client) -> None:
+    """A handler that asks for the pool of no running application."""
+    answer = await client.http.get("/fail/both")
+    assert answer.status_code == 500
+    assert json.loads(answer.content)["code"] == "PoolError"
 
 
 @APPS
@@ -284,10 +311,27 @@ async def test_without_a_lifespan_a_handler_says_so(
 ) -> None:
     """As under a test client that was not entered."""
     client = Client(make_app(Served(make_pool).make))
-    answer = await client.http.get("/fail")
+    await says_that_there_is_no_pool(client)
     await client.http.aclose()
-    assert answer.status_code == 500
-    assert json.loads(answer.content)["code"] == "PoolError"
+
+
+@ASYNCIO_ONLY
+async def test_before_and_after_it_serves_quart_has_no_pool(
+    make_pool: MakePool,
+) -> None:
+    """A handler says so, and never has one that is closed."""
+    app = quart_app(Served(make_pool).make)
+    async with Client(app).http as http:
+        assert (await http.get("/work")).json()["code"] == "PoolError"
+    client = Client(app)
+
+    async def body() -> None:
+        assert (await client.http.get("/work")).status_code == 200
+
+    await client.run(body)
+    after = Client(app)
+    await says_that_there_is_no_pool(after)
+    await after.http.aclose()
 
 
 @pytest.fixture
@@ -301,12 +345,12 @@ async def aiohttp_client(
         return web.json_response(await work(request.app[for_aiohttp.POOL]))
 
     async def do_fail(request: web.Request) -> web.Response:
-        await fail(request.app[for_aiohttp.POOL])
+        await fail(request.app[for_aiohttp.POOL], request.match_info["kind"])
         return web.Response()
 
     app = web.Application(middlewares=[for_aiohttp.answer_errors])
     app.cleanup_ctx.append(for_aiohttp.pool_context(served.make))
-    app.add_routes([web.get("/work", do_work), web.get("/fail", do_fail)])
+    app.add_routes([web.get("/work", do_work), web.get("/fail/{kind}", do_fail)])
     async with AiohttpClient(TestServer(app)) as client:
         yield client, served
     assert served.pools[0].state is PoolState.CLOSED
@@ -321,12 +365,14 @@ async def test_aiohttp_has_the_pool_while_it_is_up(
     assert served.pools[0].state is PoolState.READY
     answer = await client.get("/work")
     assert len((await answer.json())["digest"]) == 64
-    answer = await client.get("/fail")
-    assert answer.status == 404
-    assert answer.content_type == "application/problem+json"
-    text = await answer.text()
-    assert json.loads(text)["code"] == "KeyNotFound"
-    assert "secret-label" not in text
+    for kind, (_, status, code) in FAILURES.items():
+        answer = await client.get(f"/fail/{kind}")
+        assert answer.status == status
+        assert answer.content_type == "application/problem+json"
+        assert answer.headers["Cache-Control"] == "no-store"
+        text = await answer.text()
+        assert json.loads(text)["code"] == code
+        assert "secret-label" not in text
 
 
 async def shows_its_status(ask: Any, root: str) -> None:
@@ -349,7 +395,8 @@ async def shows_its_status(ask: Any, root: str) -> None:
     answer = await ask("GET", f"{root}/", Host="attacker.example")
     assert answer[0] == 400
     assert b"allowed_hosts" in answer[2]
-    assert (await ask("GET", f"{root}x/"))[0] == 404
+    # A path that only begins so is the application's own.
+    assert (await ask("GET", f"{root}ide"))[::2] == (200, b"own")
 
 
 @ASYNCIO_ONLY
@@ -380,6 +427,11 @@ async def test_aiohttp_shows_the_status_page(make_pool: MakePool, within: str) -
     app.cleanup_ctx.append(for_aiohttp.pool_context(Served(make_pool).make))
     part = web.Application() if within else app
     for_aiohttp.mount_status(part, "/pools", StatusApp(allow_anonymous=True))
+
+    async def own(_request: web.Request) -> web.Response:
+        return web.Response(text="own")
+
+    part.router.add_get("/poolside", own)
     if within:
         app.add_subapp(within, part)
     async with AiohttpClient(TestServer(app)) as client:
@@ -438,6 +490,23 @@ def test_every_error_of_the_pool_has_an_answer_of_its_own(
     assert b"secret-label" not in problem.body
     assert set(json.loads(problem.body)) == {
         *("type", "title", "status", "detail", "code")
+    }
+
+
+def test_a_problem_has_the_members_of_the_standard() -> None:
+    """RFC 9457, and a `code` for programs; no cache keeps it."""
+    problem = problem_of(TooManyWaiting("secret-label"))
+    assert problem.headers == {
+        "Content-Type": "application/problem+json",
+        "Cache-Control": "no-store",
+        "Retry-After": "1",
+    }
+    assert json.loads(problem.body) == {
+        "type": "about:blank",
+        "title": "Service Unavailable",
+        "status": 503,
+        "detail": "The service is busy. Nothing was done.",
+        "code": "TooManyWaiting",
     }
 
 

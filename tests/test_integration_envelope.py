@@ -22,7 +22,7 @@ from pkcs11_pool import (
     KeyNotFound,
     PoolTimeout,
 )
-from pkcs11_pool.integrations import envelope as integration
+from pkcs11_pool.integrations import time_left
 from pkcs11_pool.integrations.envelope import Envelope, kek_of
 from poolkit import LAST_RESORT, Hold, eventually, hangs
 from signkit import MANY, at_once, pool_on, token_with
@@ -354,7 +354,7 @@ async def test_the_time_limit_is_for_all_calls_together(
 
         monotonic = itertools.count(0, 60).__next__
 
-    monkeypatch.setattr(integration, "time", Clock)
+    monkeypatch.setattr(time_left, "time", Clock)
     for call in WITH_TIMEOUT.values():
         if call is not WITH_TIMEOUT["rewrap"]:  # under its KEK already
             assert await call(envelope, blob, timeout=600)

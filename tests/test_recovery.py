@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -31,6 +32,7 @@ from pkcs11_pool.login import recovering
 from pkcs11_pool.state import Epoch, Generation
 from poolkit import (
     LAST_RESORT,
+    blocking,
     digest,
     eventually,
     hangs,
@@ -860,6 +862,55 @@ async def test_the_officer_waits_while_his_session_is_looked_at(
                 fault.release()
         assert fault.count("C_GenerateRandom") == 2
         assert pool.stats().operations_failed == 0
+
+
+async def test_what_was_made_in_a_session_that_was_lost_is_told_so(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """That the session is over says nothing of the key, which is on the token."""
+    async with (
+        make_pool(module=fault.path) as pool,
+        pool.session(rw=True) as session,
+    ):
+        # Made, and looked at by python-pkcs11; then the pool looks, and it is lost.
+        code = CKR.SESSION_HANDLE_INVALID
+        fault.on("C_GetAttributeValue", nth=3, answer=code)
+        with pytest.raises(OutcomeUnknown):
+            await session.generate_key(KeyType.AES, 128, label="made", store=True)
+        fault.clear()
+        with pytest.raises(SessionClosed):
+            await digest(session)
+        assert len(await pool.find({Attribute.LABEL: "made"})) == 1
+
+
+async def test_the_officers_session_is_closed_by_the_login_alone(
+    make_pool: MakePool, fault: FaultModule, token: Any
+) -> None:
+    """Where it seems lost it is looked at, and no worker closes it meanwhile."""
+    async with make_pool(module=fault.path) as pool:
+        async with (
+            pool.security_officer(token.so_pin) as so,
+            anyio.create_task_group() as tasks,
+        ):
+            fault.on("C_GenerateRandom", answer=CKR.SESSION_CLOSED)
+            fault.on("C_GetSessionInfo", hang="before")
+            fault.reset_counts()
+
+            async def told() -> None:
+                with pytest.raises(SessionClosed):
+                    await so.session.generate_random(64)
+
+            tasks.start_soon(told)
+            await hangs(fault, "C_GetSessionInfo")
+            try:
+                # Workers close behind their callers.
+                quiet = pool._engine.wait_quiet  # noqa: SLF001  # tidying has no mark
+                assert await blocking(quiet, time.monotonic() + LAST_RESORT)
+                assert fault.count("C_CloseSession") == 0
+            finally:
+                fault.release()
+        assert pool.login_state is LoginState.USER
+        assert pool.stats().recoveries_total == 0
 
 
 async def test_keys_are_found_anew_after_an_outage(

@@ -22,9 +22,10 @@ from pkcs11_pool import (
     TokenUnavailable,
     list_tokens,
 )
+from pkcs11_pool.engine import dispatch
 from pkcs11_pool.login import steps
 from pkcs11_pool.login.steps import Step
-from poolkit import digest, eventually, hangs, make_ec_key, settled, workers
+from poolkit import blocking, digest, eventually, hangs, make_ec_key, settled, workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,6 +128,39 @@ async def test_a_pool_that_was_well_comes_back_by_itself(
         for pool in (ill, well):
             assert await _sign(pool)
             assert pool.stats().recoveries_total == 1
+
+
+async def test_an_idle_pool_tidies_nothing_while_it_stands_back(
+    make_pool: MakePool,
+    fault: FaultModule,
+    other: ThrowawayToken,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it opened ahead ended with the generation: its number is another's soon."""
+    # It is idle when the test says so.
+    monkeypatch.setattr(dispatch, "IDLE", 60)
+    async with AsyncExitStack() as stack:
+        ill, well = await _two(stack, make_pool, fault, other)
+        for pool in (ill, well):
+            await settled(pool)
+        assert await digest(well)
+        await settled(well)
+        assert well.stats().sessions_ahead
+        fault.on("C_Initialize", hang="before")
+        _break(fault)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(digest, ill)
+            await hangs(fault, "C_Initialize")
+            fault.reset_counts()
+            # As the timekeeper has an idle worker do it.
+            engine = well._engine  # noqa: SLF001
+            engine._look_wanted, engine._last_work = True, 0.0  # noqa: SLF001
+            await blocking(engine.look_around)
+            closed = fault.count("C_CloseSession")
+            fault.release()
+        await _ready(ill, well)
+        assert closed == 0
+        assert await digest(well)
 
 
 async def test_open_sessions_of_a_pool_that_was_well_are_over(

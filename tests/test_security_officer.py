@@ -14,6 +14,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pkcs11
 import pytest
+import structlog
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, utils
@@ -33,6 +34,7 @@ from pkcs11_pool import (
     SessionState,
     TokenUnavailable,
     WouldDeadlock,
+    events,
 )
 from pkcs11_pool.engine.dispatch import Pause
 from poolkit import Hold
@@ -542,7 +544,7 @@ async def test_the_error_of_the_block_leaves_as_itself(
 async def test_the_error_of_the_block_wins_over_a_failed_restore(
     make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
 ) -> None:
-    """Both happen: the caller's own error is the one to leave."""
+    """Both happen: the caller's own error leaves, and the log has the other."""
     error = KeyError("mine")
 
     def fail() -> None:
@@ -550,10 +552,19 @@ async def test_the_error_of_the_block_wins_over_a_failed_restore(
         raise error
 
     async with make_pool(module=fault.path) as pool:
-        with pytest.raises(KeyError) as caught:
+        with (
+            structlog.testing.capture_logs() as log,
+            pytest.raises(KeyError) as caught,
+        ):
             async with pool.security_officer(token.so_pin):
                 fail()
         assert caught.value is error
+        (told,) = [
+            line
+            for line in log
+            if line["event"] == events.SO_FAILED and line["error"] == "PinRefused"
+        ]
+        assert told["token"] == token.label
         assert _who(pool) is LoginState.PUBLIC
         assert pool.state is PoolState.READY
 

@@ -27,7 +27,10 @@ LOGIN_COMPLETED = "login.completed"
 """All sessions are logged in. Keys: ``token``, ``epoch``."""
 
 LOGIN_FAILED = "login.failed"
-"""The token refused a PIN. Keys: ``token``, ``user``, ``rv``."""
+"""A PIN was refused by the token, or by the pool, that sent it to nobody.
+
+Keys: ``token``; ``user`` and ``rv`` from the token, else ``error``.
+"""
 
 LOGIN_LOST = "login.lost"
 """Somebody else logged the pool out. Keys: ``token``, ``epoch``."""

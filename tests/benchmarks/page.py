@@ -55,7 +55,7 @@ eight threads. *PyKCS11* runs on AnyIO's threads too, with a fresh session for e
 operation and a remembered handle.
 
 For a token of yours: `python -m pkcs11_pool bench --module FILE --token-label LABEL
---pin-prompt`. It makes keys there, and destroys them at the end.
+--pin-prompt`, or with a `--uri`. It makes keys there, and destroys them at the end.
 """
 
 _GROWTH: Final = """\

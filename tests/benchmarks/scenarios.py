@@ -50,7 +50,7 @@ def local(tell: Callable[[str], None], name: str = LOCAL) -> Iterator[Scenario]:
     hsm = softhsm.ensure(tell)
     with softhsm.throwaway_token("bench", softhsm=hsm) as made:
         token = tokens.Token(
-            str(made.module), made.label, made.user_pin, throwaway=True
+            str(made.module), {"token_label": made.label}, made.user_pin, throwaway=True
         )
         with tokens.with_keys(token, name, "local token") as scenario:
             anyio.run(_certify, token, scenario)
@@ -106,7 +106,10 @@ def _fill(scenario: Scenario, keys: int) -> None:
     One is made, and its file copied: by calls it would take minutes.
     """
     token = tokens.Token(
-        scenario.module, scenario.label, scenario.pin or "", throwaway=True
+        scenario.module,
+        {"token_label": scenario.label},
+        scenario.pin or "",
+        throwaway=True,
     )
     directory = Path(scenario.environment["SOFTHSM2_CONF"]).parent
     before = set(directory.rglob("*.object"))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from model.world import Tokens
 
 WRONG: Final = ("9999", "8888")
+WRONG_SO: Final = "wrong-so"
 PINS: Final = ("1234", "4321")
 STATES: Final = {
     LoginState.PUBLIC: User.NOBODY,

@@ -17,24 +17,30 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule
 from pkcs11.exceptions import SessionHandleInvalid
 
+from faultmodule import CKR
 from model import steps
-from model.bench import LIVES, STATES, WHO, judge
+from model.bench import LIVES, PINS, STATES, WHO, WRONG, WRONG_SO, judge
 from model.ledger import Blow
 from model.machine import Machine
-from model.misfortune import CODES, Misfortune
+from model.misfortune import CODES, Misfortune, Trouble
 from model.spec import Model, Refused, User
 from model.together import KINDS as STEPS
 from model.together import Seen
 from model.world import wait_until
-from pkcs11_pool import KeyNotFound, LoginState
+from pkcs11_pool import KeyNotFound, LoginState, PinRefused
+from pkcs11_pool.login import pin_guard
+from pkcs11_pool.pins import literal
 
 if TYPE_CHECKING:
     from model.callers import Running
     from model.steps import Step
+    from pkcs11_pool.login.pin_guard import PinGuard
 
 _ANSWERS = ("answer", "replace")
 _LOSSES = ("sessions", "login", "finalize")
 KINDS = (*_ANSWERS, *_LOSSES)
+_SET_PIN = "set_pin"
+_USERS = {User.USER: pin_guard.USER, User.SO: pin_guard.SO}
 Pick = tuple[str, int, int, bool, bool]
 Fault = tuple[str, int, int, int]
 
@@ -42,7 +48,11 @@ Fault = tuple[str, int, int, int]
 def _picks(kinds: tuple[str, ...]) -> Any:
     """Steps, each with the fault that is played in it."""
     step = st.tuples(
-        st.sampled_from(STEPS), WHO, st.integers(0, 5), st.booleans(), st.booleans()
+        st.sampled_from((*STEPS, _SET_PIN)),
+        WHO,
+        st.integers(0, 5),
+        st.booleans(),
+        st.booleans(),
     )
     fault = st.tuples(
         st.sampled_from(kinds),
@@ -85,6 +95,11 @@ class FaultMachine(Machine):
             for stream in list(self.world.streams):
                 self.step(0, steps.EndStream(stream, forget=False))
             number, one, other = more
+            if word == _SET_PIN:
+                self._play_set_pin(
+                    life, who, number, Misfortune(kind, rv, after, times)
+                )
+                continue
             step = self._part(life, (word, who, int(number), bool(one), bool(other), 1))
             if not getattr(step, "token", True):
                 # Nobody would know whose session object it is, if its maker did not
@@ -94,6 +109,24 @@ class FaultMachine(Machine):
             at = who % 2 if isinstance(step, steps.Officer) else who
             hits = times if kind in _ANSWERS else 1
             self._play(at, step, Misfortune(kind, rv, after, hits))
+
+    def _play_set_pin(
+        self, life: str, who: int, number: int, fault: Misfortune
+    ) -> None:
+        """Change the PIN; where nobody heard of it, look which one it is now."""
+        token = self.model.token_of(life)
+        old = token.pin if number else WRONG[1]
+        new = PINS[token.pin == PINS[0]]
+        if fault.kind not in _ANSWERS:
+            fault = replace(fault, times=1)
+        elif fault.trouble in {Trouble.CALLER, Trouble.LOGIN}:
+            # To say that it refused what it did would be a lie, and no fault.
+            fault = replace(fault, kind="answer")
+        self._play(who, steps.SetPin(life, old, new), fault)
+        if self.model.lives[life].in_doubt:
+            self.step(who, steps.Logout(life))
+            self.step(who, steps.Login(life, None))
+            self.step(who, steps.Login(life, self.model.token_of(life).pin))
 
     def _play(self, who: int, step: Step, fault: Misfortune) -> None:
         self._begin(f"{self._name(who)}: {step} with {fault}")
@@ -159,7 +192,7 @@ class FaultMachine(Machine):
             problem = judge(step, running, self.model)
             if problem:
                 self.fail(problem, running)
-            self._adopt_logins(self.model)
+            # How many C_Login there were is compared as after any other step.
             return
         over = self._over()
         recovered = self._recoveries() != recoveries
@@ -173,19 +206,24 @@ class FaultMachine(Machine):
         out = isinstance(step, (steps.Logout, steps.Officer))
         if recovered and not fault.may_end_login and not out and not doubt:
             self.fail("A pool recovered, and nothing was lost", running)
+        self._check_logins(step, blow)
+        self._calls = self.world.ledger.recent
+        called = self.world.ledger.shown()
+        accepted = self.world.ledger.accepted.copy()
         seen = {name: self._seen(name) for name in self.model.lives}
         told = []
         for model in self._candidates(step, running, fault, blow, over):
             self._adopt_logins(model)
             expected = {name: self._expected(model, name) for name in seen}
             if expected == seen:
+                self._adopt_books(model, step, accepted, called)
                 self.model = model
                 self._epochs.clear()
                 return
             told.append(expected)
         shown = [f"There is now: {seen}"]
         shown += [f"Or there would be: {one}" for one in told]
-        shown += [f"Hit: {blow}", f"Over: {over}"]
+        shown += [f"Hit: {blow}", f"Over: {over}", "Called:", *called]
         self.fail("\n".join(["No misfortune explains this.", *shown]), running)
 
     def _seen(self, life: str) -> Seen:
@@ -215,7 +253,11 @@ class FaultMachine(Machine):
                 found.append(self._after(model, over))
         if running.error is None or found:
             return found
-        if fault.excuses(step, running.outcome, blow):
+        if isinstance(step, steps.SetPin) and running.outcome == "OutcomeUnknown":
+            model = copy.deepcopy(self.model)
+            model.lose_pin(step.life, step.new, made=self._has_set_pin(step, blow))
+            return [self._after(model, over)] if blow.changed else []
+        if fault.excuses(step, running.outcome, blow, is_public=self._is_public(step)):
             found.append(self._after(copy.deepcopy(self.model), over))
             if step.changes and fault.may_have_happened(running.outcome, blow):
                 for done in self._done(step):
@@ -227,6 +269,21 @@ class FaultMachine(Machine):
                         model.refs[step.ref].follows = None
                     found.append(self._after(model, over))
         return found
+
+    def _is_public(self, step: Step) -> bool:
+        """Whether nobody is logged in where a reference is used."""
+        ref = getattr(step, "ref", None)
+        if ref is None:
+            return False
+        return self.model.token_of(self.model.refs[ref].life).user is User.NOBODY
+
+    def _has_set_pin(self, step: steps.SetPin, blow: Blow) -> bool:
+        """Whether the token did it, and only its answer was lost."""
+        right = step.old == self.model.token_of(step.life).pin
+        return right and any(
+            call.function == "C_SetPIN" and blow.has_lost_answer_to(call)
+            for call in self._calls
+        )
 
     def _done(self, step: Step) -> list[Step]:
         """A step that nobody has heard of."""
@@ -261,12 +318,74 @@ class FaultMachine(Machine):
                 continue
             token = model.token_of(name)
             token.epoch += 1
-            if token.user is User.NOBODY and life.wants_user and life.pin == token.pin:
+            restored = token.user is User.NOBODY and life.pin == token.pin
+            if life.wants_user and (restored or life.in_doubt):
+                # In doubt no PIN is sent, and what is lost is not restored.
                 token.user = STATES[self.world.pools[name].login_state]
         return model
 
+    def _adopt_books(
+        self, model: Model, step: Step, accepted: set[int], called: Any
+    ) -> None:
+        """Which PINs are not sent again.
+
+        What the step came to does not tell whether the token refused its PIN, nor
+        that a recovery logged in, which strikes the page. But nothing else does, and
+        none is in the book that was not tried.
+        """
+        tried = {getattr(step, name, None) for name in ("pin", "so_pin", "old")}
+        for number, token in enumerate(model.tokens):
+            life = model.life_of(number)
+            guard = self.world.pools[life]._engine.actor.guard  # noqa: SLF001
+            pins = {*WRONG, *PINS, WRONG_SO, token.so_pin}
+            for user, who in _USERS.items():
+                before = self.model.tokens[number].refused[user]
+                now = {pin for pin in pins if _is_refused(guard, who, pin)}
+                if not now <= before | tried | {model.lives[life].pin}:
+                    self.fail(f"These were not tried: {now - before}")
+                if not now >= before and self.world.slots.get(number) not in accepted:
+                    self.fail(
+                        "\n".join([f"Forgotten: {before - now}, {who} {life}", *called])
+                    )
+                token.refused[user] = now
+
+    def _check_logins(self, step: Step, blow: Blow) -> None:
+        """Each C_Login was needed: one for each login, and for each wrong PIN.
+
+        Those that were hit are no one's: nobody heard what came of them.
+        """
+        for number, slot in self.world.slots.items():
+            life = self.model.life_of(number)
+            calls = [c for c in self.world.ledger.recent if c.slot == slot]
+            sent = [c for c in calls if c.function == "C_Login"]
+            heard = [c for c in sent if c.sequence not in blow.hits]
+            refused = sum(c.rv == CKR.PIN_INCORRECT for c in heard)
+            moves = self.world.pools[life].login_epoch - self._were.get(life, 0)
+            # Between two logins there is an end of the first.
+            if len(heard) - refused > (moves + 1) // 2:
+                self.fail(f"{len(heard)} C_Login, and {moves} other logins on {life}")
+            if refused > self._wrong_pins(step, life):
+                self.fail(f"{refused} times a wrong PIN was sent on {life}")
+
+    def _wrong_pins(self, step: Step, life: str) -> int:
+        """How many there are in a step."""
+        token = self.model.token_of(life)
+        if getattr(step, "life", None) != life:
+            return 0
+        if isinstance(step, steps.Officer):
+            return step.so_pin != token.so_pin
+        return isinstance(step, steps.Login) and step.pin not in (None, token.pin)
+
     def _adopt_logins(self, model: Model) -> None:
-        """How many C_Login there were; the ledger has seen that each was needed."""
+        """How many C_Login there were; that each was needed was looked at before."""
         for number, token in enumerate(model.tokens):
             if number in self.world.slots:
                 token.logins = self.world.ledger.logins(self.world.slots[number])
+
+
+def _is_refused(guard: PinGuard, who: str, pin: str) -> bool:
+    try:
+        guard.check_refused(who, literal(pin))
+    except PinRefused:
+        return True
+    return False

@@ -124,6 +124,10 @@ class Blow:
         self.changed = any(c.function in CHANGES and c.sequence <= last for c in calls)
         return self
 
+    def has_lost_answer_to(self, call: Call) -> bool:
+        """Whether nobody but the token knows what it answered."""
+        return self.kind == "replace" and call.sequence in self.hits
+
     def has_come(self, call: Call) -> bool:
         """Whether something was lost just before a call."""
         loses = self.kind not in {"answer", "replace"}
@@ -152,6 +156,10 @@ class Ledger:
         self.lent: set[int] = set()
         self.outliving: set[int] = set()
         self.calls = 0
+        #: Slots where the token may have accepted a PIN in the last step, or a new one.
+        self.accepted: set[int] = set()
+        #: What was called in the last step, to be shown where it is not explained.
+        self.recent: list[Call] = []
         #: The fault that was played in the step that is read next, if one was.
         self.strike: Blow | None = None
         self._blow: Blow | None = None
@@ -186,6 +194,7 @@ class Ledger:
         """
         self._step += 1
         self.failed_to_make = 0
+        self.accepted.clear()
         struck, self.strike = self.strike, None
         self._began_with = {n: slot.epoch for n, slot in self._slots.items()}
         calls = self._finished()
@@ -203,7 +212,16 @@ class Ledger:
                 raise Broken("\n".join([str(error), *map(str, around)])) from None
         if calls:
             self._last = calls[-1].sequence
+            self.recent = events
         self.calls += len(calls)
+
+    def shown(self) -> list[str]:
+        """What was called in the last step, a line for each call."""
+        return [
+            f"    {c.sequence} thread {c.thread % 100_000}: {c.function}, session "
+            f"{c.session}, object {c.object} -> {c.rv}"
+            for c in self.recent
+        ]
 
     def _finished(self) -> list[Call]:
         deadline = time.monotonic() + 5
@@ -287,6 +305,8 @@ class Ledger:
             raise Broken(f"{call.function}: two calls on session {number} at once")
         session.busy_until = call.ended_ns or 0
         session.kept |= number in self.lent or call.function in _LOGINS
+        if call.function == "C_SetPIN" and call.rv == 0:
+            self.accepted.add(session.slot)
         if call.function == "C_CloseSession":
             self._closed(number)
         elif call.function in _LOGINS:
@@ -328,6 +348,9 @@ class Ledger:
         if call.rv == 0:
             slot.logged_in = True
             slot.epoch += 1
+        blow = self._blow
+        if call.rv == 0 or (blow is not None and blow.has_lost_answer_to(call)):
+            self.accepted.add(number)
 
     def _used(self, call: Call, session: _Open) -> None:
         session.threads.add(call.thread)

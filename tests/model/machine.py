@@ -24,6 +24,7 @@ from model.bench import (
     STREAMS,
     WHO,
     WRONG,
+    WRONG_SO,
 )
 from model.pressure import Pressure
 from model.together import Together
@@ -136,7 +137,7 @@ class Machine(Together, Pressure):
             for held in self.model.held(life):
                 self.step(who, steps.CloseSession(held))
         token = self.model.token_of(life)
-        pin = "wrong-so" if wrong == 0 else token.so_pin
+        pin = WRONG_SO if wrong == 0 else token.so_pin
         new = self.new("so") if make else None
         waits = not self.model.held(life)
         self.step(who, steps.Officer(life, pin, init_pin, new, waits))

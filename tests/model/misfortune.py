@@ -47,7 +47,7 @@ CODES: Final[dict[int, tuple[Trouble, str]]] = {
 """What calls are answered, whose trouble that is, and the error that says so."""
 _TRIES: Final = 3
 """So often an operation is begun; then its caller is told what the token says."""
-_TOLD = (steps.Login, steps.Officer, steps.Look, steps.Make)
+_TOLD = (steps.Login, steps.Officer, steps.Make)
 """What the pool does not make again: it is a login, or not known what it is."""
 
 
@@ -94,8 +94,13 @@ class Misfortune:
         """Whether sessions in somebody's hands may be over."""
         return self.may_end_login and self.kind != "login"
 
-    def excuses(self, step: Step, outcome: str, blow: Blow) -> bool:
+    def excuses(self, step: Step, outcome: str, blow: Blow, *, is_public: bool) -> bool:
         """Whether a step may come to an error that it would not come to else."""
+        if outcome == "KeyNotFound" and self.kind == "sessions" and is_public:
+            # With all its sessions an application loses all numbers, and one that is
+            # opened then is well. Where nobody is logged in, a number that is dead for
+            # that reason looks like one of an object that was destroyed.
+            return hasattr(step, "ref") and not blow.changed
         return outcome in self._errors(step, blow)
 
     def _errors(self, step: Step, blow: Blow) -> set[str]:
@@ -110,12 +115,17 @@ class Misfortune:
             told.add("OutcomeUnknown")
         if isinstance(step, (steps.Officer, steps.Visit)) and self.may_end_sessions:
             # It is several calls in one session, and that is over.
-            told |= {"SessionClosed", "SessionObjectDestroyed"}
+            told.add("SessionClosed")
+        if isinstance(step, steps.Visit) and self.may_end_sessions:
+            # And what was made in it, and is used in the next call.
+            told.add("SessionObjectDestroyed")
         if isinstance(step, steps.Visit) and self.kind == "sessions":
-            # Another session uses what it made, and the token tells that it is gone.
-            told.add("KeyHandleInvalid")
+            # Another session uses what it made, and the token tells that it is gone:
+            # by the one name where numbers are the fault module's, else by the other.
+            told |= {"KeyHandleInvalid", "ObjectHandleInvalid"}
         if trouble is Trouble.LOGIN and isinstance(step, (steps.Login, steps.Officer)):
-            told |= {"UserNotLoggedIn"}
+            # That login() needs a login is no sensible advice: as the token says it.
+            told.add("UserNotLoggedIn")
         return told
 
     def _told(self, step: Step, blow: Blow) -> set[str]:
@@ -124,7 +134,8 @@ class Misfortune:
         if trouble is Trouble.LOGIN:
             if self.is_loss and isinstance(step, steps.Make):
                 # What he holds of a private object ended with the login.
-                return {"LoginRequired", "ObjectHandleInvalid"}
+                return {"ObjectHandleInvalid"}
+            # What is lost is restored unseen; what is only said to be is told.
             return set() if self.is_loss else {"LoginRequired"}
         # Nobody can make good what is the caller's, or says nothing.
         plain = trouble in {Trouble.CALLER, Trouble.UNSURE}

@@ -134,7 +134,7 @@ class Pressure(Bench):
         fault, pool = self.world.fault, self.world.pools[life]
         lost = what == "digest" and end == "deadline"
         limit = 0.2 if lost else LAST_RESORT
-        rule = fault.on(function, hang="before", when_flags_set=flags)
+        fault.on(function, hang="before", when_flags_set=flags)
         running = self.callers.start(who, lambda: step(pool, limit))
         try:
             wait_until(
@@ -151,15 +151,15 @@ class Pressure(Bench):
                 assert running.outcome in right, running.outcome
             else:
                 assert not running.is_over, "it did not wait for the outcome"
-            fault.release()
+            # Not release(): a call that is inside may not hang yet, and would miss it.
+            fault.clear()
             running.wait()
             assert what != "create" or running.outcome == "cancelled", running.outcome
             lost = running.outcome == "PoolTimeout running"
         except (AssertionError, TimeoutError) as error:
             self._disagree(f"{type(error).__name__}: {error}", error)
         finally:
-            fault.remove(rule)
-            fault.release()
+            fault.clear()
         self.lost[life] = self.lost.get(life, 0) + lost
         if what == "create":
             with suppress(Refused):

@@ -120,6 +120,8 @@ class Life:
     pin: str | None = None
     #: The user said ``login`` last, not ``logout``.
     wants_user: bool = False
+    #: Its PIN was being changed, and nobody heard whether it was.
+    in_doubt: bool = False
 
 
 @dataclass
@@ -250,10 +252,10 @@ class Model:
         if token.user is User.USER:
             return
         given = pool.pin if pin is None else pin
-        if given is None:
+        if given is None or (pin is None and pool.in_doubt):
             raise Refused("LoginRequired")
         self._log_in(token, User.USER, given, force=force)
-        pool.pin, pool.wants_user = given, True
+        pool.pin, pool.wants_user, pool.in_doubt = given, True, False
 
     def logout(self, life: str) -> None:
         """Every session is logged out, and private session objects are gone."""
@@ -275,8 +277,15 @@ class Model:
             raise Refused("PinRefused")
         self._new_pin(life, new)
 
+    def lose_pin(self, life: str, new: str, *, made: bool) -> None:
+        """It was being changed: the pool sends neither until it is given one."""
+        self.lives[life].in_doubt = True
+        if made:
+            self.token_of(life).pin = new
+
     def _new_pin(self, life: str, pin: str) -> None:
         self.token_of(life).pin = self.lives[life].pin = pin
+        self.lives[life].in_doubt = False
         self.token_of(life).refused[User.USER].clear()
 
     # -- The security officer -----------------------------------------------------

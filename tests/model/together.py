@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
 from model import steps
-from model.bench import LIVES, STATES, WHO, WRONG, Bench, judge
+from model.bench import LIVES, STATES, WHO, WRONG, WRONG_SO, Bench, judge
 from model.spec import Kind, Model, Refused, User
 from pkcs11_pool import PoolState
 
@@ -217,7 +217,7 @@ class Together(Bench):
         where, new = self.place(life, number), self.new(kind[:1])
         token = self.model.token_of(life)
         waits = not self.model.held(life)
-        so_pin = token.so_pin if number else "wrong-so"
+        so_pin = token.so_pin if number else WRONG_SO
         word = "b" if one else "a"
         made: dict[str, Step] = {
             "login": steps.Login(life, WRONG[0] if number == 0 else token.pin),

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from pkcs11_pool import config
 from pkcs11_pool.bench.turns import BACKENDS, OPERATIONS
+from pkcs11_pool.uri import Pkcs11URI
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,12 +59,12 @@ class GivenToken:
 
     Attributes:
         module: The Cryptoki module.
-        label: The token's label.
+        chosen: Which token, as options of a pool.
         pin: Gives the user's PIN. It is called once.
     """
 
     module: Path
-    label: str
+    chosen: dict[str, Any]
     pin: Callable[[], pins.Secret]
 
 
@@ -164,6 +166,8 @@ class Given(Protocol):
     plots: Path | None
     module: Path | None
     token_label: str | None
+    uri: Pkcs11URI | None
+    unquoted: str
     pin: Callable[[], pins.Secret] | None
 
 
@@ -245,13 +249,27 @@ def read(given: Given) -> Options:
 
 
 def _token(given: Given) -> GivenToken | None:
-    if given.module is None:
+    if given.module is None and given.uri is None:
         if given.token_label is not None or given.pin is not None:
-            raise BadOptionError("--token-label and a PIN go with --module")
+            raise BadOptionError("--token-label and a PIN go with --module or --uri")
         return None
-    if given.token_label is None:
-        raise BadOptionError("--module: which token? Give --token-label")
-    if not given.module.is_file():
-        raise BadOptionError(f"--module: {given.module} is no file")
+    uri = Pkcs11URI() if given.uri is None else given.uri
+    chosen = config.uri_options(uri, with_pin=False, allow_command=False)
+    named = chosen.pop("module")
+    module = Path(named) if given.module is None and named else given.module
+    if module is None:
+        raise BadOptionError(
+            f"--uri: which module? Give module-path or --module{given.unquoted}"
+        )
+    if given.token_label is not None:
+        chosen["token_label"] = given.token_label
+    if all(chosen[name] is None for name in ("token_label", "token_serial", "slot_id")):
+        raise BadOptionError(
+            f"{'--module' if given.uri is None else '--uri'}: which token? Give "
+            f"--token-label{given.unquoted}"
+        )
+    if not module.is_file():
+        word = "module-path" if given.module is None else "--module"
+        raise BadOptionError(f"{word}: {module} is no file")
     assert given.pin is not None  # noqa: S101
-    return GivenToken(given.module, given.token_label, given.pin)
+    return GivenToken(module, chosen, given.pin)

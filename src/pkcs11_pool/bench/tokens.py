@@ -17,7 +17,8 @@ from pkcs11 import Attribute
 from pkcs11_pool import softhsm
 from pkcs11_pool.bench import work
 from pkcs11_pool.bench.measure import Scenario
-from pkcs11_pool.errors import PinSourceError
+from pkcs11_pool.errors import PinSourceError, TokenAmbiguous
+from pkcs11_pool.faces.administration import list_tokens
 from pkcs11_pool.faces.pool import TokenPool
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.bench.options import GivenToken
     from pkcs11_pool.bench.work import Material
+    from pkcs11_pool.state import TokenInfo
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,19 @@ class Token:
 
     Attributes:
         module: The Cryptoki module.
-        label: The token's label.
+        chosen: Which token, as options of a pool.
         pin: The user's PIN.
         throwaway: Whether it is gone afterwards.
     """
 
     module: str
-    label: str
+    chosen: dict[str, Any]
     pin: str = field(repr=False)
     throwaway: bool
 
-    def pool(self, **options: Any) -> TokenPool:
+    def pool(self) -> TokenPool:
         """An unopened pool on it."""
-        return TokenPool(self.module, token_label=self.label, pin=self.pin, **options)
+        return TokenPool(self.module, pin=self.pin, **self.chosen)
 
 
 @contextlib.contextmanager
@@ -57,7 +59,8 @@ def throwaway(tell: Callable[[str], None]) -> Iterator[Token]:
     """
     hsm = softhsm.ensure(tell)
     with softhsm.throwaway_token("bench", softhsm=hsm) as made:
-        yield Token(str(made.module), made.label, made.user_pin, throwaway=True)
+        chosen = {"token_label": made.label}
+        yield Token(str(made.module), chosen, made.user_pin, throwaway=True)
 
 
 def given(wanted: GivenToken) -> Token:
@@ -70,7 +73,7 @@ def given(wanted: GivenToken) -> Token:
     # It goes to the clients as a line of text.
     if not pin or "\n" in pin:
         raise PinSourceError("a PIN must be one line of text, and not empty")
-    return Token(str(wanted.module), wanted.label, pin, throwaway=False)
+    return Token(str(wanted.module), wanted.chosen, pin, throwaway=False)
 
 
 @contextlib.contextmanager
@@ -81,14 +84,14 @@ def with_keys(token: Token, name: str = "local", title: str = "") -> Iterator[Sc
         PoolError, pkcs11.PKCS11Error: The token refused.
     """
     prefix = f"bench-{secrets.token_hex(4)}"
-    material, slot_id, about = anyio.run(_make, token, prefix)
+    material, info, about = anyio.run(_make, token, prefix)
     try:
         yield Scenario(
             name=name,
             title=title or about,
             module=token.module,
-            label=token.label,
-            slot_id=slot_id,
+            label=info.label,
+            slot_id=info.slot_id,
             pin=token.pin,
             material=material,
         )
@@ -97,8 +100,9 @@ def with_keys(token: Token, name: str = "local", title: str = "") -> Iterator[Sc
             anyio.run(_destroy, token, prefix)
 
 
-async def _make(token: Token, prefix: str) -> tuple[Material, int, str]:
+async def _make(token: Token, prefix: str) -> tuple[Material, TokenInfo, str]:
     async with token.pool() as pool:
+        await _is_the_only_one(pool, token.module)
         try:
             material = await work.make_keys(pool, prefix)
         except BaseException:
@@ -109,7 +113,21 @@ async def _make(token: Token, prefix: str) -> tuple[Material, int, str]:
             raise
         major, minor = pool.lib.library_version
         about = f"{pool.lib.manufacturer_id.strip()} {major}.{minor}"
-        return material, pool.token.slot_id, about
+        return material, pool.token, about
+
+
+async def _is_the_only_one(pool: TokenPool, module: str) -> None:
+    """Clients go by the label: no other token may get the PIN, or the load.
+
+    Raises:
+        TokenAmbiguous: Another token has it, too.
+    """
+    label = pool.token.label
+    if [info.label for info in await list_tokens(module)].count(label) > 1:
+        raise TokenAmbiguous(
+            f"more than one token has the label {label!r}, and the programs that are "
+            "measured go by it: measure a token whose label is its own"
+        )
 
 
 async def _destroy(token: Token, prefix: str) -> None:

@@ -79,7 +79,7 @@ class ModuleOptions:
         named = self.parsed().module_path
         # An empty variable is none.
         if self.module is not None and str(self.module) != ".":
-            _agree("module", named, "--module or PKCS11_MODULE", str(self.module))
+            agree("module", named, "--module or PKCS11_MODULE", str(self.module))
             return str(self.module)
         if named is not None:
             return named
@@ -133,7 +133,7 @@ class TokenOptions(ModuleOptions, PinOptions):
         if self.token_label is not None:
             # What is signed with another token than the one that was named is lost.
             given = "--token-label or PKCS11_TOKEN"
-            _agree("token", uri.token, given, self.token_label)
+            agree("token", uri.token, given, self.token_label)
             options["token_label"] = self.token_label
         if self.token_serial is not None:
             options["token_serial"] = self.token_serial.encode()
@@ -185,7 +185,7 @@ class TokenOptions(ModuleOptions, PinOptions):
         return taken(source)
 
 
-def _agree(what: str, named: str | None, given: str, value: str) -> None:
+def agree(what: str, named: str | None, given: str, value: str) -> None:
     """Let the URI name nothing else than the other words and variables do.
 
     Raises:

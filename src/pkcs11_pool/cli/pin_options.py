@@ -57,8 +57,11 @@ class PinOptions:
         """
         return _named("pin", self, ask or (lambda: asked("PIN of the user: ")))
 
-    def later(self) -> Ask:
+    def later(self, otherwise: Any = None) -> Ask:
         """What gives the PIN when it is called: not asked for, and the words checked.
+
+        Args:
+            otherwise: The source where no word names one, before the variable.
 
         Raises:
             CommandError: They name two sources, or a variable that is none.
@@ -67,7 +70,7 @@ class PinOptions:
         def ask() -> pins.Secret:
             return asked("PIN of the user: ")
 
-        source = _named("pin", self, lambda: ask)
+        source = _named("pin", self, lambda: ask) or otherwise
         return lambda: taken(by_default(ask) if source is None else source)
 
     def first(self) -> pins.Secret:

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Final, Literal
 
 from cyclopts import Group, Parameter
 
+from pkcs11_pool import pins
 from pkcs11_pool.bench import options
 from pkcs11_pool.bench.turns import BACKENDS, OPERATIONS
 from pkcs11_pool.cli.exits import CommandError
+from pkcs11_pool.cli.options import ModuleOptions, agree
 from pkcs11_pool.cli.pin_options import PinOptions
 
 # What the extra of a command brings, over what the package itself needs.
@@ -28,8 +30,8 @@ _TOKEN: Final = Group(
     "The token",
     help=(
         "A throwaway SoftHSM2 token, if none is named here; PKCS11_MODULE and "
-        "PKCS11_TOKEN are not read. The PIN: by one of these words, else PKCS11_PIN, "
-        "else it is asked for."
+        "PKCS11_TOKEN are not read. The PIN: by one of these words, else by the URI's "
+        "pin-source, else PKCS11_PIN, else it is asked for."
     ),
     sort_key=4,
 )
@@ -135,6 +137,8 @@ def bench(  # the words that it had before there was this command line
     token_label: Annotated[
         str | None, Parameter(name=["--token-label", "--token"], group=_TOKEN)
     ] = None,
+    uri: Annotated[str | None, Parameter(group=_TOKEN)] = None,
+    allow_pin_command: Annotated[bool, Parameter(group=_TOKEN)] = False,
     user: Annotated[PinOptions, Parameter(name="*", group=_TOKEN)] = PinOptions(),
 ) -> int:
     """Measure the pool on a token, next to the bare module.
@@ -158,11 +162,26 @@ def bench(  # the words that it had before there was this command line
         plots: Directory for pictures, as SVG.
         module: Cryptoki module.
         token_label: Label of the token.
+        uri: PKCS#11 URI (RFC 7512) that names the module, the token, the PIN's source.
+        allow_pin_command: Run the program that the URI's pin-source names.
         user: Where the user's PIN comes from.
     """
     # Without a token of the user's, the variable PKCS11_PIN is for other commands.
-    wants_pin = module is not None or user != PinOptions()
-    given = SimpleNamespace(**locals(), pin=user.later() if wants_pin else None)
+    wants_pin = module is not None or uri is not None or user != PinOptions()
+    named = ModuleOptions(module=module, uri=uri)
+    told = named.parsed()
+    if module is not None:
+        agree("module", told.module_path, "--module", str(module))
+    if token_label is not None:
+        agree("token", told.token, "--token-label", token_label)
+    source = told.pin_source and pins.from_pin_source(
+        told.pin_source, allow_command=allow_pin_command
+    )
+    given = SimpleNamespace(
+        **locals() | {"uri": None if uri is None else told},
+        unquoted=named.unquoted(),
+        pin=user.later(source) if wants_pin else None,
+    )
     try:
         wanted = options.read(given)
     except options.BadOptionError as error:

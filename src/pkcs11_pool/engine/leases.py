@@ -97,6 +97,7 @@ class Lease:
         closing: Whether it takes no more jobs.
         chain: The multi-part operation that has the session to itself, or None.
         lone: It is there for one chain only: nobody else waits for its end.
+        anchor: The session is the login's own: the actor alone closes it.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Lease:
         self.closing = False
         self.chain: Chain | None = None
         self.lone = False
+        self.anchor = False
         #: Whether the engine counts its session as open.
         self.counted = True
         self.cause: BaseException | None = None

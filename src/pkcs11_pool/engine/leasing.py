@@ -328,7 +328,7 @@ class Leasing(Dispatch):
     def begin_so_lane(self, session: Session, holder: Hashable) -> Lease:
         """The session of a SO period, as a lease that only its jobs may use."""
         lease = Lease(session, holder)
-        lease.counted = False
+        lease.counted, lease.anchor = False, True
         with self._lock:
             self._so_lane = lease
         return lease

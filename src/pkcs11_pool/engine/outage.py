@@ -16,7 +16,7 @@ from pkcs11 import exceptions as p11
 from pkcs11_pool import events
 from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.cryptoki.recovery import Fault
-from pkcs11_pool.engine.dispatch import Pause
+from pkcs11_pool.engine.dispatch import IDLE, Pause
 from pkcs11_pool.engine.leasing import Leasing
 from pkcs11_pool.engine.timekeeper import timekeeper
 from pkcs11_pool.errors import (
@@ -133,8 +133,9 @@ class Outages(Leasing):
         known = unsent or (fault is Fault.SESSION and not job.restart)
         if job.changes and not known and not isinstance(error, PoolError):
             return self._unknown(job, error)
-        if lane is not None and lane.cause is not None and not job.stays:
+        if lane is not None and lane.cause is not None and not (job.stays or once):
             return lane.error()
+        # What may have happened is worth more than why nothing more can.
         return error
 
     def _unknown(self, job: Job, error: Exception) -> OutcomeUnknown:
@@ -336,9 +337,16 @@ class Outages(Leasing):
         self._room.returned(lane)
         return wake
 
-    def close_ahead(self) -> None:
-        """Close the sessions that were opened ahead. Whoever calls has not the turn."""
+    def close_ahead(self, *, idle: bool = False) -> None:
+        """Close the sessions that were opened ahead. Whoever calls has not the turn.
+
+        Args:
+            idle: Only while the pool is idle and well: the module may be initialised
+                anew, for another pool, when this one has said that it is quiet.
+        """
         with self._lock:
+            if idle and (self._outage is not None or not self._is_idle_locked()):
+                return
             close = self._room.take_ahead(counted=True)
             self._tidying += bool(close)
         if close:
@@ -351,6 +359,9 @@ class Outages(Leasing):
             with self._lock:
                 self._tidying -= 1
                 self._quiet.notify_all()
+
+    def _is_idle_locked(self) -> bool:
+        return not self._busy and time.monotonic() - self._last_work >= IDLE
 
     def still_down(self, error: BaseException) -> None:
         """One more try was in vain: what to tell those who wait too long."""

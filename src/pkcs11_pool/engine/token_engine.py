@@ -19,7 +19,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pkcs11_pool.engine.dispatch import IDLE, NO_WAIT, Pause
+from pkcs11_pool.engine.dispatch import NO_WAIT, Pause
 from pkcs11_pool.engine.leasing import NOBODY
 from pkcs11_pool.engine.limits import SessionLimit
 from pkcs11_pool.engine.timekeeper import timekeeper
@@ -102,10 +102,7 @@ class TokenEngine(Work):
             return
         self._look_wanted = False
         self.end_orphans()
-        with self._lock:
-            if self._busy or time.monotonic() - self._last_work < IDLE:
-                return
-        self.close_ahead()
+        self.close_ahead(idle=True)
 
     # -- The gate: called by the actor --------------------------------------------
 

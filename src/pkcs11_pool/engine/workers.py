@@ -137,7 +137,10 @@ class Worker:
         opens = not again and engine.deliver(self, job, result, failure)
         if self.lost:
             return session
-        if isinstance(result, Loan) or (job.lane is not None and not job.lane.cause):
+        lane = job.lane
+        if isinstance(result, Loan) or (
+            lane is not None and (lane.anchor or not lane.cause)
+        ):
             return None
         # Behind the caller's back.
         session.close()

@@ -188,7 +188,12 @@ class SecurityOfficerBlock:
         except Exception as failure:
             if error is None:
                 raise
-            events.warning(events.SO_FAILED, error=f"{type(failure).__name__}")
+            engine = self._engine
+            events.warning(
+                events.SO_FAILED,
+                token=engine.actor.known.label,
+                error=type(failure).__name__,
+            )
 
     async def _end(self) -> None:
         engine, lane = self._engine, self._lane

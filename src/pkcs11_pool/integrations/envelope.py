@@ -18,34 +18,24 @@ is ever used twice with a key: there is no counter to keep and no limit on messa
 
 from __future__ import annotations
 
-import contextlib
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from pkcs11 import (
-    MGF,
     Attribute,
     GCMParams,
     KeyType,
     Mechanism,
     MechanismFlag,
-    ObjectClass,
     PKCS11Error,
 )
 
 from pkcs11_pool.cryptoki import rv
-from pkcs11_pool.errors import (
-    InvalidCiphertext,
-    InvalidOption,
-    InvalidType,
-    PoolTimeout,
-)
-from pkcs11_pool.faces import arguments
+from pkcs11_pool.errors import InvalidCiphertext, InvalidOption, InvalidType
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout, octets
-from pkcs11_pool.integrations import algorithms
+from pkcs11_pool.integrations import algorithms, wrapping
 from pkcs11_pool.integrations.blob import (
     NONCE,
     Blob,
@@ -53,32 +43,20 @@ from pkcs11_pool.integrations.blob import (
     authenticated,
     kek_of,
 )
+from pkcs11_pool.integrations.time_left import TimeLeft
+from pkcs11_pool.integrations.wrapping import WrapName
 
 if TYPE_CHECKING:
     from pkcs11_pool.faces.keyref import KeyRef
     from pkcs11_pool.faces.pool import TokenPool
-    from pkcs11_pool.faces.pooled_session import PooledSession, SessionBlock
+    from pkcs11_pool.faces.pooled_session import SessionBlock
 
 __all__ = ["Context", "DataKey", "Envelope", "WrapName", "kek_of"]
 
-WrapName = Literal["aes-kw", "aes-kwp", "rsa-oaep-sha1", "rsa-oaep-sha256"]
-
 _BITS: Final = 256
 _LONGEST_NAME: Final = 255
-_WRAPS: Final[dict[str, tuple[int, Mechanism, tuple[Any, ...] | None]]] = {
-    "aes-kw": (1, Mechanism.AES_KEY_WRAP, None),
-    "aes-kwp": (2, Mechanism.AES_KEY_WRAP_PAD, None),
-    "rsa-oaep-sha1": (3, Mechanism.RSA_PKCS_OAEP, (Mechanism.SHA_1, MGF.SHA1, None)),
-    "rsa-oaep-sha256": (
-        4,
-        Mechanism.RSA_PKCS_OAEP,
-        (Mechanism.SHA256, MGF.SHA256, None),
-    ),
-}
-_BY_NUMBER: Final = {number: (how, param) for number, how, param in _WRAPS.values()}
 _ENCRYPTS: Final = MechanismFlag.ENCRYPT
 _DECRYPTS: Final = MechanismFlag.DECRYPT
-_NOTHING: Final = MechanismFlag(0)
 # What tokens say to a ciphertext or a wrapped key that was changed. SoftHSM2 has only
 # CKR_GENERAL_ERROR for it.
 _NOT_OURS: Final = frozenset(
@@ -96,19 +74,6 @@ _NOT_OURS: Final = frozenset(
         "CKR_UNWRAPPING_KEY_TYPE_INCONSISTENT",
         "CKR_WRAPPED_KEY_INVALID",
         "CKR_WRAPPED_KEY_LEN_RANGE",
-    )
-)
-
-
-# What they say where the key or the token does not do this way of wrapping.
-_NOT_SO: Final = frozenset(
-    rv.CODES[name]
-    for name in (
-        "CKR_ARGUMENTS_BAD",
-        "CKR_KEY_TYPE_INCONSISTENT",
-        "CKR_MECHANISM_INVALID",
-        "CKR_MECHANISM_PARAM_INVALID",
-        "CKR_WRAPPING_KEY_TYPE_INCONSISTENT",
     )
 )
 
@@ -160,11 +125,11 @@ class Envelope:
             algorithms.check_key(kek)
         if len({_pool(kek) for kek in keks.values()}) > 1:
             raise InvalidOption("the KEKs must be keys of one pool")
-        if wrap not in _WRAPS:
-            raise InvalidOption(f"wrap must be one of {', '.join(_WRAPS)}")
+        if wrap not in wrapping.NUMBERS:
+            raise InvalidOption(f"wrap must be one of {', '.join(wrapping.NUMBERS)}")
         self._keks = dict(keks)
         self._current = next(iter(keks))
-        self._wrap = _WRAPS[wrap][0]
+        self._wrap = wrapping.NUMBERS[wrap]
 
     async def encrypt(
         self, data: bytes, context: Context = None, *, timeout: Timeout = DEFAULT
@@ -191,11 +156,11 @@ class Envelope:
             ``C_GenerateKey``, ``C_WrapKey``, ``C_EncryptInit``, ``C_Encrypt``, in a
             session of its own.
         """
-        time_left = _TimeLeft(self._pool, timeout)
+        time_left = TimeLeft(self._pool, timeout)
         return await self._encrypt(octets(data, "data"), context, time_left)
 
     async def _encrypt(
-        self, message: bytes, context: Context, time_left: _TimeLeft
+        self, message: bytes, context: Context, time_left: TimeLeft
     ) -> bytes:
         aad, kek = authenticated(context), self._keks[self._current]
         # Some HSMs choose the nonce themselves and write it over this one, into these
@@ -209,7 +174,7 @@ class Envelope:
                 template={Attribute.EXTRACTABLE: True, Attribute.SENSITIVE: True},
                 timeout=time_left.now(),
             )
-            wrapped = await self._wrap_key(kek, key, session, time_left)
+            wrapped = await wrapping.wrap(self._wrap, kek, key, session, time_left)
             sealed = await key.encrypt(
                 message,
                 mechanism=Mechanism.AES_GCM,
@@ -241,10 +206,10 @@ class Envelope:
             ``C_UnwrapKey``, ``C_DecryptInit``, ``C_Decrypt``, in a session of its own.
         """
         parsed, aad = Blob.parse(blob), authenticated(context)
-        kek, time_left = self._kek_of(parsed), _TimeLeft(self._pool, timeout)
+        kek, time_left = self._kek_of(parsed), TimeLeft(self._pool, timeout)
         async with self._session(time_left) as session:
             try:
-                key = await _unwrap(
+                key = await wrapping.unwrap(
                     kek, parsed, session, time_left, capabilities=_DECRYPTS
                 )
                 return await key.decrypt(
@@ -279,15 +244,17 @@ class Envelope:
         """
         parsed = Blob.parse(blob)
         old, new = self._kek_of(parsed), self._keks[self._current]
-        time_left = _TimeLeft(self._pool, timeout)
+        time_left = TimeLeft(self._pool, timeout)
         if (parsed.kek, parsed.wrap) == (self._current, self._wrap):
             return parsed.packed()
         async with self._session(time_left) as session:
             try:
-                key = await _unwrap(old, parsed, session, time_left, extractable=True)
+                key = await wrapping.unwrap(
+                    old, parsed, session, time_left, extractable=True
+                )
             except PKCS11Error as error:
                 raise _classified(error) from error
-            wrapped = await self._wrap_key(new, key, session, time_left)
+            wrapped = await wrapping.wrap(self._wrap, new, key, session, time_left)
         return Blob(
             self._current, self._wrap, wrapped, parsed.nonce, parsed.sealed
         ).packed()
@@ -322,7 +289,7 @@ class Envelope:
         """
         if not isinstance(nbits, int) or nbits <= 0 or nbits % 8:
             raise InvalidOption(f"nbits must be a multiple of 8, not {nbits!r}")
-        time_left = _TimeLeft(self._pool, timeout)
+        time_left = TimeLeft(self._pool, timeout)
         key = await self._pool.generate_random(nbits, timeout=time_left.at_first())
         return DataKey(key, await self._encrypt(key, context, time_left))
 
@@ -330,7 +297,7 @@ class Envelope:
     def _pool(self) -> TokenPool:
         return _pool(self._keks[self._current])
 
-    def _session(self, time_left: _TimeLeft) -> SessionBlock:
+    def _session(self, time_left: TimeLeft) -> SessionBlock:
         return self._pool.session(timeout=time_left.at_first())
 
     def _kek_of(self, blob: Blob) -> KeyRef:
@@ -341,107 +308,15 @@ class Envelope:
             message = f"it was wrapped by the KEK {blob.kek!r}; here are only {known}"
             raise InvalidCiphertext(message) from None
 
-    async def _wrap_key(
-        self, kek: KeyRef, key: KeyRef, session: PooledSession, time_left: _TimeLeft
-    ) -> bytes:
-        mechanism, param = _BY_NUMBER[self._wrap]
-        try:
-            return await kek.on(session).wrap_key(
-                key,
-                mechanism=mechanism,
-                mechanism_param=param,
-                timeout=time_left.now(),
-            )
-        except PKCS11Error as error:
-            if rv.code_of(error) not in _NOT_SO:
-                raise
-            raise await self._not_so(error, kek, key, session, time_left) from error
-
-    async def _not_so(  # all that the failed call had
-        self,
-        error: PKCS11Error,
-        kek: KeyRef,
-        key: KeyRef,
-        session: PooledSession,
-        time_left: _TimeLeft,
-    ) -> InvalidOption:
-        """What to say where the KEK does not wrap that way, and which ways do.
-
-        Tokens do not tell which hashes they take with OAEP: each way is tried, and
-        what comes of it is dropped.
-        """
-        asked = next(name for name, way in _WRAPS.items() if way[0] == self._wrap)
-        ways = []
-        for name, (number, mechanism, param) in _WRAPS.items():
-            if number == self._wrap:
-                continue
-            with contextlib.suppress(PKCS11Error):
-                await kek.on(session).wrap_key(
-                    key,
-                    mechanism=mechanism,
-                    mechanism_param=param,
-                    timeout=time_left.now(),
-                )
-                ways.append(f"wrap={name!r}")
-        hint = " or ".join(ways) or "another KEK, an AES key or an RSA pair"
-        code = rv.name_of(rv.code_of(error) or 0)
-        return InvalidOption(
-            f"the token does not wrap by {asked!r} with {kek!r} ({code}): give {hint}"
-        )
-
     def __repr__(self) -> str:
         """The names of its KEKs, the one that wraps first."""
         return f"<Envelope {', '.join(map(repr, self._keks))}>"
-
-
-class _TimeLeft:
-    """The time limit of several calls together."""
-
-    def __init__(self, pool: TokenPool, timeout: Timeout) -> None:
-        default = pool._engine.options.timeout  # noqa: SLF001  # one package
-        self._limit = arguments.timeout(timeout, default)
-        self._end = time.monotonic() + self._limit if self._limit else None
-
-    def at_first(self) -> float | None:
-        """For a call that may have to wait for a session; 0: it must not."""
-        return self._limit if self._end is None else self.now()
-
-    def now(self) -> float | None:
-        """For a call in the session."""
-        if self._end is None:
-            return None
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise PoolTimeout("the deadline passed between two calls", "running")
-        return left
 
 
 def _pool(kek: KeyRef) -> TokenPool:
     """The pool that has this key, also when the key is bound to a session."""
     pool: TokenPool = kek._calls._pool()  # type: ignore[assignment]  # noqa: SLF001  # one package
     return pool
-
-
-async def _unwrap(
-    kek: KeyRef,
-    blob: Blob,
-    session: PooledSession,
-    time_left: _TimeLeft,
-    *,
-    capabilities: MechanismFlag = _NOTHING,
-    extractable: bool = False,
-) -> KeyRef:
-    mechanism, param = _BY_NUMBER[blob.wrap]
-    return await kek.on(session).unwrap_key(
-        ObjectClass.SECRET_KEY,
-        KeyType.AES,
-        blob.wrapped,
-        mechanism=mechanism,
-        mechanism_param=param,
-        capabilities=capabilities,
-        template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: extractable},
-        timeout=time_left.now(),
-    )
 
 
 def _classified(error: PKCS11Error) -> PKCS11Error | InvalidCiphertext:
