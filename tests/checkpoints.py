@@ -65,15 +65,15 @@ class Posted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.expected: Callable[[], object] = lambda: True
         self._event = threading.Event()
-        post = waiting._Port.post
+        wake = waiting._LoopWaiter.wake
 
-        def told(port: Any, waiter: Any) -> bool:
+        def told(waiter: Any) -> bool:
             try:
-                return post(port, waiter)
+                return wake(waiter)
             finally:
                 self._event.set()
 
-        monkeypatch.setattr(waiting._Port, "post", told)
+        monkeypatch.setattr(waiting._LoopWaiter, "wake", told)
 
     def forget(self) -> None:
         """What came so far does not count."""

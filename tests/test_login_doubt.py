@@ -79,7 +79,7 @@ async def test_a_token_that_cannot_be_asked_is_logged_out_for_certain(
             await pool.login("9999")
 
 
-@codes
+@pytest.mark.parametrize("code", [*_CODES, CKR.USER_NOT_LOGGED_IN], ids=hex)
 @pytest.mark.parametrize("how", ["answer", "replace"])
 async def test_a_logout_is_a_logout_whatever_the_token_answers(
     make_pool: MakePool, fault: FaultModule, code: int, how: str

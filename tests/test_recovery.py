@@ -864,6 +864,35 @@ async def test_the_officer_waits_while_his_session_is_looked_at(
         assert pool.stats().operations_failed == 0
 
 
+async def test_what_cannot_be_taken_back_is_not_made_again(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The login was lost right after a copy was made: nobody can destroy it just then.
+
+    It is as unknown as any other outcome, and not made for a second time.
+    """
+    async with make_pool(module=fault.path) as pool:
+        key = await pool.generate_key(KeyType.AES, 128, label="original", store=True)
+        fault.on("C_CopyObject", hang="after")
+        async with anyio.create_task_group() as tasks:
+
+            async def copy() -> None:
+                with pytest.raises(OutcomeUnknown):
+                    await key.copy({Attribute.LABEL: "copy"})
+
+            tasks.start_soon(copy)
+            await hangs(fault, "C_CopyObject")
+            # Then the pool looks at the copy, and at the original once more.
+            fault.on("C_GetAttributeValue", hang="after")
+            fault.release("C_CopyObject")
+            await hangs(fault, "C_GetAttributeValue")
+            fault.lose_login()
+            fault.release()
+        # Who uses the original next finds the login lost, and it is restored.
+        assert await key.attributes()
+        assert len(await pool.find({Attribute.LABEL: "copy"})) == 1
+
+
 async def test_what_was_made_in_a_session_that_was_lost_is_told_so(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

@@ -8,6 +8,7 @@ wakes the waiter; what comes later is dropped.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -57,6 +58,12 @@ class Waiter(Protocol):
 
     def wake(self) -> bool:
         """Tell the caller to look at its job; False if its loop has ended."""
+
+
+class Caller(Waiter, Protocol):
+    """A caller who may hold sessions."""
+
+    holder: Hashable
 
 
 class Thread(Protocol):
@@ -141,6 +148,7 @@ class Job:
     since = 0.0
     #: When its deadline is looked at; see ``deadlines``.
     tick = 0
+    deadline: float | None = None
     waited = False
     rw = stays = nowait = False
     changes: Change | bool = False
@@ -199,17 +207,14 @@ class Reading(Job):
     kind = _READ
 
     def __init__(
-        self,
-        work: Callable[[Any], Any],
-        *,
-        waiter: Waiter,
-        deadline: float | None,
-        nowait: bool,
-        holder: Hashable,
+        self, work: Callable[[Any], Any], waiter: Caller, limit: float | None
     ) -> None:
         self.work = work
         self.waiter = waiter
-        self.deadline = None if deadline == _NEVER else deadline
-        self.holder = holder
-        if nowait:
+        self.holder = waiter.holder
+        # Seconds from now; 0 is no deadline, and no waiting either.
+        if limit:
+            if limit != _NEVER:
+                self.deadline = time.monotonic() + limit
+        elif limit is not None:
             self.nowait = True

@@ -89,7 +89,10 @@ class FaultMachine(Machine):
     def _misfortunes(self, life: str, picks: list[tuple[Pick, Fault]]) -> None:
         for (word, who, *more), (kind, rv, after, times) in picks:
             life = self.now(life)  # the one that is there now
-            if not self.model.lives[life].open:
+            # SoftHSM2 2.6.1 shows the file of an object that it failed to make, as one
+            # without a name, when it is initialised anew: no faults beside that.
+            left_behind = any(token.debris for token in self.model.tokens)
+            if left_behind or not self.model.lives[life].open:
                 self.step(who, steps.Digest(life, "pool"))
                 return
             for stream in list(self.world.streams):
@@ -267,6 +270,9 @@ class FaultMachine(Machine):
                     if isinstance(step, steps.Relabel):
                         # What it looks like now was not learnt: the old name is gone.
                         model.refs[step.ref].follows = None
+                    if isinstance(step, steps.Destroy):
+                        # Nor was it told to who has the reference.
+                        model.refs[step.ref].destroyed = False
                     found.append(self._after(model, over))
         return found
 

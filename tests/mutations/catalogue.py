@@ -191,7 +191,7 @@ CATALOGUE = (
     ),
     Mutation(
         "pin-to-a-stranger",
-        "login/attachment.py",
+        "login/standing.py",
         "if fresh.identity != known.identity:",
         "if fresh.identity == ():",
         "To another token no PIN is sent.",
@@ -199,7 +199,7 @@ CATALOGUE = (
     ),
     Mutation(
         "owner-goes-on",
-        "cryptoki/keys.py",
+        "cryptoki/session_objects.py",
         "            self.closed = True",
         "            pass",
         "A session object is of no use after its owner.",
@@ -212,7 +212,7 @@ CATALOGUE = (
     ),
     Mutation(
         "private-goes-on",
-        "cryptoki/keys.py",
+        "cryptoki/session_objects.py",
         "if self.entry.private and epoch != self.entry.epoch:",
         "if epoch < self.entry.epoch:",
         "A private session object ends with its login.",
@@ -384,7 +384,7 @@ CATALOGUE = (
     ),
     Mutation(
         "pin-for-nothing",
-        "login/actor.py",
+        "login/user_login.py",
         "        if outlived:\n",
         "        if False:\n",
         "No PIN is sent where the login outlived an outage.",
@@ -420,7 +420,7 @@ CATALOGUE = (
     Mutation(
         "login-taken-for-well",
         "login/recovering.py",
-        "        self._change(LoginEvent.LOST)",
+        "        self._attachment.change(LoginEvent.LOST)",
         "        pass",
         "After an outage nothing of the old login is used.",
         (
@@ -447,7 +447,7 @@ CATALOGUE = (
     Mutation(
         "one-session-stays-in",
         "login/attachment.py",
-        "            self._close_anchor(rw=self._open_anchor.rw)",
+        "            self.renew_anchor(rw=self.open_anchor.rw)",
         "            pass",
         "A logout leaves no session that was logged in by itself.",
         (
@@ -472,8 +472,8 @@ CATALOGUE = (
     ),
     Mutation(
         "idle-anchor",
-        "login/actor.py",
-        "                    touch(self._anchor)",
+        "login/keeping_alive.py",
+        "                    touch(anchor)",
         "                    pass",
         "Where the token drops idle sessions, the one with the login is kept alive.",
         (

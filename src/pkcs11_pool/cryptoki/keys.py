@@ -20,28 +20,34 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from pkcs11 import exceptions as p11
 from pkcs11.constants import Attribute, ObjectClass
-from pkcs11.mechanisms import KeyType
 
 from pkcs11_pool.cryptoki import interface, recovery, rv
-from pkcs11_pool.errors import (
-    KeyAmbiguous,
-    KeyFunctionNotPermitted,
-    KeyNotFound,
-    LoginRequired,
-    SessionObjectDestroyed,
-)
+from pkcs11_pool.cryptoki.session_objects import GONE, ObjectOwner, SessionObject
+from pkcs11_pool.cryptoki.specs import DESCRIBED, IDENTITY, Entry, KeySpec, narrowed
+from pkcs11_pool.errors import KeyAmbiguous, KeyNotFound, LoginRequired
 from pkcs11_pool.state import LoginState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pkcs11_pool.cryptoki.session import Session
-    from pkcs11_pool.state import Epoch, Generation, Login
+    from pkcs11_pool.state import Login
+
+# What an object is called with, from here as well: an operation names both kinds.
+__all__ = [
+    "GONE",
+    "Entry",
+    "HandleCache",
+    "KeySpec",
+    "ObjectOwner",
+    "SessionObject",
+    "Target",
+    "narrowed",
+]
 
 _MOST_ENTRIES: Final = 4096
 _TRIES: Final = 5
@@ -50,294 +56,9 @@ _NEVER: Final = -2
 _PRIVATE_CLASSES: Final = frozenset({ObjectClass.PRIVATE_KEY, ObjectClass.SECRET_KEY})
 _TRUE: Final = b"\x01"
 _FALSE: Final = b"\x00"
-_NOT_FOR: Final = {
-    **dict.fromkeys(
-        (Attribute.SIGN, Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DECAPSULATE),
-        ObjectClass.PUBLIC_KEY,
-    ),
-    **dict.fromkeys(
-        (Attribute.VERIFY, Attribute.ENCRYPT, Attribute.WRAP, Attribute.ENCAPSULATE),
-        ObjectClass.PRIVATE_KEY,
-    ),
-}
-"""The half of a key pair that has no such attribute by the standard."""
 
-_IDENTITY: Final = (
-    Attribute.CLASS,
-    Attribute.KEY_TYPE,
-    Attribute.ID,
-    Attribute.LABEL,
-    Attribute.UNIQUE_ID,
-    Attribute.MODULUS,
-    Attribute.EC_POINT,
-    Attribute.CERTIFICATE_TYPE,
-    Attribute.APPLICATION,
-    Attribute.SERIAL_NUMBER,
-)
-"""What tells one object from another: what identifies it by the standard, and
-the public value where the object has one."""
-
-_CAPABILITIES: Final = (
-    Attribute.SIGN,
-    Attribute.VERIFY,
-    Attribute.ENCRYPT,
-    Attribute.DECRYPT,
-    Attribute.WRAP,
-    Attribute.UNWRAP,
-    Attribute.DERIVE,
-)
-_DESCRIBED: Final = (
-    *_IDENTITY,
-    *_CAPABILITIES,
-    Attribute.TOKEN,
-    Attribute.PRIVATE,
-    Attribute.ALWAYS_AUTHENTICATE,
-)
-
-
-_SHOWN: Final = (Attribute.LABEL, Attribute.ID, Attribute.KEY_TYPE)
-
-
-class Origin:
-    """Tells one object from its namesakes, for a reference that was made from it.
-
-    Attributes:
-        destroyed: It was destroyed through this process.
-        entry: The object as it was last seen. Kept here and not in the cache: a search
-            that finds thousands must not push out what is in use.
-    """
-
-    __slots__ = ("destroyed", "entry")
-
-    def __init__(self) -> None:
-        self.destroyed = False
-        self.entry: Entry | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class KeySpec:
-    """How to find a token object: packed attributes, and the classes it may have.
-
-    With an origin it stands for one object, the one that it was made from: within a
-    login that is known by its number, and a namesake never takes its place.
-    """
-
-    attributes: tuple[tuple[int, bytes], ...]
-    classes: tuple[int, ...] | None = None
-    origin: Origin | None = None
-    # The same with the classes of an operation: made once, used by each operation.
-    _narrowed: dict[tuple[int, ...] | None, KeySpec] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _hash: list[int] = field(
-        default_factory=list, init=False, repr=False, compare=False
-    )
-
-    def __hash__(self) -> int:
-        """By what it says; computed once."""
-        known = self._hash
-        if not known:
-            known.append(hash((self.attributes, self.classes, self.origin)))
-        return known[0]
-
-    @classmethod
-    def of(
-        cls,
-        label: str | None,
-        id_: bytes | None,
-        object_class: ObjectClass | None,
-        key_type: KeyType | None,
-    ) -> KeySpec:
-        """The spec of a key as a user names it."""
-        given = {
-            Attribute.LABEL: label,
-            Attribute.ID: id_,
-            Attribute.KEY_TYPE: key_type,
-        }
-        packed = tuple(
-            (int(kind), interface.MAPPER.pack_attribute(kind, value))
-            for kind, value in given.items()
-            if value is not None
-        )
-        return cls(packed, None if object_class is None else (int(object_class),))
-
-    def __str__(self) -> str:
-        """As the user would write it."""
-        parts = []
-        for kind, value in self.attributes:
-            if kind not in _SHOWN:
-                continue
-            name = Attribute(kind).name.lower()
-            shown = value.hex() if name != "label" else repr(value.decode())
-            if name == "key_type":
-                shown = _enum_name(KeyType, value)
-            parts.append(f"{name}={shown}")
-        if self.classes:
-            parts.append("/".join(ObjectClass(c).name.lower() for c in self.classes))
-        return " ".join(parts) or "any object"
-
-
-@dataclass(slots=True)
-class Entry:
-    """An object as it was last seen on the token."""
-
-    handle: int
-    seen: dict[int, bytes]
-    epoch: Epoch
-    generation: Generation
-    mark: int
-    checked_at: float
-    object_class: int = field(init=False)
-    key_type: Any = field(init=False)
-    private: bool = field(init=False)
-    #: Whether each use wants a login of its own (``CKA_ALWAYS_AUTHENTICATE``).
-    always_authenticate: bool = field(init=False)
-    #: Mechanisms packed for uses that the key allows; see ``operations.way``.
-    ways: dict[tuple[Any, Any], tuple[object, int]] = field(
-        default_factory=dict, init=False, repr=False
-    )
-
-    def __post_init__(self) -> None:
-        """Unpack what every operation asks."""
-        unpack = interface.MAPPER.unpack_attributes
-        self.object_class = interface.unpack_ulong(self.seen[Attribute.CLASS])
-        packed = self.seen.get(Attribute.KEY_TYPE)
-        try:
-            self.key_type = (
-                None if packed is None else unpack(Attribute.KEY_TYPE, packed)
-            )
-        except ValueError:
-            self.key_type = interface.unpack_ulong(packed or b"")
-        self.private = self.seen.get(Attribute.PRIVATE) == _TRUE
-        always = self.seen.get(Attribute.ALWAYS_AUTHENTICATE)
-        self.always_authenticate = always == _TRUE
-
-    @property
-    def identity(self) -> dict[int, bytes]:
-        """The attributes that tell this object from others."""
-        return {k: v for k, v in self.seen.items() if k in _IDENTITY}
-
-    def require(self, capability: Attribute | None, what: object) -> None:
-        """Refuse an operation that the key's attributes rule out.
-
-        Raises:
-            KeyFunctionNotPermitted: The attribute is there and false, or the key is
-                the other half of its pair.
-        """
-        if capability is None:
-            return
-        wrong = _NOT_FOR.get(capability)
-        if wrong is not None and self.object_class == wrong:
-            half = wrong.name.lower().replace("_", " ")
-            raise KeyFunctionNotPermitted(
-                f"key {what} is a {half}, which has no CKA_{capability.name}: use the "
-                "other half of its pair"
-            )
-        if self.seen.get(capability, _TRUE) == _TRUE:
-            return
-        message = (
-            f"key {what} has CKA_{capability.name} false: use another key, or make "
-            "one with that capability"
-        )
-        raise KeyFunctionNotPermitted(message)
-
-    def fits(self, spec: KeySpec) -> bool:
-        """Whether this is an object that the spec describes, as far as it tells."""
-        return (spec.classes is None or self.object_class in spec.classes) and all(
-            self.seen.get(kind, value) == value for kind, value in spec.attributes
-        )
-
-    def spec(self, origin: Origin | None = None) -> KeySpec:
-        """How to find this very object again."""
-        kept = (
-            (kind, value)
-            for kind, value in self.seen.items()
-            if kind in _IDENTITY and kind != Attribute.CLASS and value
-        )
-        return KeySpec(tuple(sorted(kept)), (self.object_class,), origin or Origin())
-
-
-class ObjectOwner:
-    """The life of the session that owns session objects, as they see it."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._users = 0
-        #: It takes no more uses; those that are inside may come to their end.
-        self.closed = False
-        #: Its session is closed, and the objects are gone.
-        self.gone = False
-        #: The session objects that were made through the pool, by their numbers.
-        self.objects: dict[int, SessionObject] = {}
-
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Keep the owner open while a call with one of its objects is inside.
-
-        Raises:
-            SessionObjectDestroyed: The owner is closed.
-        """
-        with self._changed:
-            if self.closed:
-                raise SessionObjectDestroyed(GONE)
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._users -= 1
-                self._changed.notify_all()
-
-    def close(self) -> None:
-        """Refuse every later use."""
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
-
-    def wait_unused(self, timeout: float) -> bool:
-        """Wait until no call is inside with one of the objects."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._users, timeout)
-
-
-GONE: Final = (
-    "the session that owned this object is closed, so the object is destroyed: make "
-    "it again in an open session"
-)
-
-
-@dataclass(slots=True, eq=False)
-class SessionObject:
-    """A session object: it lives as long as the session that owns it."""
-
-    entry: Entry
-    owner: ObjectOwner
-    destroyed: bool = False
-
-    def check(self, epoch: Epoch, generation: Generation) -> None:
-        """Refuse a use that the standard rules out, before anything is sent.
-
-        Raises:
-            SessionObjectDestroyed: Its owner is closed, it was destroyed, or it is
-                private and the login that it was made in is over.
-        """
-        if self.destroyed:
-            message = "this session object was destroyed"
-            raise SessionObjectDestroyed(message)
-        if self.owner.closed or generation != self.entry.generation:
-            raise SessionObjectDestroyed(GONE)
-        if self.entry.private and epoch != self.entry.epoch:
-            message = (
-                "this private session object ended with the login that it was made in"
-            )
-            raise SessionObjectDestroyed(message)
-
-    def __str__(self) -> str:
-        """For messages."""
-        return f"session object {self.entry.handle}"
-
-
-Target = KeySpec | SessionObject
+Target: TypeAlias = KeySpec | SessionObject
+"""What an operation is done with."""
 
 
 class HandleCache:
@@ -436,7 +157,7 @@ class HandleCache:
         """Ask the token whether the number still names the same object."""
         mark, now = self.mark, time.monotonic()
         try:
-            seen = session.attributes(entry.handle, _IDENTITY)
+            seen = session.attributes(entry.handle, IDENTITY)
         except p11.PKCS11Error as error:
             if rv.code_of(error) in _DEAD:
                 return False
@@ -449,7 +170,7 @@ class HandleCache:
     def describe(self, session: Session, handle: int) -> Entry:
         """What the token says of one object, as an entry."""
         mark, now = self.mark, time.monotonic()
-        seen = session.attributes(handle, _DESCRIBED)
+        seen = session.attributes(handle, DESCRIBED)
         return Entry(handle, seen, session.epoch, session.generation, mark, now)
 
     def remember(self, spec: KeySpec, entry: Entry) -> None:
@@ -550,17 +271,6 @@ class HandleCache:
         )
 
 
-def narrowed(spec: KeySpec, classes: tuple[int, ...] | None) -> KeySpec:
-    """The spec with the classes that an operation can use, unless it names its own."""
-    if spec.classes is not None:
-        return spec
-    made = spec._narrowed.get(classes)  # noqa: SLF001  # its own module
-    if made is None:
-        made = KeySpec(spec.attributes, classes, spec.origin)
-        spec._narrowed[classes] = made  # noqa: SLF001
-    return made
-
-
 _DEAD: Final = {
     rv.CODES["CKR_OBJECT_HANDLE_INVALID"],
     rv.CODES["CKR_KEY_HANDLE_INVALID"],
@@ -575,11 +285,3 @@ def _class(object_class: int | None) -> tuple[tuple[int, bytes], ...]:
 
 def _may_be_private(spec: KeySpec) -> bool:
     return spec.classes is None or not _PRIVATE_CLASSES.isdisjoint(spec.classes)
-
-
-def _enum_name(enum: Any, packed: bytes) -> str:
-    value = interface.unpack_ulong(packed)
-    try:
-        return str(enum(value).name)
-    except ValueError:
-        return hex(value)

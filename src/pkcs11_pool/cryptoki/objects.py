@@ -210,8 +210,17 @@ def _untold(error: p11.PKCS11Error) -> OutcomeUnknown:
 
 
 def _destroy_all(session: Session, entries: Sequence[Entry]) -> None:
+    """Destroy what was made with a number that is not sure any more.
+
+    Raises:
+        OutcomeUnknown: It is left on the token, as far as is known. Were it made
+            again, there would be two.
+    """
     for entry in entries:
-        session.functions.C_DestroyObject(session.handle, entry.handle)
+        code = session.functions.C_DestroyObject(session.handle, entry.handle)
+        if code:
+            error = rv.error_of(code, "C_DestroyObject")
+            raise _untold(error) from error
 
 
 def _undo(session: Session, cache: HandleCache, made: Sequence[Entry]) -> None:

@@ -86,11 +86,10 @@ class _Scratch(threading.local):
     """One worker's buffers, made once: making them costs as much as a call."""
 
     def __init__(self) -> None:
-        self.buffer = c.create_string_buffer(_ROOM)
-        self.address = c.addressof(self.buffer)
-        self.view = memoryview(self.buffer)
-        self.length = c.c_ulong()
-        self.length_ref = c.byref(self.length)
+        buffer, length = c.create_string_buffer(_ROOM), c.c_ulong()
+        self.address = c.addressof(buffer)
+        # Together: finding each of them in its thread costs as much as using it.
+        self.parts = (memoryview(buffer), self.address, length, c.byref(length))
 
 
 _scratch = _Scratch()
@@ -247,15 +246,17 @@ def sign(
     def call(entry: Entry) -> bytes:
         if entry.always_authenticate:
             check_login(entry, target, login)
-        f = session.functions
-        kept, address = way(entry, target, _SIGN, mechanism, param)
-        code = f.C_SignInit(session.handle, address, entry.handle)
+        f, handle = session.functions, session.handle
+        # `way` finds nothing else where there is a parameter.
+        kept = entry.ways.get((_SIGN, mechanism)) if param is None else None
+        if kept is None:
+            kept = way(entry, target, _SIGN, mechanism, param)
+        code = f.C_SignInit(handle, kept[1], entry.handle)
         if code:
             raise rv.error_of(code, "C_SignInit")
         if login is not None:
             _log_in(login, session, entry, f.C_Sign)
-        raw = _output(f.C_Sign, "C_Sign", session.handle, data, _ROOM)
-        del kept
+        raw = _output(f.C_Sign, "C_Sign", handle, data, _ROOM)
         return coder(entry.key_type).encode(raw) if der else raw
 
     return with_object(session, cache, target, PRIVATE_OR_SECRET, call)
@@ -392,17 +393,16 @@ def _output(
     """A call with an output, without asking its size first."""
     if room > _ROOM:
         return _large_output(function, name, handle, data, room)
-    scratch = _scratch
-    length = scratch.length
+    view, address, length, length_ref = _scratch.parts
     length.value = _ROOM
-    code = function(handle, data, len(data), scratch.address, scratch.length_ref)
+    code = function(handle, data, len(data), address, length_ref)
     if code == _TOO_SMALL:
         # The operation is still active, and the length that it needs is told.
         room = max(length.value, room * 2)
         return _large_output(function, name, handle, data, room)
     if code:
         raise rv.error_of(code, name)
-    return scratch.view[: length.value].tobytes()
+    return view[: length.value].tobytes()
 
 
 def _large_output(

@@ -3,8 +3,8 @@
 Pure; called under the engine's lock. A worker that comes back from its call takes
 the next job without being woken. Where calls are short, the next one is back
 sooner than another could be woken, and a woken one only takes the interpreter's
-lock from those at work and from the event loops. Where calls are long, because
-they wait for a network or compute for themselves, many may be inside.
+lock from the one at work and from the event loops: so one is enough. Where calls are
+long, because they wait for a network or compute for themselves, many may be inside.
 """
 
 from __future__ import annotations
@@ -21,10 +21,6 @@ _OURS: Final = 100e-6
 time of an operation at this rate only wait for each other."""
 _SHORT: Final = 0.0005
 """Seconds. Who is inside for longer than this, and than usual, counts no more."""
-_EACH: Final = 8
-"""Jobs in line for each worker beyond the first, on a fast token. One keeps up with
-fewer, and two that hand the interpreter's lock to each other take a fifth more of the
-processors for the same."""
 _WINDOW: Final = 8
 """Operations of which the shortest tells how fast the token is: the machine's load
 makes some longer than they are, none shorter."""
@@ -40,9 +36,9 @@ class Awake:
         self.most = 1 << 30
         #: Who is, but for those who are inside one call for very long.
         self.at_work: set[Thread] = set()
-        # Woken, and not there yet: behind a busy processor that takes long, and
-        # those who are at work take the jobs meanwhile.
-        self._coming = 0
+        #: Woken, and not there yet: behind a busy processor that takes long, and
+        #: those who are at work take the jobs meanwhile.
+        self.coming = 0
         self._long = _SHORT
         # When it was last looked who is inside for long.
         self._looked = 0.0
@@ -51,20 +47,19 @@ class Awake:
         self._shortest = math.inf
         self._spent = math.inf
         self._seen = 0
-        # How many of them were long, and whether hardly any is.
+        # How many of them were long.
         self._slow = 0
-        self._all_short = False
 
     def woken(self, worker: Thread, now: float) -> None:
         """A worker is woken."""
-        self._coming += not worker.coming
+        self.coming += not worker.coming
         worker.coming = True
         self.started(worker, now)
 
     def came(self, worker: Thread) -> bool:
         """Whether a worker comes because it was woken."""
         came, worker.coming = worker.coming, False
-        self._coming -= came
+        self.coming -= came
         return came
 
     def started(self, worker: Thread, now: float) -> None:
@@ -93,22 +88,22 @@ class Awake:
         self.most = max(self._least, most)
         # One long call among short ones must not keep others from starting.
         self._long = max(_SHORT, 4 * self._shortest)
-        # One worker is enough only where nobody waits long behind another.
-        self._all_short = most < self._least and self._slow <= _WINDOW // 4
+        if most < self._least and self._slow <= _WINDOW // 4:
+            # One does as much as two, who would take half as much again of the
+            # processors to hand each other the interpreter's lock: and nobody waits
+            # long behind another.
+            self.most = 1
         self._shortest = self._spent = math.inf
         self._seen = self._slow = 0
 
-    def is_full(self, now: float, waiting: int) -> bool:
-        """Whether no more should be woken, with so many jobs in line."""
-        if self._coming >= self._least:
+    def is_full(self, now: float) -> bool:
+        """Whether no more should be woken."""
+        if self.coming >= self._least:
             return True
-        most = self.most
-        if self._all_short:
-            most = min(most, 1 + waiting // _EACH)
-        if len(self.at_work) < most:
+        if len(self.at_work) < self.most:
             return False
         if now - self._looked > self._long:
             self._looked = now
             for worker in [w for w in self.at_work if now - w.since > self._long]:
                 self.at_work.discard(worker)
-        return len(self.at_work) >= most
+        return len(self.at_work) >= self.most

@@ -60,6 +60,8 @@ _WHY_CLOSED = {
 
 IDLE = 0.3
 """Seconds without work after which sessions opened ahead are closed."""
+_FULL: Final = 0.0005
+"""Seconds for which enough workers stay enough, while none goes idle."""
 _LOOK = 0.005
 """Seconds after which it is looked at jobs for which nobody was woken."""
 RECENT = 20
@@ -147,6 +149,8 @@ class Dispatch(ABC):
         self._counters = Counters()
         self._wait_times = Times()
         self._run_times = Times()
+        # How long operations took that ended well and are not counted yet.
+        self._done: list[float] = []
         self._recent_errors: deque[RecentError] = deque(maxlen=RECENT)
         self._number = 0
         # Operations that wait for the login; in no line meanwhile.
@@ -159,6 +163,9 @@ class Dispatch(ABC):
         self._awake = Awake()
         # Whether the timekeeper comes to look at jobs for which nobody was woken.
         self._looked_after = False
+        # Until when it is not asked again whether enough workers are awake: they were,
+        # and none of them has gone idle since.
+        self._full_until = 0.0
         # One more than sessions: closing a lease needs a thread and no session.
         self._most_workers = options.max_sessions + 1
         # When an idle worker is sent to look for sessions that should go, and whether
@@ -228,7 +235,8 @@ class Dispatch(ABC):
                 if look is not None:
                     timekeeper.call_at(self, look)
                 lines.reads.append(job)
-                self._wake_one_locked(now)
+                if now >= self._full_until or not self._looked_after:
+                    self._wake_one_locked(now)
             else:
                 self._submit_locked(job, now)
 
@@ -459,6 +467,15 @@ class Dispatch(ABC):
         seen = RecentError(time.time(), type(error).__name__, name)
         self._recent_errors.append(seen)
 
+    def _count_locked(self) -> None:
+        """Count the operations that ended well: many at once cost each of them less."""
+        done, self._done = self._done, []
+        self._counters.operations_total += len(done)
+        self._counters.run_seconds_total += sum(done)
+        self._run_times.fresh += done
+        self._run_times.count()
+        self._wait_times.count()
+
     def _wake_all(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             job.waiter.wake()
@@ -536,8 +553,9 @@ class Dispatch(ABC):
         The next of those takes the job then. Should all be inside long calls, the
         timekeeper comes and wakes more.
         """
-        lines = self._lines
-        if self._awake.is_full(now, len(lines.reads) + lines.others):
+        if self._awake.is_full(now):
+            if not self._awake.coming:
+                self._full_until = now + _FULL
             self._look_later_locked(now)
             return False
         if self._idle:
@@ -615,7 +633,7 @@ class Dispatch(ABC):
         job = lines.first(self._can_start_locked)
         if job is None or worker in awake.at_work:
             return job
-        if not awake.is_full(now, len(lines)):
+        if not awake.is_full(now):
             return job
         # It comes back from a long call, and the others do without it.
         self._look_later_locked(now)
@@ -623,6 +641,7 @@ class Dispatch(ABC):
 
     def _goes_idle_locked(self, worker: Thread, now: float) -> None:
         self._awake.ended(worker)
+        self._full_until = 0.0
         if worker in self._workers:
             self._idle.append(worker)
         if self._look_at is None and (self._room.ahead or self._room.leases):

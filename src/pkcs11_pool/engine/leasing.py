@@ -285,6 +285,7 @@ class Leasing(Dispatch):
 
     def _lose_worker_locked(self, worker: Thread) -> None:
         worker.lost = True
+        self._counters.sessions_opened_total += worker.opened
         self._awake.ended(worker)
         self._workers.discard(worker)
         if worker.counted is not None:

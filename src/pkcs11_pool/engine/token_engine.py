@@ -377,6 +377,9 @@ class TokenEngine(Work):
         self.check_process()
         with self._lock:
             room, counters = self._room, self._counters
+            self._count_locked()
+            counted = {name: getattr(counters, name) for name in Counters.__slots__}
+            counted["sessions_opened_total"] += sum(w.opened for w in self._workers)
             return PoolStats(
                 sessions_max=room.limit.total,
                 sessions_open=room.open_all,
@@ -388,7 +391,7 @@ class TokenEngine(Work):
                 wait_times=self._wait_times.snapshot(),
                 run_times=self._run_times.snapshot(),
                 recent_errors=tuple(self._recent_errors),
-                **{name: getattr(counters, name) for name in Counters.__slots__},
+                **counted,
             )
 
 

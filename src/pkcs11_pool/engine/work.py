@@ -39,12 +39,12 @@ _LEASE: Final = Kind.LEASE
 _RUNNING: Final = Phase.RUNNING
 _SETTLED: Final = Phase.SETTLED
 _NOT: Final = Pause.NOT
-_LATE: Final = 0.0005
+_LATE: Final = 0.001
 """Seconds that a result may wait for others, so that one wake-up serves all."""
 REST: Final = 2.0
 """Seconds without work in which nobody swaps a token."""
-_ENOUGH: Final = 4
-"""Jobs in line that keep the workers busy while the loop makes new ones."""
+_MANY: Final = 64
+"""Sessions that a worker opens before it is looked at them."""
 
 
 class Work(Outages):
@@ -68,9 +68,9 @@ class Work(Outages):
         None: nothing to do; the worker is on the list of the idle then. ``ahead`` is
         the session that it opened behind its last job.
         """
+        unwanted: Session | None = None
         with self._lock:
             now = time.monotonic()
-            unwanted: Session | None = None
             if ahead is not None and not (
                 self._usual
                 and ahead.epoch == self.actor.login.epoch
@@ -82,12 +82,10 @@ class Work(Outages):
                     worker, ahead, now
                 ) or self._claim_any_locked(worker, ahead, now)
                 held = self._held
-                if held:
-                    if claimed and now - self._held_since < _LATE:
-                        # They go on waiting: this worker goes on working.
-                        held = []
-                    else:
-                        self._held = []
+                if not held or (claimed and now - self._held_since < _LATE):
+                    # They go on waiting: this worker goes on working.
+                    return claimed
+                self._held = []
         if unwanted is not None:
             # The worker counts as busy still: a pause waits for this, too.
             unwanted.close()
@@ -132,7 +130,7 @@ class Work(Outages):
         else:
             if worker.spent is not None:
                 self._awake.took(now - worker.since, worker.spent)
-            if worker.opened:
+            if worker.opened >= _MANY:
                 self._opened_locked(worker)
         job = reads.popleft()
         job.wait_seconds = waited = now - job.since
@@ -193,9 +191,6 @@ class Work(Outages):
     def _opened_locked(self, worker: Worker) -> None:
         self._counters.sessions_opened_total += worker.opened
         worker.opened = 0
-        limit = self._room.limit
-        if limit.was_refused:
-            limit.opened(self._room.open_all)
 
     def open_session(self, worker: Worker, *, rw: bool) -> Session:
         """``C_OpenSession``, for a session that is counted already."""
@@ -207,6 +202,9 @@ class Work(Outages):
             module, token, rw=rw or self._rw_only, epoch=actor.login.epoch
         )
         worker.opened += 1
+        if self._room.limit.was_refused:
+            with self._lock:
+                self._room.limit.opened(self._room.open_all)
         if self._login_each and (error := self.not_logged_in(session)):
             session.close()
             raise error
@@ -245,7 +243,8 @@ class Work(Outages):
             TokenUnavailable: Another token is in the slot. Nothing was sent to it.
         """
         session = self.open_session(worker, rw=job.rw)
-        now = time.monotonic()
+        # As of when it was taken by its worker: that was just now.
+        now = job.since
         if now - self._last_work > REST:
             try:
                 self.actor.same_token()
@@ -338,34 +337,41 @@ class Work(Outages):
             worker.done = now = time.monotonic()
             worker.job = None
             self._running -= 1
-            duration = now - job.since
-            self._counters.run_seconds_total += duration
-            if worker.opened:
-                self._opened_locked(worker)
-            settled = job.kind is _READ and error is None and not job.dropped
-            if settled and job.phase is _RUNNING and job.errand is None:
+            if (
+                error is None
+                and job.kind is _READ
+                and job.phase is _RUNNING
+                and not job.dropped
+                and job.errand is None
+            ):
                 # As below, in short.
-                fresh = self._run_times.fresh
-                fresh.append(duration)
-                if len(fresh) >= Times.MANY:
-                    self._run_times.count()
-                    self._wait_times.count()
+                settled = True
+                self._done.append(now - job.since)
+                if len(self._done) >= Times.MANY:
+                    self._count_locked()
                 if job.tick:
                     self._deadlines.unwatch(job)
                 job.phase = _SETTLED
                 job.result = result
-                self._counters.operations_total += 1
             else:
-                settled = self._ended_locked(worker, job, result, error, duration)
-            waiting = len(self._lines.reads) + self._lines.others
-            opens = (
-                not waiting
-                and self._usual
-                and job.kind is _READ
-                # A spare for each busy worker.
-                and len(self._room.ahead) < self._busy
-            )
-            if waiting > _ENOUGH and settled and self._hold_locked(job, now):
+                settled = self._ended_locked(worker, job, result, error, now)
+            lines, opens = self._lines, False
+            # But for those that a worker comes for, who was woken.
+            waiting = len(lines.reads) + lines.others - self._awake.coming
+            if waiting <= 0:
+                # A spare for each busy worker, and one for this one's caller, who may
+                # be back sooner than the next is open.
+                opens = (
+                    self._usual
+                    and job.kind is _READ
+                    and len(self._room.ahead) <= self._busy
+                )
+            elif (
+                # Each worker has its next one, while the loop makes new ones.
+                waiting > len(self._awake.at_work)
+                and settled
+                and self._hold_locked(job, now)
+            ):
                 return False
             held = self._held
             if held:
@@ -382,9 +388,11 @@ class Work(Outages):
         job: Job,
         result: Any,
         error: BaseException | None,
-        duration: float,
+        now: float,
     ) -> bool:
         """Any job is done, in whichever way; whether there is somebody to wake."""
+        duration = now - job.since
+        self._counters.run_seconds_total += duration
         self._run_times.add(duration, job.is_operation)
         if job.kind is _LEASE:
             self._lent_locked(worker, result, error)
@@ -414,7 +422,7 @@ class Work(Outages):
         """Whether a result is held back for the next one, which will be there soon.
 
         While workers have enough to do without its caller, and results come faster
-        than one in half a millisecond: then one wake-up of the loop serves several,
+        than one in a millisecond: then one wake-up of the loop serves several,
         and none is late. Where all workers are inside all the same, the timekeeper
         comes.
         """

@@ -15,12 +15,15 @@ from pkcs11 import exceptions as p11
 
 from pkcs11_pool.engine.leases import Lease, Loan
 from pkcs11_pool.errors import PoolError
+from pkcs11_pool.jobs import Kind
 
 if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.token_engine import TokenEngine
     from pkcs11_pool.jobs import Job
 
+# Reading a member of an Enum is a call into Python before 3.12: once is enough.
+_READ: Final = Kind.READ
 _MEASURED: Final = 4
 """Of so many jobs it is measured how long one is on a processor."""
 
@@ -114,8 +117,10 @@ class Worker:
         """Do a job and tidy up; a session opened ahead, or what is left if lost."""
         engine = self._engine
         if session is None or victim is not None or engine.max_idle is not None:
-            session = self._opened(job, session, victim)
-            if session is None:
+            try:
+                session = self._opened(job, session, victim)
+            except Exception as error:  # noqa: BLE001  # raised at the caller
+                engine.no_session(self, job, error)
                 return None
         work = job.work
         result: Any = None
@@ -138,8 +143,9 @@ class Worker:
         if self.lost:
             return session
         lane = job.lane
-        if isinstance(result, Loan) or (
-            lane is not None and (lane.anchor or not lane.cause)
+        if job.kind is not _READ and (
+            isinstance(result, Loan)
+            or (lane is not None and (lane.anchor or not lane.cause))
         ):
             return None
         # Behind the caller's back.
@@ -148,18 +154,13 @@ class Worker:
 
     def _opened(
         self, job: Job, session: Session | None, victim: Session | None
-    ) -> Session | None:
-        """The session for a job, opened if need be; None: the job is not to start."""
-        engine = self._engine
+    ) -> Session:
+        """The session for a job, opened if need be."""
         if victim is not None:
             victim.close()
-        if session is not None and not engine.is_stale(job, session):
+        if session is not None and not self._engine.is_stale(job, session):
             return session
-        try:
-            return engine.session_for(self, job)
-        except Exception as error:  # noqa: BLE001  # raised at the caller
-            engine.no_session(self, job, error)
-            return None
+        return self._engine.session_for(self, job)
 
     def _open_ahead(self) -> Session | None:
         engine = self._engine

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import math
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from pkcs11_pool import pins
@@ -21,6 +22,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PIN_NAMES: Final = frozenset({"pin", "so_pin", "user_pin", "old", "new"})
+_no_pin: Final = _PIN_NAMES.isdisjoint
 
 
 def hides_pins(func: Callable[P, T]) -> Callable[P, T]:
@@ -32,6 +34,7 @@ def hides_pins(func: Callable[P, T]) -> Callable[P, T]:
     taken = inspect.signature(func).parameters
     needed = {name for name, one in taken.items() if one.default is one.empty}
     places = {place: name for place, name in enumerate(taken) if name in _PIN_NAMES}
+    first = min(places, default=math.inf)
 
     def hidden(name: str, value: Any) -> Any:
         return value if value is None and name not in needed else pins.hide(value)
@@ -39,9 +42,10 @@ def hides_pins(func: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(func)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         # In their own places: no frame of ours holds a PIN as text.
-        for name in _PIN_NAMES & kwargs.keys():
-            kwargs[name] = hidden(name, kwargs[name])
-        if places:
+        if not _no_pin(kwargs):
+            for name in _PIN_NAMES & kwargs.keys():
+                kwargs[name] = hidden(name, kwargs[name])
+        if len(args) > first:
             args = tuple(  # type: ignore[assignment]
                 hidden(places[place], value) if place in places else value
                 for place, value in enumerate(args)

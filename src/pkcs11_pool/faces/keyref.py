@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pkcs11_pool import config, pins
 from pkcs11_pool.cryptoki import operations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.pins import NoPin, Pin
 
 SignatureFormat = Literal["raw", "der"]
+_RAW: Final = "raw"
 
 
 class KeyRef(KeyMaker):
@@ -108,7 +109,7 @@ class KeyRef(KeyMaker):
             "mechanism": arguments.mechanism(mechanism),
             "param": mechanism_param,
             "login": None if pin is None else self._login(pin),  # type: ignore[arg-type]
-            "der": arguments.der(signature_format),
+            "der": signature_format is not _RAW and arguments.der(signature_format),
         }
         result: bytes = await self._with_data(
             SIGN, operations.sign, data, timeout, options

@@ -2,63 +2,38 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pkcs11_pool import config, events, pins
+from pkcs11_pool import config, pins
 from pkcs11_pool.config import PoolOptions
 from pkcs11_pool.engine.token_engine import TokenEngine
-from pkcs11_pool.errors import (
-    InvalidURI,
-    PoolClosed,
-    PoolTimeout,
-    WouldDeadlock,
-)
-from pkcs11_pool.faces import arguments, changes
+from pkcs11_pool.errors import PoolClosed
+from pkcs11_pool.faces import arguments, by_uri, changes, life
 from pkcs11_pool.faces.arguments import DEFAULT, Timeout
-from pkcs11_pool.faces.calls import Calls
+from pkcs11_pool.faces.fresh import FreshCalls
 from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.mapping import SyncResults
 from pkcs11_pool.faces.pooled_session import SessionBlock
+from pkcs11_pool.faces.requests import request
 from pkcs11_pool.faces.security_officer import SecurityOfficerBlock, pin_change
-from pkcs11_pool.faces.waiting import blocking, checkpoint, current_waiter
-from pkcs11_pool.jobs import Job, Kind, Reading
+from pkcs11_pool.faces.waiting import blocking
 from pkcs11_pool.login.pin_guard import USER
-from pkcs11_pool.state import LoginState, PoolState
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from pkcs11_pool.cryptoki.interface import Library
-    from pkcs11_pool.cryptoki.keys import SessionObject
-    from pkcs11_pool.cryptoki.session import Session
-    from pkcs11_pool.engine.leases import Hold, Lease, Loan
-    from pkcs11_pool.engine.multipart import MultiPart
     from pkcs11_pool.faces.keyref import KeyRef
-    from pkcs11_pool.faces.waiting import FaceWaiter
-    from pkcs11_pool.jobs import Change
-    from pkcs11_pool.state import TokenInfo
+    from pkcs11_pool.state import LoginState, PoolState, TokenInfo
     from pkcs11_pool.stats import PoolStats
     from pkcs11_pool.uri import Pkcs11URI
 
 T = TypeVar("T")
 
-# Reading a member of an Enum is a call into Python before 3.12: once is enough.
-_READ: Final = Kind.READ
-_WRITE: Final = Kind.WRITE
-# Options of the pool, and where an open token tells the same of itself.
-_TOLD: Final = {
-    "token_label": "label",
-    "token_serial": "serial",
-    "token_model": "model",
-    "token_manufacturer": "manufacturer",
-    "slot_id": "slot_id",
-}
 
-
-class TokenPool(Calls):
+class TokenPool(FreshCalls):
     """A pool of sessions with one token of one Cryptoki module.
 
     Each operation runs on a worker thread in a fresh session of its own. One
@@ -188,18 +163,10 @@ class TokenPool(Calls):
                 token that the pool cannot look at.
         """
         # In its own place: from here on no frame of ours has the URI as text.
-        text = parsed = _read_uri(text)  # type: ignore[assignment]
-        if "pin" in options:
-            options["pin"] = pins.hide_source(options["pin"])
-        if isinstance(parsed, InvalidURI):
-            raise parsed
-        config.check_flag("allow_pin_command", allow_pin_command)
-        given = config.uri_options(
-            parsed, with_pin="pin" not in options, allow_command=allow_pin_command
+        text = parsed = by_uri.read(text)  # type: ignore[assignment]
+        given = by_uri.pool_options(
+            parsed, options, allow_pin_command=allow_pin_command
         )
-        given |= options
-        if given["module"] is None:
-            raise InvalidURI(config.NO_MODULE_PATH)
         return cls(**given)
 
     def key_from_uri(self, text: str | Pkcs11URI) -> KeyRef:
@@ -218,22 +185,8 @@ class TokenPool(Calls):
         Source:
             RFC 7512, "PKCS #11 URI Scheme Definition".
         """
-        text = parsed = _read_uri(text)  # type: ignore[assignment]
-        if isinstance(parsed, InvalidURI):
-            raise parsed
-        named = config.uri_options(parsed, with_pin=False, allow_command=False)
-        info, asked = self._engine.actor.info, self._engine.options
-        for name, wanted in named.items():
-            ours = getattr(asked, name)
-            if info is not None and name in _TOLD:
-                ours = getattr(info, _TOLD[name])
-            if None not in (wanted, ours) and wanted != ours:
-                message = (
-                    f"the PKCS#11 URI names another token than this pool's: "
-                    f"{name} is {ours!r} here, not {wanted!r}"
-                )
-                raise InvalidURI(message)
-        return self.key(**config.uri_key(parsed))
+        text = parsed = by_uri.read(text)  # type: ignore[assignment]
+        return self.key(**by_uri.key_options(parsed, self._engine))
 
     # -- Life ---------------------------------------------------------------------
 
@@ -260,23 +213,7 @@ class TokenPool(Calls):
         Source:
             PKCS#11 v3.1, "General-purpose functions", "Session management functions".
         """
-        engine = self._engine
-        engine.check_process()
-        await checkpoint()
-        if not engine.start_here():
-            message = (
-                f"this pool is {engine.state.value}, and a pool is opened once: use "
-                "it as it is, or make a new TokenPool"
-            )
-            raise PoolClosed(message)
-        engine.actor.start()
-        try:
-            await self._request(engine.actor.open, engine.options.open_timeout)
-        except BaseException:
-            await self._shut(grace=0.0)
-            raise
-        engine.opened()
-        events.info(events.POOL_OPENED, token=str(engine.actor.info))
+        await life.open_pool(self._engine)
 
     async def close(self) -> None:
         """Refuse new operations, let running ones finish, log out, close all.
@@ -294,34 +231,7 @@ class TokenPool(Calls):
         Source:
             PKCS#11 v3.1, "General-purpose functions", "Session management functions".
         """
-        engine = self._engine
-        engine.check_process()
-        if engine.state is PoolState.NEW:
-            engine.become(PoolState.CLOSED)
-        elif engine.state is not PoolState.CLOSED:
-            await self._shut(grace=engine.options.close_timeout)
-
-    async def _shut(self, grace: float) -> None:
-        engine = self._engine
-        first = engine.become(PoolState.CLOSING)
-        if first:
-            engine.refuse_waiting()
-        limit = grace + 2 * engine.options.close_timeout
-
-        def post(job: Job) -> None:
-            engine.actor.close(job, time.monotonic() + grace)
-
-        try:
-            await self._request(post, limit, stays=True)
-        except PoolClosed:
-            # Another task closed it meanwhile.
-            return
-        except PoolTimeout:
-            # The actor itself hangs in the module; its thread is a daemon.
-            events.warning(events.POOL_FAILED, name=engine.options.name)
-        finally:
-            if engine.become(PoolState.CLOSED):
-                events.info(events.POOL_CLOSED, name=engine.options.name)
+        await life.close_pool(self._engine)
 
     async def __aenter__(self) -> Self:
         """Open the pool."""
@@ -495,7 +405,8 @@ class TokenPool(Calls):
         given = None if pin is None else pins.checked(pin)  # type: ignore[arg-type]
         config.check_flag("force", force)
         actor = self._checked().actor
-        await self._request(
+        await request(
+            self._engine,
             lambda job: actor.log_in(job, given, force=force),
             self._engine.options.timeout,
         )
@@ -518,8 +429,8 @@ class TokenPool(Calls):
         Source:
             PKCS#11 v3.1, "Session management functions".
         """
-        actor = self._checked().actor
-        await self._request(actor.log_out, self._engine.options.timeout)
+        engine = self._checked()
+        await request(engine, engine.actor.log_out, engine.options.timeout)
 
     @hides_pins
     async def set_pin(self, old: str, new: str, *, timeout: Timeout = DEFAULT) -> None:
@@ -595,160 +506,3 @@ class TokenPool(Calls):
     def _checked(self) -> TokenEngine:
         self._engine.check_open()
         return self._engine
-
-    @property
-    def _owner(self) -> None:
-        return None
-
-    def _pool(self) -> Calls:
-        return self
-
-    async def _request(
-        self, post: Callable[[Job], None], limit: float | None, *, stays: bool = False
-    ) -> Any:
-        self._engine.check_process()
-        waiter = current_waiter()
-        job = Job(
-            None,
-            Kind.ACTOR,
-            waiter=waiter,
-            deadline=None if limit is None else time.monotonic() + limit,
-            stays=stays,
-            holder=waiter.holder,
-        )
-        self._engine.request(job, post)
-        return await waiter.result(self._engine, job)
-
-    async def _seat(
-        self,
-        chain: MultiPart,
-        deadline: float | None,
-        *,
-        nowait: bool,
-        home: Calls | None,
-    ) -> tuple[Lease, Hold | Loan]:
-        engine, waiter = self._engine, current_waiter()
-        job = Job(
-            None,
-            Kind.LEASE,
-            waiter=waiter,
-            deadline=deadline,
-            nowait=nowait,
-            holder=waiter.holder,
-            chain=chain,
-        )
-        try:
-            engine.submit(job)
-        except WouldDeadlock:
-            if home is None or getattr(home, "closed", True):
-                raise
-            return await home._seat(chain, deadline, nowait=nowait, home=None)  # noqa: SLF001
-        loan: Loan = await waiter.result(engine, job)
-        return loan.lease, loan
-
-    def _job(
-        self,
-        work: Callable[[Session], Any],
-        timeout: Timeout,
-        *,
-        waiter: FaceWaiter,
-        rw: bool = False,
-        changes: Change | bool = False,
-        restart: bool = True,
-        repeat: bool = False,
-        target: SessionObject | None = None,
-    ) -> Job:
-        limit = self._engine.options.timeout
-        if timeout is not DEFAULT:
-            limit = arguments.timeout(timeout, limit)
-        return Job(
-            work,
-            _WRITE if rw else _READ,
-            waiter=waiter,
-            deadline=time.monotonic() + limit if limit else None,
-            changes=changes,
-            restart=restart,
-            repeat=repeat,
-            rw=rw,
-            nowait=limit == 0,
-            target=target,
-            holder=waiter.holder,
-        )
-
-    def _read(
-        self, work: Callable[[Session], T], timeout: Timeout, home: Calls | None = None
-    ) -> Awaitable[T]:
-        # As `_perform`, for the operations that are nearly all: no coroutine is on the
-        # way but the one that waits.
-        engine = self._engine
-        limit = engine.options.timeout
-        if timeout is not DEFAULT:
-            limit = arguments.timeout(timeout, limit)
-        engine.check_process()
-        waiter = current_waiter()
-        job = Reading(
-            work,
-            waiter=waiter,
-            deadline=time.monotonic() + limit if limit else None,
-            nowait=limit == 0,
-            holder=waiter.holder,
-        )
-        try:
-            engine.submit(job)
-        except WouldDeadlock:
-            if home is None or getattr(home, "closed", True):
-                raise
-            return home._read(work, timeout)  # noqa: SLF001  # one package
-        return waiter.result(engine, job)
-
-    async def _perform(
-        self,
-        work: Callable[[Session], T],
-        timeout: Timeout,
-        *,
-        rw: bool = False,
-        changes: Change | bool = False,
-        restart: bool = True,
-        repeat: bool = False,
-        home: Calls | None = None,
-        target: SessionObject | None = None,
-    ) -> T:
-        engine = self._engine
-        if timeout is not DEFAULT:
-            arguments.timeout(timeout, None)
-        engine.check_process()
-        if changes:
-            await checkpoint()
-        waiter = current_waiter()
-        job = self._job(
-            work,
-            timeout,
-            waiter=waiter,
-            rw=rw,
-            changes=changes,
-            restart=restart,
-            repeat=repeat,
-            target=target,
-        )
-        try:
-            engine.submit(job)
-        except WouldDeadlock:
-            if home is None or getattr(home, "closed", True):
-                raise
-            return await home._perform(  # noqa: SLF001  # one package
-                work,
-                timeout,
-                changes=changes,
-                restart=restart,
-                repeat=repeat,
-                target=target,
-            )
-        result: T = await waiter.result(engine, job)
-        return result
-
-
-def _read_uri(given: object) -> Pkcs11URI | InvalidURI:
-    """As :func:`pkcs11_pool.uri.read`, which is imported for those who have a URI."""
-    from pkcs11_pool import uri  # noqa: PLC0415
-
-    return uri.read(given)

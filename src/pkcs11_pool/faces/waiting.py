@@ -1,7 +1,6 @@
 """How a caller waits for a job: on asyncio, on trio, or on a plain thread.
 
 Waiting is native to each backend, because it is on the way of every operation.
-Results come from other threads; many of them share one wake-up of the loop.
 
 A caller that is cancelled goes at once where the job allows it. Where the job
 may change the token, the caller waits for its outcome first: asyncio's own
@@ -12,16 +11,11 @@ and raised at the end.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import inspect
-import os
-import resource
 import sys
 import threading
 import time
 import weakref
 from asyncio import current_task, get_running_loop
-from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from weakref import ref
@@ -29,19 +23,16 @@ from weakref import ref
 import anyio
 import anyio.lowlevel
 
-from pkcs11_pool import pins
-from pkcs11_pool.errors import (
-    PinRefused,
-    PoolClosed,
-    PoolTimeout,
-    WouldBlockLoop,
-)
+from pkcs11_pool.errors import PoolClosed, PoolTimeout, WouldBlockLoop
+from pkcs11_pool.faces.errands import fetch_pin
+from pkcs11_pool.faces.ports import NOWHERE, into_asyncio, into_trio
 from pkcs11_pool.jobs import Job, Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Hashable
+    from collections.abc import Coroutine, Hashable
 
     from pkcs11_pool.engine.token_engine import TokenEngine
+    from pkcs11_pool.faces.ports import Way
 
 T = TypeVar("T")
 
@@ -50,127 +41,6 @@ _SETTLED: Final = Phase.SETTLED
 _modules: Final = sys.modules
 LATE = 0.05
 """Seconds that a blocking caller allows the engine to give out a deadline."""
-_HIGH = 512
-"""The least number of a descriptor that modules must not close by mistake."""
-
-
-class _Port:
-    """The way from the workers into one event loop: many results, one wake-up."""
-
-    def __init__(self, ended: Callable[[], bool]) -> None:
-        self._ready: deque[_LoopWaiter] = deque()
-        self._scheduled = False
-        # Whether the loop has ended.
-        self._ended = ended
-
-    def post(self, waiter: _LoopWaiter) -> bool:
-        """Resume a waiter on its loop; False if the loop has ended."""
-        if self._ended():
-            return False
-        self._ready.append(waiter)
-        if self._scheduled:
-            return True
-        self._scheduled = True
-        try:
-            self._schedule()
-        except (RuntimeError, OSError):
-            # trio.RunFinishedError is a RuntimeError; a run of trio's that its host
-            # abandoned has no socket any more to be woken by.
-            self._scheduled = False
-            return False
-        return True
-
-    def _drain(self) -> None:
-        # Before the queue is emptied: what is posted from here on schedules anew.
-        self._scheduled = False
-        ready = self._ready
-        while ready:
-            ready.popleft().resume()
-
-    def _schedule(self) -> None:
-        raise NotImplementedError
-
-
-class _AsyncioPort(_Port):
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop.is_closed)
-        self.loop = loop
-
-    def _schedule(self) -> None:
-        self.loop.call_soon_threadsafe(self._drain)
-
-
-class _EventPort(_AsyncioPort):
-    """A descriptor of its own costs half of what ``call_soon_threadsafe`` does.
-
-    The loop alone keeps the port, by its reader, and lets it go when it is closed.
-    Whoever posts keeps it meanwhile: nobody writes to a number that belongs to
-    another file by then.
-
-    Some modules close a descriptor twice, and so one of somebody else's that was
-    given its number in between: opencryptoki 3.8.1 does at its second
-    ``C_Initialize``. Theirs are low numbers, so this one is a high one; and should it
-    be closed all the same, the loop is woken in its own way from then on.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
-        self._descriptor = _high(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-        self._closed_by_others = False
-        loop.add_reader(self._descriptor, self._drain)
-
-    def _schedule(self) -> None:
-        try:
-            if not self._closed_by_others:
-                os.eventfd_write(self._descriptor, 1)
-        except OSError:
-            self._closed_by_others = True
-        if self._closed_by_others:
-            super()._schedule()
-        if self.loop.is_closed():
-            # Closed meanwhile: nobody reads it any more.
-            message = "the event loop is closed"
-            raise RuntimeError(message)
-
-    def _drain(self) -> None:
-        # Before the base class lets others write again, or a wake-up would be lost.
-        if not self._closed_by_others:
-            with suppress(BlockingIOError):
-                os.eventfd_read(self._descriptor)
-        super()._drain()
-
-    def __del__(self) -> None:
-        # The number may be another file's by now, where others have closed it.
-        if not getattr(self, "_closed_by_others", True):
-            with suppress(AttributeError, OSError):
-                os.close(self._descriptor)
-
-
-def _high(descriptor: int) -> int:
-    """The same open file under a number that no module has had before."""
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    least = _HIGH if most == resource.RLIM_INFINITY else min(_HIGH, most // 2)
-    try:
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, least)
-    finally:
-        os.close(descriptor)
-
-
-def _asyncio_port(loop: asyncio.AbstractEventLoop) -> _AsyncioPort:
-    if hasattr(os, "eventfd"):
-        # Not every loop has readers.
-        with suppress(NotImplementedError):
-            return _EventPort(loop)
-    return _AsyncioPort(loop)
-
-
-class _TrioPort(_Port):
-    def __init__(self, token: Any) -> None:
-        super().__init__(lambda: False)
-        self.loop = token
-
-    def _schedule(self) -> None:
-        self.loop.run_sync_soon(self._drain)
 
 
 class FaceWaiter(Protocol):
@@ -194,7 +64,7 @@ class _LoopWaiter:
     # Around a PIN source that this caller awaits, and the job that it is for.
     _errand: tuple[Job, anyio.CancelScope] | None = None
 
-    def __init__(self, port: Callable[[], _Port | None], holder: Hashable) -> None:
+    def __init__(self, port: Way, holder: Hashable) -> None:
         # A call away, because it goes with its loop, and the waiter may stay: the
         # traceback of an error keeps it.
         self._port = port
@@ -203,7 +73,11 @@ class _LoopWaiter:
     def wake(self) -> bool:
         """Called by any thread."""
         port = self._port()
-        return port is not None and port.post(self)
+        if port is None or port.ended():
+            return False
+        port.ready.append(self)
+        # Most find that somebody else is waking the loop already.
+        return port.scheduled or port.schedule()
 
     def resume(self) -> None:
         """Called on the loop."""
@@ -227,7 +101,7 @@ class _AsyncioWaiter(_LoopWaiter):
 
     def __init__(
         self,
-        port: Callable[[], _Port | None],
+        port: Way,
         holder: Hashable,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -283,9 +157,7 @@ class _AsyncioWaiter(_LoopWaiter):
 
 
 class _TrioWaiter(_LoopWaiter):
-    def __init__(
-        self, port: Callable[[], _Port | None], holder: Hashable, trio: Any
-    ) -> None:
+    def __init__(self, port: Way, holder: Hashable, trio: Any) -> None:
         super().__init__(port, holder)
         self._trio = trio
         self._task: Any = None
@@ -362,16 +234,6 @@ class _ThreadWaiter:
                 self._woken.acquire()
 
 
-class _Kept:
-    """Looks like a weak reference, to a port that nobody else keeps."""
-
-    def __init__(self, port: _Port | None) -> None:
-        self._port = port
-
-    def __call__(self) -> _Port | None:
-        return self._port
-
-
 class _Local(threading.local):
     """What the current thread waits with.
 
@@ -383,8 +245,8 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.blocking = False
-        self.asyncio: Any = _Kept(None)
-        self.trio: Any = _Kept(None)
+        self.asyncio: Way = NOWHERE
+        self.trio: Way = NOWHERE
 
 
 _local = _Local()
@@ -399,28 +261,6 @@ def outcome(job: Job) -> Any:
     finally:
         # The traceback holds this frame: without this, it would hold itself.
         del job
-
-
-async def fetch_pin(engine: TokenEngine, job: Job) -> None:
-    """Await the PIN source that this caller was sent for, and hand in the answer."""
-    source = job.errand
-    if source is None:
-        return
-    handled = sys.exc_info()[1]
-    try:
-        given: Any = source()
-        if inspect.isawaitable(given):
-            given = await given
-        # In its own place: no frame keeps what the source gave.
-        given = pins.answer(given)
-    except Exception as error:  # noqa: BLE001  # raised at all who wait for the login
-        given = pins.failed(error, handled)
-    refused = isinstance(given, PinRefused)
-    try:
-        engine.pin_came(job, None if refused else given, given if refused else None)
-    finally:
-        # Its traceback holds this frame: without this, it would hold itself.
-        del given, handled
 
 
 def _run_errand_here(engine: TokenEngine, job: Job) -> None:
@@ -466,16 +306,14 @@ def current_waiter() -> FaceWaiter:
         token = trio.lowlevel.current_trio_token()
         port = local.trio()
         if port is None or port.loop is not token:
-            local.trio = _Kept(_TrioPort(token))
+            local.trio = into_trio(token)
         me = weakref.ref(trio.lowlevel.current_task())
         return _TrioWaiter(local.trio, me, trio)
     loop = get_running_loop()
     way = local.asyncio
     port = way()
     if port is None or port.loop is not loop:
-        port = _asyncio_port(loop)
-        way = (weakref.ref if isinstance(port, _EventPort) else _Kept)(port)
-        local.asyncio = way
+        way = local.asyncio = into_asyncio(loop)
     task = current_task(loop)
     # Weak, or a session held by a task would keep the task, which keeps the session.
     return _AsyncioWaiter(way, None if task is None else ref(task), loop)

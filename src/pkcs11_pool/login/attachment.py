@@ -1,8 +1,8 @@
-"""What one pool has of its token: the module, the token, the anchor, the login state.
+"""A pool's hold on its token: the module, the anchor, and each change of the login.
 
 The *anchor* is the session that keeps the application from having none, because
-closing the last one logs out. All of this is written by the login actor's thread
-only; everybody reads.
+closing the last one logs out. On the login actor's thread only; what others may know
+of it is written into :class:`~pkcs11_pool.login.standing.Standing`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,15 @@ from pkcs11.constants import TokenFlag
 from pkcs11_pool.cryptoki import module as modules
 from pkcs11_pool.cryptoki import rv
 from pkcs11_pool.cryptoki.session import Session
-from pkcs11_pool.errors import (
-    LoginRequired,
-    PoolClosed,
-    TokenNotFound,
-    TokenUnavailable,
-)
-from pkcs11_pool.login.pin_guard import PinGuard, guard_of
-from pkcs11_pool.state import Epoch, Login, LoginEvent, LoginState, SessionState
+from pkcs11_pool.errors import LoginRequired, PoolClosed, TokenNotFound
+from pkcs11_pool.login.pin_guard import guard_of
+from pkcs11_pool.state import LoginEvent, LoginState, SessionState
 
 if TYPE_CHECKING:
-    import pkcs11
-
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.cryptoki.keys import HandleCache
-    from pkcs11_pool.cryptoki.renewal import Renewal
     from pkcs11_pool.login.gate import Gate
-    from pkcs11_pool.pins import Pin
+    from pkcs11_pool.login.standing import Standing
     from pkcs11_pool.state import TokenInfo
 
 _CLEAR: Final = frozenset(
@@ -47,8 +39,6 @@ _WHO: Final = {
     SessionState.RW_USER_FUNCTIONS: LoginState.USER,
     SessionState.RW_SO_FUNCTIONS: LoginState.SO,
 }
-
-
 _NOT_ASKED: Final = frozenset(
     rv.CODES[name] for name in ("CKR_SESSION_COUNT", "CKR_SESSION_READ_WRITE_SO_EXISTS")
 )
@@ -59,48 +49,54 @@ class Attachment:
     """The token of one pool, and the session that stays open on it.
 
     Attributes:
-        login: The login state, replaced whole at each change.
-        guard: What may be sent to the token as a PIN.
+        standing: What others may know.
+        anchor: The session that stays open.
+        is_attached: Whether the pool is one of the module's.
     """
 
     def __init__(
-        self, options: PoolOptions, gate: Gate, cache: HandleCache, name: str | None
+        self,
+        standing: Standing,
+        options: PoolOptions,
+        gate: Gate,
+        cache: HandleCache,
+        *,
+        name: str | None,
+        member: modules.Member,
     ) -> None:
-        self.login = Login(LoginState.PUBLIC, LoginState.PUBLIC, Epoch(1))
-        self.module: modules.Module | None = None
-        # The module is remembered after the end: lost calls come back to it.
-        self._is_attached = False
-        self.token: pkcs11.Token | None = None
-        self.info: TokenInfo | None = None
-        self.guard = PinGuard()
+        self.standing = standing
+        self.anchor: Session | None = None
+        self.is_attached = False
         self._options = options
         self._gate = gate
         self._cache = cache
+        # In the messages of other pools that want the same token.
         self._name = name
-        self._anchor: Session | None = None
-        #: The PIN of the present login, where each session is logged in by itself.
-        self.session_pin: Pin | None = None
+        self._member = member
 
-    def _attach(self) -> None:
-        options = self._options
-        self.module = modules.acquire(
+    # -- Module and token ---------------------------------------------------------
+
+    def attach(self) -> None:
+        """Load the module, find the token, claim it, open the anchor."""
+        options, standing = self._options, self.standing
+        standing.module = module = modules.acquire(
             options.module, options.init_reserved, serialize=options.serialize
         )
-        self._is_attached = True
-        self.module.members.append(self)
-        with self.module.turn:
-            if not self.module.library.get_slots():
+        self.is_attached = True
+        module.members.append(self._member)
+        with module.turn:
+            if not module.library.get_slots():
                 # A client whose server was down at C_Initialize has no slots, and
                 # keeps none until it is finalised.
                 message = f"{options.module} has no slots"
                 raise p11.TokenNotPresent(message)
-            self.token, info = self.module.find(options)
-            self.module.claim(info, self._name or info.label)
-            self.info = info
-            self.guard = guard_of((self.module.path, info.identity))
-            self._anchor = self._first_session(info)
+            standing.token, info = module.find(options)
+            module.claim(info, self._name or info.label)
+            standing.info = info
+            standing.guard = guard_of((module.path, info.identity))
+            self.anchor = self._first_session(info)
             # Read once more: what was misread would be taken for the token's own.
-            self.same_token()
+            standing.same_token()
 
     def _first_session(self, info: TokenInfo) -> Session:
         """The anchor, or what is odd about a token that does not give it."""
@@ -122,84 +118,98 @@ class Attachment:
                 error.args = (f"{error} for a R/O session, {advice}",)
             raise
 
-    def _detach(self) -> None:
-        module = self.module
-        if module is None or not self._is_attached:
+    def detach(self) -> None:
+        """Log out, close the anchor, let the module go; nothing if it was not held."""
+        standing = self.standing
+        module = standing.module
+        if module is None or not self.is_attached:
             return
         # Where one call at a time is let in and a lost one is inside, nothing more
         # is: the session stays, and so does the module.
         if module.wait_turn(self._options.close_timeout):
-            if self._anchor is not None:
+            if self.anchor is not None:
                 if self._is_logged_in:
-                    module.functions.C_Logout(self._anchor.handle)
-                self._anchor.close()
+                    module.functions.C_Logout(self.anchor.handle)
+                self.anchor.close()
                 with suppress(p11.PKCS11Error):
-                    module.close_leftovers(self.known.slot_id)
+                    module.close_leftovers(standing.known.slot_id)
             module.turn.__exit__()
-        self._anchor = None
-        if self.info is not None:
-            module.unclaim(self.info)
-        module.members.remove(self)
+        self.anchor = None
+        if standing.info is not None:
+            module.unclaim(standing.info)
+        module.members.remove(self._member)
         modules.release(module)
-        self._is_attached = False
-        self.info = self.token = None
+        self.is_attached = False
+        standing.info = standing.token = None
 
     @property
     def is_shared(self) -> bool:
         """Whether the module is in use without this pool."""
-        return self.module is not None and self.module.users > self._is_attached
+        module = self.standing.module
+        return module is not None and module.users > self.is_attached
+
+    @property
+    def others(self) -> list[modules.Member]:
+        """The other pools on the module."""
+        members = self.standing.attached.members
+        return [member for member in members if member is not self._member]
+
+    # -- Sessions -----------------------------------------------------------------
 
     def new_session(self, *, rw: bool) -> Session:
         """``C_OpenSession`` on the token; whoever calls has the turn."""
         return self._open_session(rw=rw or self._options.rw_sessions_only)
 
     def _open_session(self, *, rw: bool) -> Session:
-        if self.token is None:
+        standing = self.standing
+        if standing.token is None:
             raise PoolClosed("the pool is not open")
-        return Session(self.attached, self.token, rw=rw, epoch=self.login.epoch)
+        epoch = standing.login.epoch
+        return Session(standing.attached, standing.token, rw=rw, epoch=epoch)
 
-    def _swap_anchor(self, *, rw: bool) -> Session:
+    @property
+    def open_anchor(self) -> Session:
+        """The anchor of an open pool."""
+        if self.anchor is None:
+            raise PoolClosed("the pool is not open")
+        return self.anchor
+
+    def swap_anchor(self, *, rw: bool) -> None:
         """Replace the anchor by one of the other kind; the new one is opened first.
 
         The application never has no session by accident: closing the last logs out.
         """
-        with self.attached.turn:
-            new, old = self.new_session(rw=rw), self._anchor
-            self._anchor = new
+        with self.standing.attached.turn:
+            new, old = self.new_session(rw=rw), self.anchor
+            self.anchor = new
             if old is not None:
                 old.close()
-        return new
 
-    def _close_anchor(self, *, rw: bool = False) -> None:
+    def renew_anchor(self, *, rw: bool = False) -> None:
         """Close the last session of all, which logs out as well, and open the next.
 
         Source: PKCS#11 v3.1, "C_CloseSession".
         """
-        with self.attached.turn:
-            self._open_anchor.close()
-            self._anchor = None
-            self.attached.close_leftovers(self.known.slot_id)
-            self._anchor = self.new_session(rw=rw)
+        module = self.standing.attached
+        with module.turn:
+            self.open_anchor.close()
+            self.anchor = None
+            module.close_leftovers(self.standing.known.slot_id)
+            self.anchor = self.new_session(rw=rw)
 
-    def _raw_logout(self, session: Session) -> None:
-        with self.attached.turn:
-            code = session.functions.C_Logout(session.handle)
-            if code == rv.CODES["CKR_USER_NOT_LOGGED_IN"]:
-                return
-            if not came_to(session, LoginState.PUBLIC, code):
-                rv.check(code, "C_Logout")
+    # -- The login ----------------------------------------------------------------
 
     @property
     def _is_logged_in(self) -> bool:
         """Whether there is a login that a ``C_Logout`` ends."""
-        state = self.login.state
+        state = self.standing.login.state
         if self._options.login_ignored:
             return state is LoginState.SO
         return state is not LoginState.PUBLIC
 
-    def _user_out(self) -> None:
+    def user_out(self) -> None:
         """End the user's login on the token; nothing of the pool is inside."""
-        if self.login.state is not LoginState.USER:
+        if self.standing.login.state is not LoginState.USER:
             return
         if self._options.login_per_session:
             # Each session ends its login with itself. C_Logout would do for one alone,
@@ -208,68 +218,32 @@ class Attachment:
                 "logged out, and this token keeps the login of each session by itself: "
                 "open the session anew"
             )
-            with self.attached.turn:
+            with self.standing.attached.turn:
                 for session in self._gate.token_lost(error):
                     session.close()
-            self._close_anchor(rw=self._open_anchor.rw)
+            self.renew_anchor(rw=self.open_anchor.rw)
         elif not self._options.login_ignored:
-            self._raw_logout(self._open_anchor)
+            self.log_out()
 
-    def _change(self, event: LoginEvent) -> None:
+    def log_out(self) -> None:
+        """``C_Logout`` of whoever is logged in."""
+        session = self.open_anchor
+        with self.standing.attached.turn:
+            code = session.functions.C_Logout(session.handle)
+            # Also where it says that nobody was in: the pool thought otherwise.
+            if not came_to(session, LoginState.PUBLIC, code):
+                rv.check(code, "C_Logout")
+
+    def change(self, event: LoginEvent) -> None:
+        """The login is another: a new epoch begins."""
+        standing = self.standing
         # The order matters: operations that start from here on see the new epoch,
         # and what was opened or found in the old one is not used in it.
-        self.login = self.login.after(event)
-        if self.login.state is not LoginState.USER:
-            self.session_pin = None
-        self._cache.login = self.login
+        standing.login = standing.login.after(event)
+        if standing.login.state is not LoginState.USER:
+            standing.session_pin = None
+        self._cache.login = standing.login
         self._gate.close_ahead()
-
-    # -- As a member of its module ------------------------------------------------
-
-    @property
-    def is_well(self) -> bool:
-        """Whether nothing is being recovered here."""
-        raise NotImplementedError
-
-    def stand_back(self, renewal: Renewal) -> None:
-        """Another pool has the module initialised anew: keep out meanwhile."""
-        raise NotImplementedError
-
-    # -- What everybody may ask ---------------------------------------------------
-
-    def same_token(self) -> TokenInfo:
-        """What the token tells now; no PIN is ever sent to another one."""
-        known = self.known
-        fresh = self.attached.info(known.slot_id)
-        if fresh.identity != known.identity:
-            raise TokenUnavailable(
-                f"another token is in the slot: {fresh}, not {known}"
-            )
-        return fresh
-
-    @property
-    def attached(self) -> modules.Module:
-        """The module, also after the end of the pool."""
-        if self.module is None:
-            raise PoolClosed("the pool is not open")
-        return self.module
-
-    @property
-    def known(self) -> TokenInfo:
-        """The token of the open pool, as it told last."""
-        if self.info is None:
-            raise PoolClosed("the pool is not open")
-        return self.info
-
-    @property
-    def _open_anchor(self) -> Session:
-        if self._anchor is None:
-            raise PoolClosed("the pool is not open")
-        return self._anchor
-
-    @property
-    def _label(self) -> str:
-        return self.info.label if self.info is not None else self._options.wanted_token
 
 
 def who_is_in(session: Session) -> LoginState:

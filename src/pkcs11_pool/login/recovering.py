@@ -20,18 +20,23 @@ from pkcs11_pool.cryptoki import module as modules
 from pkcs11_pool.cryptoki import recovery, renewal, rv
 from pkcs11_pool.errors import TokenUnavailable
 from pkcs11_pool.login import steps
-from pkcs11_pool.login.attachment import Attachment, who_is_in
+from pkcs11_pool.login.attachment import who_is_in
 from pkcs11_pool.login.steps import Backoff, Step
 from pkcs11_pool.state import LoginEvent, LoginState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import pkcs11
 
+    from pkcs11_pool.config import PoolOptions
+    from pkcs11_pool.cryptoki.keys import HandleCache
     from pkcs11_pool.cryptoki.module import Module
     from pkcs11_pool.cryptoki.renewal import Renewal
     from pkcs11_pool.cryptoki.session import Session
+    from pkcs11_pool.login.attachment import Attachment
+    from pkcs11_pool.login.gate import Gate
+    from pkcs11_pool.login.mailbox import Mailbox
     from pkcs11_pool.state import Generation, TokenInfo
 
 _PATIENCE: Final = 1.0
@@ -76,44 +81,89 @@ def blocked(module: Module) -> str:
     )
 
 
-class Recovering(Attachment):
-    """A token that may be lost, and comes back."""
+@contextmanager
+def in_turn(module: Module) -> Iterator[Module]:
+    """The module, where it takes one call at a time; but not behind a hung one."""
+    if not module.wait_turn(_PATIENCE):
+        raise _Blocked(blocked(module))
+    try:
+        yield module
+    finally:
+        module.turn.__exit__()
 
-    _way: _Way | None = None
+
+class Recovery:
+    """Whether the token may be lost, and how it comes back.
+
+    Args:
+        attachment: What is lost, and comes back.
+        options: The pool's.
+        gate: Where callers wait.
+        cache: What is found anew afterwards.
+        mail: What came meanwhile is done afterwards.
+        period_lost: A period of the security officer ends with the token.
+        log_in_again: Log the user in, if he should be; a PIN that is refused is no
+            failure.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        options: PoolOptions,
+        gate: Gate,
+        cache: HandleCache,
+        mail: Mailbox,
+        *,
+        period_lost: Callable[[], None],
+        log_in_again: Callable[[], None],
+    ) -> None:
+        self._attachment = attachment
+        self._standing = attachment.standing
+        self._options = options
+        self._gate = gate
+        self._cache = cache
+        self._mail = mail
+        self._period_lost = period_lost
+        self._log_in_again = log_in_again
+        self._way: _Way | None = None
 
     @property
-    def is_well(self) -> bool:
+    def is_over(self) -> bool:
         """Whether nothing is being recovered."""
         return self._way is None
 
+    def give_up(self) -> None:
+        """The pool closes: nothing is looked for any more."""
+        self._way = None
+
     # -- How it begins ------------------------------------------------------------
 
-    def _suspect(self, error: BaseException) -> None:
+    def suspect(self, error: BaseException) -> None:
         """The token may be lost: the engine lets nothing start, until this says."""
         if self._way is None:
-            self._way = _Way(error, self.attached.generation)
+            self._way = _Way(error, self._standing.attached.generation)
             self._go_on()
 
-    def _gone(self, error: BaseException) -> bool:
+    def gone(self, error: BaseException) -> bool:
         """Whether an error that the actor got tells of a lost token, known or not.
 
-        Nothing starts then, until whoever asked calls :meth:`_suspect`.
+        Nothing starts then, until whoever asked calls :meth:`suspect`.
         """
         return recovery.classify(error).tells_of_outage and (
             self._gate.hold_off(error) or self._gate.is_held_off()
         )
 
-    def _start_over(self, error: BaseException) -> None:
+    def start_over(self, error: BaseException) -> None:
         """Nobody knows who is logged in: close all, which logs out, and begin anew."""
         self._gate.hold_off(error)
-        self._way = way = _Way(error, self.attached.generation)
+        self._way = way = _Way(error, self._standing.attached.generation)
         self._lose(way)
         way.step = Step.FIND
         self._go_on()
 
-    def _stand_back(self, asked: Renewal) -> None:
+    def stand_back(self, asked: Renewal) -> None:
         """Another pool wants to initialise the module: keep out, then look."""
-        if self.login.state is LoginState.SO:
+        if self._standing.login.state is LoginState.SO:
             asked.answer(ready=False)  # no officer is thrown out for another's sake
             return
         error = TokenUnavailable("another pool had to initialise the module anew")
@@ -123,19 +173,19 @@ class Recovering(Attachment):
         if ready:
             asked.done.wait()
         if self._way is None:
-            self._suspect(error)
+            self.suspect(error)
         elif self._way.step is Step.REST:
-            self._next_round()
+            self.next_round()
 
     # -- The loop -----------------------------------------------------------------
 
-    def _rests(self) -> float | None:
+    def rests(self) -> float | None:
         """Seconds until the next round; None when nothing is to be recovered."""
         if self._way is None:
             return None
         return max(0.0, self._way.until - time.monotonic())
 
-    def _next_round(self) -> None:
+    def next_round(self) -> None:
         """The rest is over."""
         way = self._way
         if way is not None:
@@ -166,7 +216,9 @@ class Recovering(Attachment):
 
     def _take(self, way: _Way) -> bool:
         if way.lost:
-            events.info(events.RECOVERY_STEP, token=self._label, step=way.step.value)
+            events.info(
+                events.RECOVERY_STEP, token=self._standing.label, step=way.step.value
+            )
         try:
             match way.step:
                 case Step.LOOK:
@@ -186,7 +238,7 @@ class Recovering(Attachment):
     def _may_initialize(self, way: _Way) -> bool:
         if recovery.classify(way.error) is recovery.Fault.MODULE:
             return True
-        others = any(m.is_well for m in self.attached.members if m is not self)
+        others = any(other.is_well for other in self._attachment.others)
         return steps.may_initialize(way.round, others=others)
 
     def _rest(self, way: _Way) -> None:
@@ -194,7 +246,7 @@ class Recovering(Attachment):
         way.until = time.monotonic() + rest
         events.warning(
             events.RECOVERY_FAILED,
-            token=self._label,
+            token=self._standing.label,
             round=way.round,
             error=rv.text_of(way.error),
             retry_in=round(rest, 3),
@@ -206,35 +258,25 @@ class Recovering(Attachment):
             self._gate.counted(recoveries_total=1)
             events.info(
                 events.RECOVERY_COMPLETED,
-                token=self._label,
-                slot=self.known.slot_id,
+                token=self._standing.label,
+                slot=self._standing.known.slot_id,
                 rounds=way.round,
                 seconds=round(time.monotonic() - way.since, 3),
             )
         self._gate.token_back(lost=way.lost)
-        self._repost()
+        self._mail.repost()
 
     # -- The steps ----------------------------------------------------------------
 
-    @contextmanager
-    def _in_turn(self) -> Iterator[Module]:
-        """The module, where it takes one call at a time; but not behind a hung one."""
-        module = self.attached
-        if not module.wait_turn(_PATIENCE):
-            raise _Blocked(blocked(module))
-        try:
-            yield module
-        finally:
-            module.turn.__exit__()
-
     def _look(self) -> None:
         """Raise what is wrong with the anchor or the token, if anything is."""
-        with self._in_turn() as module:
-            anchor = self._anchor
+        standing = self._standing
+        with in_turn(standing.attached) as module:
+            anchor = self._attachment.anchor
             if anchor is None or anchor.generation != module.generation:
                 message = f"{module.path} was initialised anew"
                 raise TokenUnavailable(message)
-            who, known = who_is_in(anchor), self.login.state
+            who, known = who_is_in(anchor), standing.login.state
             if self._options.login_ignored and known is not LoginState.SO:
                 who = known  # what sessions tell means nothing there
             if who is LoginState.PUBLIC and known is not who:
@@ -243,66 +285,43 @@ class Recovering(Attachment):
                 # The answer to a login or a logout was lost, or is somebody else's.
                 message = f"the token has {who.value} logged in, the pool {known.value}"
                 raise TokenUnavailable(message)
-            self.same_token()
+            standing.same_token()
 
     def _lose(self, way: _Way) -> None:
         """It is more than a doubt: what was open is no more."""
         way.lost = True
         events.warning(
             events.RECOVERY_STARTED,
-            token=self._label,
+            token=self._standing.label,
             error=rv.text_of(way.error),
         )
         way.sessions = self._gate.token_lost(way.error)
-        if self._anchor is not None:
+        if self._attachment.anchor is not None:
             # The last: closing the last one logs out, where there is still a login.
-            way.sessions.append(self._anchor)
-        self._anchor = None
+            way.sessions.append(self._attachment.anchor)
+        self._attachment.anchor = None
         self._period_lost()
         self._cache.clear()
-        self._change(LoginEvent.LOST)
+        self._attachment.change(LoginEvent.LOST)
 
     def _find_again(self, way: _Way) -> None:
         """Close what is lost, find the token, open the anchor."""
-        with self._in_turn() as module:
+        attachment, standing = self._attachment, self._standing
+        with in_turn(standing.attached) as module:
             way.generation = module.generation
             # Before anything is opened: their numbers may be handed out again.
             while way.sessions:
                 way.sessions.pop(0).close()
-            if self._anchor is not None:
-                self._anchor.close()
-                self._anchor = None
-        if self.known.slot_id in module.leftovers:
+            if attachment.anchor is not None:
+                attachment.anchor.close()
+                attachment.anchor = None
+        if standing.known.slot_id in module.leftovers:
             # They are closed with all others, and those in workers' hands are at work.
             self._gate.wait_quiet(time.monotonic() + _PATIENCE)
-        with self._in_turn():
-            module.close_leftovers(self.known.slot_id)
-            self.token, self.info = self._whereabouts(module)
-            self._anchor = self.new_session(rw=False)
-
-    def _whereabouts(self, module: Module) -> tuple[pkcs11.Token, TokenInfo]:
-        """The pool's token: in its slot, or in another one.
-
-        Raises:
-            TokenUnavailable: It is in none. The text says what is there.
-        """
-        known, there = self.known, []
-        trouble: p11.PKCS11Error | None = None
-        slots = module.library.get_slots()
-        for slot in sorted(slots, key=lambda slot: slot.slot_id != known.slot_id):
-            try:
-                info = module.info(slot.slot_id)
-                if info.identity == known.identity:
-                    return slot.get_token(), info
-            except (p11.TokenNotPresent, p11.TokenNotRecognised):
-                continue
-            except p11.PKCS11Error as error:
-                trouble = trouble or error
-            else:
-                there.append(str(info))
-        listed = "; ".join(there) or ("no token at all" if slots else "no slots")
-        message = f"token {known} is in no slot; {module.path} has {listed}"
-        raise TokenUnavailable(message) from trouble
+        with in_turn(module):
+            module.close_leftovers(standing.known.slot_id)
+            standing.token, standing.info = _whereabouts(module, standing.known)
+            attachment.anchor = attachment.new_session(rw=False)
 
     def _initialize_again(self, way: _Way) -> None:
         """``C_Finalize``, ``C_Initialize``, while nobody is inside.
@@ -310,28 +329,39 @@ class Recovering(Attachment):
         Raises:
             TokenUnavailable: Somebody is.
         """
-        module = self.attached
+        module = self._standing.attached
         deadline = time.monotonic() + _PATIENCE
-        others = [m for m in module.members if m is not self]
+        others = self._attachment.others
         with renewal.renewing(module, others, deadline):
             if module.generation != way.generation:
                 return  # another pool has done it
             if not self._gate.wait_quiet(deadline) and not module.lost_calls:
                 message = f"a call is still inside {module.path}"
                 raise TokenUnavailable(message)
-            with self._in_turn():
+            with in_turn(module):
                 modules.renew(module)
 
-    # -- Done by the layer above --------------------------------------------------
 
-    def _period_lost(self) -> None:
-        """A period of the security officer ends with the token."""
-        raise NotImplementedError
+def _whereabouts(module: Module, known: TokenInfo) -> tuple[pkcs11.Token, TokenInfo]:
+    """The pool's token: in its slot, or in another one.
 
-    def _log_in_again(self) -> None:
-        """Log the user in, if he should be; a PIN that is refused is no failure."""
-        raise NotImplementedError
-
-    def _repost(self) -> None:
-        """What came meanwhile can be done now."""
-        raise NotImplementedError
+    Raises:
+        TokenUnavailable: It is in none. The text says what is there.
+    """
+    there = []
+    trouble: p11.PKCS11Error | None = None
+    slots = module.library.get_slots()
+    for slot in sorted(slots, key=lambda slot: slot.slot_id != known.slot_id):
+        try:
+            info = module.info(slot.slot_id)
+            if info.identity == known.identity:
+                return slot.get_token(), info
+        except (p11.TokenNotPresent, p11.TokenNotRecognised):
+            continue
+        except p11.PKCS11Error as error:
+            trouble = trouble or error
+        else:
+            there.append(str(info))
+    listed = "; ".join(there) or ("no token at all" if slots else "no slots")
+    message = f"token {known} is in no slot; {module.path} has {listed}"
+    raise TokenUnavailable(message) from trouble
