@@ -208,7 +208,7 @@ async def test_each_way_to_name_a_token_must_match(
         slot = pool.token.slot_id
     for wrong in ({"token_serial": b"0"}, {"slot_id": slot + 1}):
         with pytest.raises(TokenNotFound):
-            await make_pool(open_timeout=0.1, **wrong).open()
+            await make_pool(**wrong).open()
     right = {"token_serial": token.serial, "slot_id": slot}
     async with make_pool(**right) as pool:
         assert pool.token.serial == token.serial
@@ -368,7 +368,7 @@ async def test_each_part_of_a_uri_must_match(
     async with TokenPool.from_uri(uri(told)) as pool:
         assert pool.token == info
     with pytest.raises(TokenNotFound, match="other"):
-        await TokenPool.from_uri(uri(told | {name: "other"}), open_timeout=0.1).open()
+        await TokenPool.from_uri(uri(told | {name: "other"})).open()
 
 
 _WRONG_CALLS: dict[str, Callable[[Any], Any]] = {
@@ -887,7 +887,7 @@ async def test_a_pool_that_failed_to_open_is_not_opened_again(
     make_pool: MakePool,
 ) -> None:
     """It is closed: make a new one."""
-    pool = make_pool(**_labelled("nobody"), open_timeout=0.1)
+    pool = make_pool(**_labelled("nobody"))
     with pytest.raises(TokenNotFound):
         await pool.open()
     with pytest.raises(PoolClosed, match="once"):

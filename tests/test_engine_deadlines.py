@@ -234,6 +234,28 @@ async def test_a_hang_behind_a_caller_is_given_up_on_by_who_waits_for_it(
         await eventually(lambda: len(fault.sessions()) == 1)
 
 
+@pytest.mark.parametrize("function", ["C_OpenSession", "C_CloseSession"])
+async def test_a_hang_behind_a_caller_is_given_up_on_where_nobody_waits(
+    make_pool: MakePool,
+    fault: FaultModule,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+) -> None:
+    """After the pool's timeout, as any other call: it is seen in the statistics."""
+    monkeypatch.setattr("pkcs11_pool.engine.leasing.BEHIND", 0)
+    async with make_pool(module=fault.path, timeout=0.5) as pool:
+        # The first one is opened for the operation itself.
+        fault.on(function, nth=2 if function == "C_OpenSession" else 1, hang="before")
+        await digest(pool)
+        await hangs(fault, function)
+        await eventually(lambda: pool.stats().calls_stuck == 1)
+        assert pool.stats().calls_lost == 1
+        fault.release()
+        await eventually(lambda: pool.stats().calls_stuck == 0)
+        await settled(pool)
+        await eventually(lambda: len(fault.sessions()) == 1)
+
+
 async def test_a_call_behind_a_caller_has_its_time(
     make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:

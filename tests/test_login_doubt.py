@@ -168,6 +168,57 @@ async def test_a_pin_whose_change_is_not_told_of_is_sent_no_more(
         await pool.login("4321" if how == "replace" else token.user_pin)
 
 
+@pytest.mark.parametrize("code", _CODES[:2], ids=hex)
+@pytest.mark.parametrize("how", ["answer", "replace"])
+async def test_an_error_of_a_pin_whose_change_is_not_told_of_says_what_to_do(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken, code: int, how: str
+) -> None:
+    """Which PIN it may be, what the pool does with its own, and it helps to obey."""
+    given: dict[str, Any] = {how: code}
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_SetPIN", **given)
+        with pytest.raises(
+            OutcomeUnknown, match=r"set_pin.*old one or the.*neither"
+        ) as e:
+            await pool.set_pin(token.user_pin, "4321")
+        assert "pool.login" in str(e.value)
+        assert "pool.logout" in str(e.value)
+        await eventually(lambda: pool.state.value == "ready")
+        await pool.logout()
+        try:
+            await pool.login("4321")
+        except PinRefused:
+            await pool.login(token.user_pin)
+        assert pool.login_state is LoginState.USER
+
+
+@pytest.mark.parametrize("code", _CODES[:2], ids=hex)
+@pytest.mark.parametrize("how", ["answer", "replace"])
+async def test_an_error_of_the_officers_calls_says_what_to_do(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken, code: int, how: str
+) -> None:
+    """init_pin may be made again; his own PIN is tried by a period."""
+    given: dict[str, Any] = {how: code}
+    async with make_pool(module=fault.path, pin=None) as pool:
+        fault.on("C_InitPIN", **given)
+        async with pool.security_officer(token.so_pin) as so:
+            with pytest.raises(OutcomeUnknown, match=r"init_pin.*it again.*twice"):
+                await so.init_pin("4321")
+        await eventually(lambda: pool.state.value == "ready")
+        async with pool.security_officer(token.so_pin) as so:
+            await so.init_pin("4321")
+        await pool.login("4321")
+        await pool.logout()
+        fault.on("C_SetPIN", **given)
+        async with pool.security_officer(token.so_pin) as so:
+            with pytest.raises(OutcomeUnknown, match="next period with the new one"):
+                await so.set_pin(token.so_pin, "12344321")
+        await eventually(lambda: pool.state.value == "ready")
+        his = "12344321" if how == "replace" else token.so_pin
+        async with pool.security_officer(his):
+            pass
+
+
 async def test_no_pin_is_sent_where_the_login_outlived_the_outage(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pkcs11
 import pytest
+import structlog
 from pkcs11 import KeyType, Mechanism
 
 from faultmodule import CKR, FaultModule
@@ -389,6 +390,36 @@ async def test_a_pin_changed_behind_each_session_costs_one_try(
         await _sign_many(key, _FEW)
 
 
+async def test_sessions_that_log_in_at_once_try_a_pin_one_at_a_time(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+) -> None:
+    """The others wait for the answer: a wrong PIN costs one try also there."""
+    fault.play_login("per_session", token.user_pin.encode())
+    async with make_pool(module=fault.path, login_per_session=True) as pool:
+        key = await make_ec_key(pool)
+        await settled(pool)
+        await pool.run(lambda s: s.set_pin(token.user_pin, "55667788"), rw=True)
+        await eventually(lambda: not pool.stats().sessions_open)
+        fault.reset_counts()
+        fault.on("C_Login", hang="before", every=True)
+
+        async def one() -> None:
+            with pytest.raises(PinRefused):
+                await _sign(key)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(_FEW):
+                tasks.start_soon(one)
+            # All have a session, so all are at the PIN, or wait to be.
+            await eventually(lambda: fault.count("C_OpenSession") == _FEW)
+            await hangs(fault, "C_Login")
+            assert fault.count("C_Login") == 1
+            fault.release()
+        refused = [c for c in fault.calls("C_Login") if c.rv == CKR.PIN_INCORRECT]
+        assert len(refused) == 1
+        fault.clear()
+
+
 async def test_the_pin_of_sessions_follows_set_pin(
     make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
 ) -> None:
@@ -472,6 +503,81 @@ async def test_a_logout_that_the_token_ignores_is_kept_by_the_pool(
         assert len(await pool.find()) == 1 < len(everything)
         await pool.login()
         await _sign(key)
+
+
+def _made(pool: Any) -> dict[str, Any]:
+    """What makes an object that may be private."""
+    data = {
+        pkcs11.Attribute.CLASS: pkcs11.ObjectClass.DATA,
+        pkcs11.Attribute.TOKEN: True,
+        pkcs11.Attribute.VALUE: b"data",
+    }
+    return {
+        "key": partial(pool.generate_key, KeyType.AES, 128, store=True),
+        "pair": partial(
+            pool.generate_keypair, KeyType.EC, curve="secp256r1", store=True
+        ),
+        "object": partial(pool.create_object, data),
+    }
+
+
+async def test_after_a_logout_that_is_ignored_nothing_private_is_made(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+) -> None:
+    """As on a token that asks for a login; what is said to be public is made."""
+    fault.play_login("ignored", token.user_pin.encode())
+    public = {pkcs11.Attribute.PRIVATE: False}
+    async with make_pool(module=fault.path, pin=None, login_ignored=True) as pool:
+        await pool.logout()
+        fault.reset_counts()
+        for make in _made(pool).values():
+            with pytest.raises(LoginRequired, match="PRIVATE: False"):
+                await make()
+        assert not any(name.startswith(("C_Gen", "C_Cre")) for name in fault.counts())
+        await _made(pool)["key"](template=public)
+        await _made(pool)["pair"](private_template=public)
+        await pool.login()
+        for make in _made(pool).values():
+            await make()
+
+
+async def test_after_a_logout_that_is_ignored_no_function_is_let_in(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+) -> None:
+    """It would see every private key: neither by `run`, in a session, nor by `map`."""
+    fault.play_login("ignored", token.user_pin.encode())
+    async with make_pool(module=fault.path, pin=None, login_ignored=True) as pool:
+        await pool.logout()
+        with pytest.raises(LoginRequired, match="login_ignored"):
+            await pool.run(_noop)
+        async with pool.session() as session:
+            with pytest.raises(LoginRequired):
+                await session.run(_noop)
+        with pytest.raises(LoginRequired):
+            [one async for one in pool.map(lambda _s, item: item, [1])]
+        assert await digest(pool)
+        await pool.login()
+        await pool.run(_noop)
+
+
+async def test_what_an_ignored_login_tells_is_no_sign_of_a_lost_token(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+) -> None:
+    """Its sessions say that nobody is in, or always the user: in neither case is it."""
+    for always_user in (False, True):
+        fault.play_login("ignored", token.user_pin.encode(), always_user=always_user)
+        async with make_pool(module=fault.path, pin=None, login_ignored=True) as pool:
+            key = await make_ec_key(pool, f"signer {always_user}")
+            for state in (LoginState.USER, LoginState.PUBLIC):
+                # It says no more than that it failed: so it is looked at the token.
+                epoch = pool.login_epoch
+                pool._engine.doubt(pkcs11.exceptions.DeviceError())  # noqa: SLF001
+                await eventually(lambda: pool.state is PoolState.READY)
+                assert (pool.login_state, pool.login_epoch) == (state, epoch)
+                assert pool.stats().recoveries_total == 0
+                await pool.logout()
+            await pool.login()
+            await _sign(key)
 
 
 async def test_a_login_that_is_not_ignored_is_said_so(
@@ -600,6 +706,24 @@ async def test_what_a_busy_token_refuses_is_tried_again(
         await _sign_many(key)
         assert pool.stats().operations_failed == 0
         assert pool.state is PoolState.READY
+
+
+@pytest.mark.parametrize("function", ["C_DigestInit", "C_OpenSession"])
+async def test_each_rest_of_an_operation_is_told(
+    make_pool: MakePool, fault: FaultModule, function: str
+) -> None:
+    """Whoever runs the service sees that his token throttles."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on(function, times=3, answer=CKR.FUNCTION_FAILED)
+        with structlog.testing.capture_logs() as log:
+            await digest(pool)
+        assert {told["event"] for told in log} == {"operation.throttled"}
+        assert [told["rests"] for told in log] == [1, 2, 3]
+        for told in log:
+            assert told["log_level"] == "warning"
+            assert told["token"] == pool.token.label
+            assert "CKR_FUNCTION_FAILED" in told["error"]
+            assert 0.025 <= told["retry_in"] <= 0.2
 
 
 @pytest.mark.parametrize("lent", [False, True])

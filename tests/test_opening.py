@@ -86,15 +86,13 @@ async def _in_a_second(
         assert pool.state is PoolState.CLOSED
 
 
-async def test_who_must_not_wait_has_one_try(
-    make_pool: MakePool, fault: FaultModule
-) -> None:
-    """Its own open_timeout bounds the tries, too."""
-    for timeout in (0, 0.01):
-        fault.reset_counts()
-        with pytest.raises(TokenNotFound):
-            await make_pool(module=fault.path, open_timeout=timeout, **_NOBODY).open()
-        assert fault.count("C_Initialize") == 1
+@pytest.mark.parametrize("left", [0.0, 0.01])
+def test_who_has_no_time_for_a_rest_has_one_try(left: float) -> None:
+    """His own open_timeout bounds the tries, too."""
+    tries = opening.Tries("module", time.monotonic() + left)
+    tries.begin()
+    with pytest.raises(TokenNotFound):
+        tries.rest(TokenNotFound("it has another"), shared=False)
 
 
 async def test_a_module_in_use_is_not_initialised_anew_for_a_token_it_has_not(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from pkcs11_pool import (
     OutcomeUnknown,
     PoolState,
     PoolTimeout,
+    SessionClosed,
     TokenPool,
     softhsm,
 )
@@ -167,6 +169,76 @@ async def test_who_waits_for_a_call_to_hang_knows_that_it_does(
         assert results == []
         pkcs11_faults.release()
     assert results == [await digest(pkcs11_pool)]
+
+
+class TestOddTokens:
+    """A pool that is told of what is odd about its token."""
+
+    @pytest.fixture
+    def pkcs11_pool_options(self) -> dict[str, Any]:
+        """Every session is R/W."""
+        return {"rw_sessions_only": True}
+
+    async def test_one_without_ro_sessions(
+        self, pkcs11_faults: Faults, pkcs11_pool: TokenPool
+    ) -> None:
+        """Nothing is missed with the option."""
+        pkcs11_faults.no_ro_sessions()
+        key = await make_ec_key(pkcs11_pool)
+        assert await key.sign(b"data", mechanism=Mechanism.ECDSA)
+
+
+async def test_a_token_without_ro_sessions_names_the_option(
+    pkcs11_faults: Faults, pkcs11_token: ThrowawayToken
+) -> None:
+    """As long as it is odd."""
+    options: dict[str, Any] = {
+        "token_label": pkcs11_token.label,
+        "pin": pkcs11_token.user_pin,
+    }
+    pkcs11_faults.no_ro_sessions()
+    with pytest.raises(pkcs11.FunctionFailed, match="rw_sessions_only"):
+        await TokenPool(pkcs11_token.module, **options).open()
+    pkcs11_faults.clear()
+    async with TokenPool(pkcs11_token.module, **options) as pool:
+        assert await digest(pool)
+
+
+async def test_a_token_that_drops_its_sessions(
+    pkcs11_faults: Faults, pkcs11_pool: TokenPool
+) -> None:
+    """They are gone in the module, and with them the login; what was lent is over."""
+    key = await make_ec_key(pkcs11_pool)
+    async with pkcs11_pool.session() as session:
+        await blocking(pkcs11_faults.drop_sessions)
+        assert await key.sign(b"data", mechanism=Mechanism.ECDSA)
+        with pytest.raises(SessionClosed):
+            await digest(session)
+    assert pkcs11_pool.stats().recoveries_total == 1
+    assert pkcs11_pool.login_state is LoginState.USER
+
+
+async def test_sessions_are_not_dropped_under_a_call(
+    pkcs11_faults: Faults, pkcs11_pool: TokenPool
+) -> None:
+    """Modules crash so: it is waited for, and no longer than was said."""
+    inside = threading.Event()
+    go_on = threading.Event()
+
+    def stays(*_arguments: int) -> int:
+        inside.set()
+        assert go_on.wait(10)
+        return 0
+
+    thread = threading.Thread(target=pkcs11_faults._made, args=("C_Sign", stays, ()))  # noqa: SLF001
+    thread.start()
+    inside.wait(10)
+    with pytest.raises(TimeoutError, match="1 calls"):
+        await blocking(pkcs11_faults.drop_sessions, 0.05)
+    go_on.set()
+    thread.join()
+    await blocking(pkcs11_faults.drop_sessions)
+    assert await digest(pkcs11_pool)
 
 
 async def test_a_call_that_is_slow(

@@ -53,6 +53,12 @@ SESSION_REFUSED = "session.refused"
 Keys: ``error``, ``sessions``, ``rw_sessions``: how many there may be from now on.
 """
 
+OPERATION_THROTTLED = "operation.throttled"
+"""The token was too busy for an operation, which is made again in a moment.
+
+Keys: ``token``, ``error``, ``rests``: how often so far, ``retry_in``: seconds.
+"""
+
 RECOVERY_STARTED = "recovery.started"
 """The token is lost; operations wait from here on. Keys: ``token``, ``error``."""
 

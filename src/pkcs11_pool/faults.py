@@ -4,10 +4,10 @@ What the pool and python-pkcs11 call is a copy of the module's function list, in
 Python functions stand before the module's own. They answer for the module, or keep a
 call waiting, or call the module and lose its answer. No compiler is needed.
 
-It cannot make the module itself lose anything: a call that is made to fail was not
-made, sessions and objects stay as they were, and what the module keeps inside goes on.
-So a lost token is as the pool sees it, through the answers. What needs a module that
-truly dies needs one: this project's own fault module, or a server that is killed.
+Of the module itself only sessions can be lost: a call that is made to fail was not
+made, objects stay as they were, and what the module keeps inside goes on. So a lost
+token is as the pool sees it, through the answers. What needs a module that truly dies
+needs one: this project's own fault module, or a server that is killed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = ["Faults", "faults_in"]
 _P: Final = ctypes.c_void_p
 _UL: Final = ctypes.POINTER(ctypes.c_ulong)
 _N: Final = ctypes.c_ulong
+_RW: Final = interface.CKF_RW_SESSION
 
 # Those that only python-pkcs11 calls, as pkcs11f.h numbers them.
 _MORE: Final[dict[str, tuple[int, tuple[Any, ...]]]] = {
@@ -77,6 +78,11 @@ class Faults:
         self._calls: Counter[str] = Counter()
         self._hanging: Counter[str] = Counter()
         self._events: set[threading.Event] = set()
+        # Calls that the module itself has; the slots where sessions were opened.
+        self._inside = 0
+        self._slots: set[int] = set()
+        self._no_ro_sessions = False
+        self._close_all: Callable[[int], int] | None = None
 
     def fail(
         self,
@@ -121,6 +127,33 @@ class Faults:
             self._events.add(event)
         self._add(function, _Rule(hang=event, times=times, skip=skip))
 
+    def no_ro_sessions(self) -> None:
+        """Open no R/O session from now on, as AWS CloudHSM; until :meth:`clear`.
+
+        What does not go with ``rw_sessions_only=True`` gets ``CKR_FUNCTION_FAILED``.
+        """
+        with self._changed:
+            self._no_ro_sessions = True
+
+    def drop_sessions(self, timeout: float = 10.0) -> None:
+        """Close every session, and with them the login: truly, by the module.
+
+        As a token that drops them when they idle (YubiHSM 2), or was reset. Waits for
+        the calls inside, and lets none in meanwhile. Not on an event loop's thread.
+
+        Raises:
+            TimeoutError: A call stays inside.
+            PKCS11Error: The module refused.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._inside, timeout):
+                message = f"{self._inside} calls are inside the module"
+                raise TimeoutError(message)
+            for slot in self._slots:
+                if self._close_all is not None:
+                    rv.check(self._close_all(slot), "C_CloseAllSessions")
+            self._slots.clear()
+
     def release(self) -> None:
         """Let every call that hangs go on, and those ordered to hang go well."""
         with self._changed:
@@ -133,6 +166,7 @@ class Faults:
         self.release()
         with self._changed:
             self._rules.clear()
+            self._no_ro_sessions = False
 
     def count(self, function: str) -> int:
         """How many calls of a function were made so far.
@@ -190,16 +224,30 @@ class Faults:
     def _call(self, function: str, real: Callable[..., int], arguments: Any) -> int:
         rule = self._next(function)
         if rule is None:
-            return real(*arguments)
+            return self._made(function, real, arguments)
         if rule.seconds:
             time.sleep(rule.seconds)
         if rule.hang is not None:
             self._wait(function, rule.hang)
-        if rule.code is None:
+        if rule.code is None or rule.after:
+            code = self._made(function, real, arguments)
+        return code if rule.code is None else rule.code
+
+    def _made(self, function: str, real: Callable[..., int], arguments: Any) -> int:
+        """A call of the module itself, which may be odd."""
+        opens = function == "C_OpenSession"
+        with self._changed:
+            if opens and self._no_ro_sessions and not arguments[1] & _RW:
+                return rv.CODES["CKR_FUNCTION_FAILED"]
+            if opens:
+                self._slots.add(arguments[0])
+            self._inside += 1
+        try:
             return real(*arguments)
-        if rule.after:
-            real(*arguments)
-        return rule.code
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
 
     def _wait(self, function: str, event: threading.Event) -> None:
         with self._changed:
@@ -239,6 +287,7 @@ def faults_in(module: str | os.PathLike[str]) -> Iterator[Faults]:
             raise ModuleInUse(message)
     faults = Faults()
     real = library.functions
+    faults._close_all = real.C_CloseAllSessions  # noqa: SLF001  # one module
     copy = _copy(real, faults)
     _set(library, interface.FunctionList(copy))
     _lists.add(copy)

@@ -241,6 +241,18 @@ class HandleCache:
             return ((int(Attribute.PRIVATE), _FALSE),)
         return ()
 
+    def check_login(self, advice: str) -> None:
+        """Refuse what the pool cannot keep from private objects, after a logout.
+
+        Only where the token itself keeps nobody from them: every other one refuses.
+
+        Raises:
+            LoginRequired: The user is logged out; ``advice`` is what to do.
+        """
+        login = self.login
+        if self.guards and login is not None and login.state is LoginState.PUBLIC:
+            raise LoginRequired(f"logged out, by login_ignored=True: {advice}")
+
     def _missing(self, session: Session, spec: KeySpec) -> KeyNotFound | LoginRequired:
         # As it was when the search began: a login since then did not help it.
         login = self.login

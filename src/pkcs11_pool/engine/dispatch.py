@@ -701,6 +701,7 @@ class Dispatch(ABC):
                 again = min(again, now + _LOOK)
             if self._look_at is not None:
                 again = min(again, self._look_at)
+            again = min(again, self._give_up_overdue_locked(now))
         self._wake_all(wake)
         for waiter in held:
             waiter.wake()
@@ -804,6 +805,10 @@ class Dispatch(ABC):
     @abstractmethod
     def _give_up_behind_locked(self, now: float) -> None:
         """Give up on calls behind callers, which hold up who waits."""
+
+    @abstractmethod
+    def _give_up_overdue_locked(self, now: float) -> float:
+        """Give up on those that are late whoever waits; when to come again."""
 
     @abstractmethod
     def _tell_lost(self) -> None:

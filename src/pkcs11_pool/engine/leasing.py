@@ -5,6 +5,7 @@ The middle layer of the engine, on :class:`~pkcs11_pool.engine.dispatch.Dispatch
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections import deque
@@ -263,6 +264,24 @@ class Leasing(Dispatch):
         if behind and not self._module.turn.serialized:
             for worker in behind:
                 self._lose_worker_locked(worker)
+
+    def _give_up_overdue_locked(self, now: float) -> float:
+        """The same for those that nobody waits for, which have as long as any call.
+
+        The timekeeper is there no later than at the deadline of the job before.
+        """
+        most, again = self.options.timeout, math.inf
+        if most is None:
+            return again
+        most = max(most, BEHIND)
+        for worker in [w for w in self._workers if w.busy and w.job is None]:
+            if self._module.turn.serialized:
+                break
+            if worker.done + most > now:
+                again = min(again, worker.done + most)
+            else:
+                self._lose_worker_locked(worker)
+        return again
 
     def _lose_worker_locked(self, worker: Thread) -> None:
         worker.lost = True

@@ -198,27 +198,42 @@ class Outages(Leasing):
         """
         if session.lent or job.changes or not job.restart:
             return False
-        with self._lock:
-            return recovery.says_busy(error) and self._rests_locked(job)
-
-    def _rests_locked(self, job: Job) -> bool:
-        """Let a job rest, each time for longer; whether it may."""
-        if job.nowait or job.rests >= len(_RESTS):
+        if not recovery.says_busy(error):
             return False
+        with self._lock:
+            rest = self._rests_locked(job)
+        self._tell_busy(job, error, rest)
+        return rest is not None
+
+    def _tell_busy(self, job: Job, error: Exception, rest: float | None) -> None:
+        """Log that a job rests, without the lock."""
+        if rest is not None:
+            events.warning(
+                events.OPERATION_THROTTLED,
+                token=self.actor.known.label,
+                error=rv.text_of(error),
+                rests=job.rests,
+                retry_in=round(rest, 3),
+            )
+
+    def _rests_locked(self, job: Job) -> float | None:
+        """Let a job rest, each time for longer: so many seconds; None: it may not."""
+        if job.nowait or job.rests >= len(_RESTS):
+            return None
         import random  # noqa: PLC0415  # for a token that is busy
 
         # Cut at random: those that were refused together must not come back in step.
         rest = _RESTS[job.rests] * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
         until = time.monotonic() + rest
         if job.deadline is not None and until >= job.deadline:
-            return False
+            return None
         if not self._let_go_locked(job):
-            return False
+            return None
         job.rests += 1
         self._resting[job] = until
         self._quiet.notify_all()
         timekeeper.call_at(self._alarm, until)
-        return True
+        return rest
 
     def rested(self, now: float) -> float:
         """Called by the timekeeper: start who has rested; when to come again."""

@@ -260,6 +260,7 @@ class Work(Outages):
         ``CKR_SESSION_COUNT`` is no error of the caller.
         """
         room, again = self._room, False
+        rest: float | None = None
         fault = recovery.classify(error)
         epoch = self.actor.login.epoch
         if fault.tells_of_outage:
@@ -287,7 +288,8 @@ class Work(Outages):
                     self._lines.insert(job)
             elif recovery.says_busy(error):
                 # Nothing was sent for it yet, so it may be anything.
-                again = self._rests_locked(job)
+                rest = self._rests_locked(job)
+                again = rest is not None
             elif fault.tells_of_outage:
                 again = self._not_opened_locked(job)
         self._close_all(close)
@@ -296,16 +298,23 @@ class Work(Outages):
             again = self._again(job, wait=True)
             self.actor.need_login(epoch)
         else:
-            events.warning(
-                events.SESSION_REFUSED,
-                error=str(error),
-                sessions=room.limit.total,
-                rw_sessions=room.limit.rw,
-            )
+            self._tell_refused(job, error, rest)
         if not again:
             full = fault is recovery.Fault.SESSION_COUNT
             failure = PoolTimeout(NO_WAIT, "waiting") if full and job.nowait else error
             self.deliver(worker, job, None, failure)
+
+    def _tell_refused(self, job: Job, error: Exception, rest: float | None) -> None:
+        """Log that no session was opened, without the lock."""
+        if rest is not None:
+            self._tell_busy(job, error, rest)
+            return
+        events.warning(
+            events.SESSION_REFUSED,
+            error=str(error),
+            sessions=self._room.limit.total,
+            rw_sessions=self._room.limit.rw,
+        )
 
     def _close_all(self, sessions: Iterable[Session]) -> None:
         for session in sessions:

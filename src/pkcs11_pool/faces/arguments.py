@@ -7,7 +7,14 @@ says what to pass instead.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from collections.abc import (
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from enum import Enum, IntEnum
 from functools import partial
 from types import NoneType
@@ -201,6 +208,16 @@ def _check_names(id_: object, label: object) -> None:
         raise InvalidType(f"label must be str, not {_kind(label)}")
     if label is not None:
         config.encoded("label", label)
+
+
+def makes_public_object(given: Sequence[Template | None]) -> bool:
+    """Whether a template says that its object is not private.
+
+    Of a pair the private half, which comes last. What a template does not say is the
+    token's to choose.
+    """
+    last = given[-1]
+    return last is not None and last.get(Attribute.PRIVATE) is False
 
 
 def making(

@@ -95,6 +95,9 @@ class Calls(Making):
         one_shot = self._owner is None
 
         def work(session: Session) -> T:
+            cache.check_login(
+                "await pool.login(), or nobody knows what a function does"
+            )
             # The caller may change any object: no number is sure meanwhile.
             with cache.changing():
                 try:

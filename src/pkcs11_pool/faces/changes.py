@@ -21,6 +21,27 @@ _NAMES: Final = (Attribute.LABEL, Attribute.ID)
 _LONGEST: Final = 64
 """Of a label or an id so much is shown; a longer one is named without it."""
 
+SET_PIN: Final = Change(
+    "set_pin",
+    "One of the two is the PIN now, the old one or the new one, and the pool sends "
+    "neither by itself. Try the new one with await pool.login(pin), after await "
+    "pool.logout() if the user is still logged in; if that is PinRefused, the old one. "
+    "A wrong one costs a try",
+)
+INIT_PIN: Final = Change(
+    "init_pin",
+    "The user's PIN is this one or the one before, and the pool sends neither by "
+    "itself. Set it again with await so.init_pin(pin), in a new period if this one is "
+    "over: that may be done twice. Or try it with await pool.login(pin), which costs a "
+    "try if it is wrong",
+)
+SET_SO_PIN: Final = Change(
+    "set_pin of the security officer",
+    "One of the two is his PIN now, the old one or the new one; the pool keeps "
+    "neither. Begin the next period with the new one, and if that is PinRefused, with "
+    "the old one. A wrong one costs a try, and when it is locked only init_token helps",
+)
+
 
 def making(
     call: str,
@@ -62,11 +83,6 @@ def running(func: Any) -> Change:
     return Change(
         f"run({shown[:_LONGEST]})", "Look at the token for what the function makes"
     )
-
-
-def pin(call: str) -> Change:
-    """A change of a PIN."""
-    return Change(call, "The PIN is the old or the new one: try with a login")
 
 
 def _of(call: str, target: Target, look: str) -> Change:

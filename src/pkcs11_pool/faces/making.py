@@ -410,8 +410,17 @@ class Making(ABC):
         token = arguments.makes_token_object(store=store, given=given)
         self._check_home(token=token)
         cache = self._engine.cache
+        public = arguments.makes_public_object(given)
+
+        def work(session: Session) -> list[Entry]:
+            if not public:
+                cache.check_login(
+                    "await pool.login(), or give Attribute.PRIVATE: False"
+                )
+            return objects.make(session, cache, call)
+
         entries = await self._perform(
-            lambda session: objects.make(session, cache, call),
+            work,
             timeout,
             rw=token,
             changes=change,

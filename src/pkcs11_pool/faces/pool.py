@@ -444,9 +444,10 @@ class TokenPool(FreshCalls):
         Raises:
             PinLengthInvalid: The token takes no PIN of this length; nothing was sent.
             PinRefused: ``old`` is not the PIN.
-            OutcomeUnknown: The token went away during the call. The pool tries
-                neither PIN until ``login(pin)``; so it is after ``PoolTimeout`` with
-                the phase ``"running"``, until the call returns.
+            OutcomeUnknown: The token went away during the call: the PIN is the old
+                one or the new one. The pool tries neither until ``login(pin)``, before
+                which a user who is still logged in must be logged out; so it is after
+                ``PoolTimeout`` with the phase ``"running"``, until the call returns.
 
         Cancellation:
             The outcome is waited for, then the cancellation raised.
@@ -461,7 +462,7 @@ class TokenPool(FreshCalls):
         arguments.timeout(timeout, None)
         work = pin_change(self._checked(), USER, before, after)
         await self._perform(
-            work, timeout, rw=True, changes=changes.pin("set_pin"), restart=False
+            work, timeout, rw=True, changes=changes.SET_PIN, restart=False
         )
 
     # -- For code that is not async -----------------------------------------------

@@ -14,7 +14,7 @@ from pkcs11_pool.faces.arguments import DEFAULT, Timeout
 from pkcs11_pool.faces.hiding import hides_pins
 from pkcs11_pool.faces.pooled_session import PooledSession
 from pkcs11_pool.faces.waiting import checkpoint, current_waiter, loop_runs_here
-from pkcs11_pool.jobs import Job, Kind
+from pkcs11_pool.jobs import Change, Job, Kind
 from pkcs11_pool.login.pin_guard import SO, USER, check_length
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class SecurityOfficer:
         def work(session: Session) -> None:
             actor.pin_in_doubt()
             code = session.functions.C_InitPIN(session.handle, new.encoded(), len(new))
-            _known(code, "C_InitPIN")
+            _known(code, "C_InitPIN", changes.INIT_PIN)
             # Here and not behind the await: the caller may be cancelled by then.
             if code:
                 actor.pin_kept()
@@ -80,7 +80,7 @@ class SecurityOfficer:
             actor.pin_changed(new)
 
         await self.session._perform(  # noqa: SLF001  # one package
-            work, timeout, changes=changes.pin("init_pin")
+            work, timeout, changes=changes.INIT_PIN
         )
 
     @hides_pins
@@ -107,7 +107,7 @@ class SecurityOfficer:
         """
         work = pin_change(self._engine, SO, pins.secret(old), pins.secret(new))  # type: ignore[arg-type]
         await self.session._perform(  # noqa: SLF001
-            work, timeout, changes=changes.pin("set_pin of the security officer")
+            work, timeout, changes=changes.SET_SO_PIN
         )
 
 
@@ -220,13 +220,14 @@ def pin_change(engine: TokenEngine, user: str, old: Secret, new: Secret) -> Any:
         # Where each session is logged in, none is with the old one meanwhile.
         each = user == USER and engine.options.login_per_session
         with actor.guard.one_try(old) if each else nullcontext():
-            change(session)
+            send(session)
 
-    def change(session: Session) -> None:
+    def send(session: Session) -> None:
         if user == USER:
             actor.pin_in_doubt()
         code = _set_pin(session, old, new)
-        _known(code, "C_SetPIN")
+        change = changes.SET_PIN if user == USER else changes.SET_SO_PIN
+        _known(code, "C_SetPIN", change)
         # Here and not behind the await: the caller may be cancelled by then.
         if code and user == USER:
             actor.pin_kept()
@@ -248,7 +249,7 @@ def token_info(engine: TokenEngine) -> TokenInfo:
     return info
 
 
-def _known(code: int, function: str) -> None:
+def _known(code: int, function: str, change: Change) -> None:
     """Refuse an answer that does not tell whether the PIN was changed.
 
     Raises:
@@ -259,8 +260,8 @@ def _known(code: int, function: str) -> None:
     if error is None or not recovery.classify(error).tells_of_outage:
         return
     message = (
-        "the token does not tell whether the PIN was changed: it may be the old or the "
-        "new one; try with pool.login(pin)"
+        f"{change.call} was answered {rv.name_of(code)}, so nobody knows whether it "
+        f"changed the PIN. {change.look}"
     )
     raise OutcomeUnknown(message) from error
 
