@@ -799,16 +799,6 @@ async def test_no_waiting_for_a_session(make_pool: MakePool) -> None:
 # -- Breaking off -----------------------------------------------------------------
 
 
-async def _after_a_moment(pool: TokenPool) -> bytes:
-    """A worker that stands still with a part in its hands holds the stream as well."""
-    with anyio.fail_after(LAST_RESORT):
-        while True:
-            try:
-                return await digest(pool)
-            except WouldDeadlock:
-                await anyio.sleep(0.001)
-
-
 async def test_break_lets_the_session_go(make_pool: MakePool) -> None:
     """Whoever leaves a loop, and the pool, need do nothing about it."""
     async with make_pool(max_sessions=1) as pool:
@@ -817,7 +807,7 @@ async def test_break_lets_the_session_go(make_pool: MakePool) -> None:
             async for piece in aes.encrypt_stream(data_of(_LARGE), **_CBC):
                 assert piece
                 break
-            assert await _after_a_moment(pool) == sha256(b"data")
+            assert await digest(pool) == sha256(b"data")
         stream = aes.encrypt_stream(data_of(_LARGE), **_CBC)
         await anext(stream)
         await stream.aclose()
@@ -826,6 +816,19 @@ async def test_break_lets_the_session_go(make_pool: MakePool) -> None:
         unread = aes.encrypt_stream(data_of(_LARGE), **_CBC)
         await unread.aclose()
         assert await collected(unread) == b""
+
+
+async def test_a_stream_that_was_left_has_no_session(make_pool: MakePool) -> None:
+    """Also while the worker that brought its session has that in its hands yet."""
+    async with make_pool(max_sessions=1) as pool:
+        aes = await make_secret(pool)
+        stream = aes.encrypt_stream(data_of(_LARGE), **_CBC)
+        assert await anext(stream)
+        by_the_worker = stream._feed._hold  # noqa: SLF001
+        assert by_the_worker is not None
+        del stream
+        assert await digest(pool) == sha256(b"data")
+        assert pool.stats().sessions_leased == 0
 
 
 async def test_a_forgotten_stream_is_looked_for(make_pool: MakePool) -> None:

@@ -309,13 +309,21 @@ class Feed:
     """One chain of calls, from the side of the caller who brings the data."""
 
     def __init__(self, task: Task) -> None:
-        self._task = task
-        self._engine: TokenEngine = task.calls._engine  # noqa: SLF001  # one package
         self._chain: MultiPart | None = None
         self._lease: Lease | None = None
         # Forgotten, it lets go of the session.
         self._hold: Hold | Loan | None = None
         self._watch: Job | None = None
+        self._task = task
+        self._engine: TokenEngine = task.calls._engine  # noqa: SLF001  # one package
+
+    def __del__(self) -> None:
+        """Called by the garbage collector, anywhere: takes no lock."""
+        # The worker that brought the hold may have it in its hands for a moment more;
+        # whoever leaves a stream need not wait for that.
+        lease, chain = self._lease, self._chain
+        if lease is not None and chain is not None and not chain.over:
+            self._engine.orphans.append((lease, None if lease.lone else chain))
 
     @property
     def begun(self) -> bool:
