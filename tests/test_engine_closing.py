@@ -250,3 +250,30 @@ async def test_nothing_is_left_of_a_pool(
     assert fault.count("C_Logout") == fault.count("C_Finalize") == 1
     last = [call.function for call in fault.calls()][-3:]
     assert last == ["C_Logout", "C_CloseSession", "C_Finalize"]
+
+
+@pytest.mark.parametrize("returns", [True, False])
+async def test_the_module_is_not_finalised_while_an_idle_pool_closes_a_session(
+    make_pool: MakePool, fault: FaultModule, *, returns: bool
+) -> None:
+    """What is given back because nobody needs it is a call like any other."""
+    grace = LAST_RESORT if returns else _SHORT
+    pool = make_pool(module=fault.path, close_timeout=grace)
+    await pool.open()
+    await digest(pool)
+    await settled(pool)
+    assert pool.stats().sessions_ahead
+    fault.on("C_CloseSession", hang="before")
+    await hangs(fault, "C_CloseSession")  # nobody had anything to do
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(pool.close)
+        if returns:
+            await anyio.wait_all_tasks_blocked()
+            assert fault.count("C_Finalize") == 0
+            fault.release()
+    assert fault.count("C_Finalize") == returns
+    last = fault.calls()[-1]
+    assert (last.function == "C_Finalize") == returns
+    fault.clear()
+    await eventually(lambda: pool.stats().calls_stuck == 0)
+    assert pool.stats().calls_lost == (not returns)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.leases import Lease
-    from pkcs11_pool.jobs import Job
+    from pkcs11_pool.jobs import Job, Thread
     from pkcs11_pool.login.actor import LoginActor
 
 _ATTEMPTS: Final = 3
@@ -337,16 +337,9 @@ class Outages(Leasing):
         self._room.returned(lane)
         return wake
 
-    def close_ahead(self, *, idle: bool = False) -> None:
-        """Close the sessions that were opened ahead. Whoever calls has not the turn.
-
-        Args:
-            idle: Only while the pool is idle and well: the module may be initialised
-                anew, for another pool, when this one has said that it is quiet.
-        """
+    def close_ahead(self) -> None:
+        """Close the sessions that were opened ahead. Whoever calls has not the turn."""
         with self._lock:
-            if idle and (self._outage is not None or not self._is_idle_locked()):
-                return
             close = self._room.take_ahead(counted=True)
             self._tidying += bool(close)
         if close:
@@ -359,6 +352,44 @@ class Outages(Leasing):
             with self._lock:
                 self._tidying -= 1
                 self._quiet.notify_all()
+
+    def close_spare(self, worker: Thread) -> bool:
+        """Close them while the pool is idle and well; whether there was any.
+
+        It is work like any other: the worker is busy and not among the idle, so that
+        whoever wants quiet waits for it, and a call that hangs is given up on.
+        """
+        with self._lock:
+            well = self._outage is None and self._pause is Pause.NOT
+            spare = well and self._room.ahead and self._is_idle_locked()
+            # Another thread may have woken it just now.
+            if not spare or worker not in self._idle:
+                return False
+            self._idle.remove(worker)
+            worker.busy = True
+            self._busy += 1
+            session = self._next_spare_locked(worker)
+        while session is not None:
+            with self._module.turn:
+                session.close()
+            with self._lock:
+                session = self._next_spare_locked(worker)
+        return True
+
+    def _next_spare_locked(self, worker: Thread) -> Session | None:
+        if worker.lost:
+            return None
+        if worker.counted is not None:
+            self._room.closed(rw=worker.counted)
+            worker.counted = None
+            self._wake_for_next_locked()
+        if self._room.ahead and not self._running:
+            worker.counted, worker.done = False, time.monotonic()
+            return self._room.ahead.popleft()
+        worker.busy = False
+        self._busy -= 1
+        self._quiet.notify_all()
+        return None
 
     def _is_idle_locked(self) -> bool:
         return not self._busy and time.monotonic() - self._last_work >= IDLE

@@ -93,16 +93,17 @@ class TokenEngine(Work):
         worker.start()
         return worker
 
-    def look_around(self) -> None:
+    def look_around(self, worker: Worker) -> bool:
         """Called by a worker that goes idle; to the point when the timekeeper asks.
 
         Sessions whose holders are forgotten are closed; spare ones, when all is idle.
+        Whether the worker did that, and is not on the list of the idle any more.
         """
         if not self._look_wanted:
-            return
+            return False
         self._look_wanted = False
         self.end_orphans()
-        self.close_ahead(idle=True)
+        return self.close_spare(worker)
 
     # -- The gate: called by the actor --------------------------------------------
 

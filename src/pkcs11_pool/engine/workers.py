@@ -108,8 +108,8 @@ class Worker:
                 return
             if self._stopping:
                 return
-            engine.look_around()
-            self._sleep.acquire()
+            if not engine.look_around(self):
+                self._sleep.acquire()
 
     def _do(
         self, job: Job, session: Session | None, victim: Session | None
