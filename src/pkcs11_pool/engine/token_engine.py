@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.cryptoki.module import Module, Turn
     from pkcs11_pool.engine.leases import Lease
+    from pkcs11_pool.jobs import Thread
     from pkcs11_pool.pins import Pin, Source
 
 
@@ -93,7 +94,7 @@ class TokenEngine(Work):
         worker.start()
         return worker
 
-    def look_around(self, worker: Worker) -> bool:
+    def look_around(self, worker: Thread) -> bool:
         """Called by a worker that goes idle; to the point when the timekeeper asks.
 
         Sessions whose holders are forgotten are closed; spare ones, when all is idle.
