@@ -273,17 +273,20 @@ class Page:
     def _serve(self, words: str) -> None:
         """Start a server, and wait until it listens."""
         self._stop_server()
-        self._server = subprocess.Popen(
-            ["/bin/bash", "-c", f'. "$STATE"\nexec {words}'],
-            cwd=self.home,
-            env=os.environ | self._shell,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.STDOUT,
-        )
+        log = self.home.parent / "server.log"
+        with log.open("w") as output:
+            self._server = subprocess.Popen(
+                ["/bin/bash", "-c", f'. "$STATE"\nexec {words}'],
+                cwd=self.home,
+                env=os.environ | self._shell,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
 
         def listens() -> bool:
             assert self._server is not None
-            assert self._server.poll() is None, f"it has ended: {words}"
+            why = f"{words} has ended:\n"
+            assert self._server.poll() is None, why + log.read_text(errors="replace")
             with socket.socket() as client:
                 return client.connect_ex(("127.0.0.1", self._port)) == 0
 

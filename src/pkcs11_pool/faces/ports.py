@@ -10,6 +10,7 @@ import fcntl
 import os
 import resource
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,7 +30,7 @@ class Resumed(Protocol):
         """Go on; called on the loop."""
 
 
-class Port:
+class Port(ABC):
     """The way from the workers into one event loop: many results, one wake-up."""
 
     #: What stands for the loop in its library.
@@ -62,8 +63,9 @@ class Port:
         while ready:
             ready.popleft().resume()
 
+    @abstractmethod
     def _schedule(self) -> None:
-        raise NotImplementedError
+        """Wake the loop."""
 
 
 class _AsyncioPort(Port):
