@@ -80,6 +80,11 @@ class Awake:
         if self._seen >= _WINDOW:
             self._conclude()
 
+    @property
+    def alone(self) -> bool:
+        """Whether the token is so fast that one worker is enough."""
+        return self.most == 1
+
     def _conclude(self) -> None:
         most = int(self._shortest / _OURS)
         if self._shortest / 2 < self._spent < math.inf:

@@ -82,7 +82,9 @@ class Work(Outages):
                     worker, ahead, now
                 ) or self._claim_any_locked(worker, ahead, now)
                 held = self._held
-                if not held or (claimed and now - self._held_since < _LATE):
+                if not held or (
+                    claimed and self._lines.reads and now - self._held_since < _LATE
+                ):
                     # They go on waiting: this worker goes on working.
                     return claimed
                 self._held = []
@@ -366,6 +368,11 @@ class Work(Outages):
                     and job.kind is _READ
                     and len(self._room.ahead) <= self._busy
                 )
+                if self._awake.alone and settled and job.kind is _READ:
+                    # Tidying takes less time here than it would take the loop to wake
+                    # up, which needs the interpreter's lock then: see `claim`.
+                    self._hold_back_locked(job, now)
+                    return opens
             elif (
                 # Each worker has its next one, while the loop makes new ones.
                 waiting > len(self._awake.at_work)
@@ -430,14 +437,17 @@ class Work(Outages):
             self._last_result = now
             return False
         self._last_result = now
-        held = self._held
-        if not held:
+        if self._held and now - self._held_since > _LATE:
+            return False
+        self._hold_back_locked(job, now)
+        return True
+
+    def _hold_back_locked(self, job: Job, now: float) -> None:
+        """Have the caller woken together with others; soon, whatever happens here."""
+        if not self._held:
             self._held_since = now
             self._look_later_locked(now)
-        elif now - self._held_since > _LATE:
-            return False
-        held.append(job.waiter)
-        return True
+        self._held.append(job.waiter)
 
 
 def _login_required(
