@@ -308,6 +308,52 @@ async def test_many_results_wake_the_loop_once(
     assert wakes == 1
 
 
+async def _fast(pool: TokenPool) -> None:
+    """Have a token taken for one that is so fast that one worker is enough."""
+    await digest(pool)
+    await settled(pool)
+    pool._engine._awake.most = 1  # noqa: SLF001  # no matter how busy the machine is
+
+
+@pytest.mark.usefixtures("never_idle")
+async def test_on_a_fast_token_the_caller_is_woken_when_its_worker_has_tidied(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else both would want the interpreter's lock at once."""
+    async with make_pool(module=fault.path, timeout=None) as pool:
+        await _fast(pool)
+        # Nor does the timekeeper come, as he does when it takes long.
+        monkeypatch.setattr(pool._engine, "_look_later_locked", lambda _now: None)  # noqa: SLF001
+        fault.on("C_CloseSession", hang="before")
+        back = False
+
+        async def caller() -> None:
+            nonlocal back
+            await digest(pool)
+            back = True
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(caller)
+            await hangs(fault, "C_CloseSession")
+            await anyio.wait_all_tasks_blocked()
+            assert not back
+            fault.release()
+        assert back
+
+
+async def test_a_result_does_not_wait_for_tidying_that_hangs(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """It comes a moment later, also where it waited for that."""
+    async with make_pool(module=fault.path) as pool:
+        await _fast(pool)
+        fault.on("C_CloseSession", hang="before")
+        with anyio.fail_after(LAST_RESORT):
+            await digest(pool)
+        await hangs(fault, "C_CloseSession")
+        fault.release()
+
+
 class _Touchy:
     """A logger that nobody may ask for anything."""
 

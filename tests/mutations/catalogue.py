@@ -59,8 +59,8 @@ CATALOGUE = (
     Mutation(
         "no-age",
         "cryptoki/keys.py",
-        "            age = self._max_age\n",
-        "            age = None\n",
+        "        age = self._max_age\n",
+        "        age = None\n",
         "A number that is older than handle_max_age is verified.",
         (
             (

@@ -121,25 +121,29 @@ class HandleCache:
             spec = target._narrowed.get(classes) or narrowed(target, classes)  # noqa: SLF001
         origin = spec.origin
         entry = self._entries.get(spec) if origin is None else origin.entry
-        # The epoch is not enough: it moves when the token is lost, and a call that is
-        # inside just then may find a number before the module is initialised anew.
-        if (
-            entry is not None
-            and entry.epoch == session.epoch
-            and entry.generation == session.generation
-        ):
-            age = self._max_age
-            if entry.mark == self.mark >= 0 and (
-                age is None or time.monotonic() - entry.checked_at < age
-            ):
+        if entry is not None:
+            if self.is_sure(entry, session):
                 return entry
-        else:
-            entry = None
+            if (entry.epoch, entry.generation) != (session.epoch, session.generation):
+                entry = None
         try:
             return self._look_up(session, spec, entry)
         except p11.PKCS11Error as error:
             recovery.mark_unsent(error)
             raise
+
+    def is_sure(self, entry: Entry, session: Session) -> bool:
+        """Whether its number may be used in a session without asking the token."""
+        age = self._max_age
+        return (
+            entry.mark == self.mark >= 0
+            # The epoch is not enough: it moves when the token is lost, and a call that
+            # is inside just then may find a number before the module is initialised
+            # anew.
+            and entry.epoch == session.epoch
+            and entry.generation == session.generation
+            and (age is None or time.monotonic() - entry.checked_at < age)
+        )
 
     def _look_up(self, session: Session, spec: KeySpec, entry: Entry | None) -> Entry:
         """Verify a number that is not sure, or find the object."""
@@ -186,10 +190,13 @@ class HandleCache:
     def drop(self, spec: KeySpec) -> None:
         """Do not trust a number any more: it is dead, or another object's."""
         if spec.origin is None:
-            self._entries.pop(spec, None)
-        elif spec.origin.entry is not None:
+            entry = self._entries.pop(spec, None)
+        else:
             # Kept, so that a namesake does not take its place within this login.
-            spec.origin.entry.mark = _NEVER
+            entry = spec.origin.entry
+        if entry is not None:
+            # Whoever has it at hand asks the token, too.
+            entry.mark = _NEVER
 
     def clear(self) -> None:
         """Forget everything, at a change of token or module."""

@@ -32,7 +32,7 @@ from pkcs11_pool.pins import Secret
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from pkcs11_pool.cryptoki.keys import Entry, HandleCache, Target
+    from pkcs11_pool.cryptoki.keys import Entry, HandleCache, KeySpec, Target
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.pins import Pin
 
@@ -167,15 +167,7 @@ def with_object(
         try:
             result = call(entry)
         except p11.PKCS11Error as error:
-            code = rv.code_of(error)
-            if code == _NOT_PERMITTED:
-                raise _not_permitted(target, entry) from error
-            if recovery.is_stateful(entry.key_type):
-                _check_used_up(target, entry, error)
-                recovery.forbid_repeat(error)
-            dead = code in _DEAD
-            if not dead and (mark == cache.mark >= 0 or cache.verify(session, entry)):
-                raise
+            _check_failure(session, cache, target, entry, mark, error)
             if attempt == _TRIES - 1:
                 raise
         else:
@@ -184,6 +176,26 @@ def with_object(
         cache.drop(narrowed(target, classes))
     message = f"{target} changes on the token faster than it can be used"
     raise KeyNotFound(message)
+
+
+def _check_failure(  # noqa: PLR0917  # as the loop above has them
+    session: Session,
+    cache: HandleCache,
+    target: Target,
+    entry: Entry,
+    mark: int,
+    error: p11.PKCS11Error,
+) -> None:
+    """Raise the error of a call, unless the number may have been another object's."""
+    code = rv.code_of(error)
+    if code == _NOT_PERMITTED:
+        raise _not_permitted(target, entry) from error
+    if recovery.is_stateful(entry.key_type):
+        _check_used_up(target, entry, error)
+        recovery.forbid_repeat(error)
+    dead = code in _DEAD
+    if not dead and (mark == cache.mark >= 0 or cache.verify(session, entry)):
+        raise error
 
 
 def _not_permitted(target: Target, entry: Entry) -> KeyFunctionNotPermitted:
@@ -260,6 +272,63 @@ def sign(
         return coder(entry.key_type).encode(raw) if der else raw
 
     return with_object(session, cache, target, PRIVATE_OR_SECRET, call)
+
+
+class Signing:
+    """Signatures of one key in one way: what is the same for each is found once.
+
+    While nothing has changed since the last one, the key's number and the packed
+    mechanism are those of then. All else goes the long way, through :func:`sign`.
+    """
+
+    def __init__(
+        self, cache: HandleCache, spec: KeySpec, mechanism: Mechanism | None
+    ) -> None:
+        self._cache = cache
+        self._spec = spec
+        self._mechanism = mechanism
+        # The key as it was used last, and the mechanism; none that wants its PIN.
+        self._known: tuple[Entry, tuple[object, int]] | None = None
+
+    def sign(self, data: bytes, session: Session) -> bytes:
+        """``C_SignInit``, ``C_Sign``."""
+        cache = self._cache
+        if (known := self._known) is None or not cache.is_sure(known[0], session):
+            return self._find_and_sign(data, session)
+        entry, packed = known
+        mark = entry.mark
+        try:
+            raw = _signature(session, entry, packed, data)
+        except p11.PKCS11Error as error:
+            _check_failure(session, cache, self._spec, entry, mark, error)
+        else:
+            if mark == cache.mark >= 0 or cache.verify(session, entry):
+                return raw
+        self._known = None
+        cache.drop(narrowed(self._spec, PRIVATE_OR_SECRET))
+        return self._find_and_sign(data, session)
+
+    def _find_and_sign(self, data: bytes, session: Session) -> bytes:
+        spec = self._spec
+
+        def call(entry: Entry) -> bytes:
+            check_login(entry, spec, None)
+            packed = way(entry, spec, _SIGN, self._mechanism, None)
+            raw = _signature(session, entry, packed, data)
+            self._known = entry, packed
+            return raw
+
+        return with_object(session, self._cache, spec, PRIVATE_OR_SECRET, call)
+
+
+def _signature(
+    session: Session, entry: Entry, packed: tuple[object, int], data: bytes
+) -> bytes:
+    f, handle = session.functions, session.handle
+    code = f.C_SignInit(handle, packed[1], entry.handle)
+    if code:
+        raise rv.error_of(code, "C_SignInit")
+    return _output(f.C_Sign, "C_Sign", handle, data, _ROOM)
 
 
 def verify(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from pkcs11_pool import config, pins
 from pkcs11_pool.cryptoki import operations
@@ -19,10 +21,11 @@ from pkcs11_pool.faces.sync import SyncKey
 from pkcs11_pool.login.reaffirm import Reaffirm
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 
     from pkcs11.mechanisms import Mechanism
 
+    from pkcs11_pool.cryptoki.keys import KeySpec
     from pkcs11_pool.engine.multipart import Operation
     from pkcs11_pool.faces.calls import Calls
     from pkcs11_pool.pins import NoPin, Pin
@@ -43,6 +46,8 @@ class KeyRef(KeyMaker):
             signature = await key.sign(b"data")
             assert await key.verify(b"data", signature)
     """
+
+    _signings: Mapping[Mechanism | None, operations.Signing] = MappingProxyType({})
 
     def on(self, session: Calls) -> KeyRef:
         """The same key, used in one open session: its session objects stay there.
@@ -105,11 +110,21 @@ class KeyRef(KeyMaker):
         Source:
             PKCS#11 v3.1, "Signing and MACing functions".
         """
+        if (
+            type(data) is bytes
+            and mechanism_param is None
+            and pin is None
+            and signature_format is _RAW
+            and not isinstance(self._target, SessionObject)
+        ):
+            # As below, with less to do for each signature.
+            work = partial(self._signing(arguments.mechanism(mechanism)).sign, data)
+            return await self._calls._read(work, timeout, self._home)  # noqa: SLF001
         options: dict[str, Any] = {
             "mechanism": arguments.mechanism(mechanism),
             "param": mechanism_param,
             "login": None if pin is None else self._login(pin),  # type: ignore[arg-type]
-            "der": signature_format is not _RAW and arguments.der(signature_format),
+            "der": arguments.der(signature_format),
         }
         result: bytes = await self._with_data(
             SIGN, operations.sign, data, timeout, options
@@ -399,6 +414,16 @@ class KeyRef(KeyMaker):
         }
         task = self._task(DECRYPT, operations.decrypt, timeout, options)
         return CryptStream(task, data)
+
+    def _signing(self, mechanism: Mechanism | None) -> operations.Signing:
+        """What this key's signatures have in common; kept, for it is all the same."""
+        made = self._signings.get(mechanism)
+        if made is None:
+            cache, spec = self._calls._engine.cache, self._target  # noqa: SLF001
+            made = operations.Signing(cache, cast("KeySpec", spec), mechanism)
+            # A new dictionary: references share the empty one.
+            self._signings = {**self._signings, mechanism: made}
+        return made
 
     def _login(self, pin: Pin | NoPin) -> Reaffirm:
         """The login for a use of this key, with a PIN that is out of sight."""
