@@ -120,6 +120,52 @@ async def test_a_number_that_others_gave_away_is_not_used_beyond_its_age(
         assert fault.calls("C_SignInit")[-1].object != used
 
 
+async def _used(pool: TokenPool) -> Any:
+    """A key whose number and mechanism are known."""
+    key = await _mac(pool, "mine", SECRET)
+    for _ in range(2):
+        assert await key.sign(_DATA, mechanism=_HMAC) == hmac_sha256(_DATA)
+    return key
+
+
+async def test_a_signature_during_which_objects_changed_is_checked_before_it_leaves(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """The key may have been destroyed meanwhile, and its number be another key's."""
+    async with make_pool(module=fault.path) as pool:
+        key = await _used(pool)
+        fault.on("C_Sign", hang="before")
+        made: list[bytes] = []
+
+        async def sign() -> None:
+            made.append(await key.sign(_DATA, mechanism=_HMAC))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(sign)
+            await hangs(fault, "C_Sign")
+            await _mac(pool, "other", bytes(32))
+            before = fault.count("C_GetAttributeValue")
+            fault.release()
+        assert made == [hmac_sha256(_DATA)]
+        assert fault.count("C_GetAttributeValue") == before + 1
+
+
+async def test_a_known_number_that_is_dead_is_looked_up_once_more(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Another process has made the key anew, say; its caller does not notice."""
+    async with make_pool(module=fault.path) as pool:
+        key = await _used(pool)
+        before = fault.count("C_FindObjectsInit")
+        fault.on("C_SignInit", answer=CKR.KEY_HANDLE_INVALID)
+        assert await key.sign(_DATA, mechanism=_HMAC) == hmac_sha256(_DATA)
+        # A private key or a secret one: that is two searches.
+        assert fault.count("C_FindObjectsInit") == before + 2
+        # Known again.
+        assert await key.sign(_DATA, mechanism=_HMAC) == hmac_sha256(_DATA)
+        assert fault.count("C_FindObjectsInit") == before + 2
+
+
 async def test_a_number_is_never_used_in_another_generation_than_its_own(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

@@ -167,8 +167,8 @@ def with_object(
         try:
             result = call(entry)
         except p11.PKCS11Error as error:
-            _check_failure(session, cache, target, entry, mark, error)
-            if attempt == _TRIES - 1:
+            stands = _stands(session, cache, target, entry, mark, error)
+            if stands or attempt == _TRIES - 1:
                 raise
         else:
             if mark == cache.mark >= 0 or cache.verify(session, entry):
@@ -178,24 +178,28 @@ def with_object(
     raise KeyNotFound(message)
 
 
-def _check_failure(  # noqa: PLR0917  # as the loop above has them
+def _stands(  # noqa: PLR0917  # as the loop above has them
     session: Session,
     cache: HandleCache,
     target: Target,
     entry: Entry,
     mark: int,
     error: p11.PKCS11Error,
-) -> None:
-    """Raise the error of a call, unless the number may have been another object's."""
+) -> bool:
+    """Whether the error of a call is that object's, and no other's.
+
+    Raises:
+        KeyFunctionNotPermitted, OutcomeUnknown: The error that it is for the caller.
+    """
     code = rv.code_of(error)
     if code == _NOT_PERMITTED:
         raise _not_permitted(target, entry) from error
     if recovery.is_stateful(entry.key_type):
         _check_used_up(target, entry, error)
         recovery.forbid_repeat(error)
-    dead = code in _DEAD
-    if not dead and (mark == cache.mark >= 0 or cache.verify(session, entry)):
-        raise error
+    if code in _DEAD:
+        return False
+    return mark == cache.mark >= 0 or cache.verify(session, entry)
 
 
 def _not_permitted(target: Target, entry: Entry) -> KeyFunctionNotPermitted:
@@ -300,7 +304,8 @@ class Signing:
         try:
             raw = _signature(session, entry, packed, data)
         except p11.PKCS11Error as error:
-            _check_failure(session, cache, self._spec, entry, mark, error)
+            if _stands(session, cache, self._spec, entry, mark, error):
+                raise
         else:
             if mark == cache.mark >= 0 or cache.verify(session, entry):
                 return raw
