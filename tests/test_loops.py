@@ -394,18 +394,29 @@ def test_an_interrupt_from_the_keyboard_leaves_a_good_pool(
 ) -> None:
     """The caller goes at once, out of a loop or out of a blocking call."""
 
+    gone = threading.Event()
+
     def interrupt() -> None:
         wait_for(lambda: hold.calls)
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGINT)
+        # One that comes just before the main thread falls asleep does not wake it, and
+        # is heeded when something does.
+        while not gone.wait(0.1):
+            signal.pthread_kill(main, signal.SIGUSR1)
 
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
     with Hold() as hold:
         thread = _in_thread(interrupt)
         call = partial(_run, way, pool.run) if way != "thread" else pool.run_sync
-        with pytest.raises(KeyboardInterrupt):
-            call(hold)
-        _joined(thread)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                call(hold)
+        finally:
+            gone.set()
+            _joined(thread)
+            signal.signal(signal.SIGUSR1, before)
         assert pool.stats().operations_running == 1
         assert pool.stats().operations_cancelled == 1
         hold.let_go()

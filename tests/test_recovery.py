@@ -1148,6 +1148,7 @@ async def test_what_is_closed_with_all_others_is_not_closed_under_a_call(
 _CLOSED = 2
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_what_could_not_be_closed_with_all_others_is_closed_later(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

@@ -40,6 +40,7 @@ from pkcs11_pool.engine.dispatch import Pause
 from poolkit import (
     Hold,
     paused,
+    settled,
 )
 
 if TYPE_CHECKING:
@@ -598,12 +599,14 @@ async def test_a_rw_session_comes_first_and_the_ro_sessions_go_after_it(
         ]
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_application_never_has_no_session(
     make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
 ) -> None:
     """From opening to closing at least one is open, or the module would log us out."""
     async with make_pool(module=fault.path) as pool:
         key = await _make_signer(pool)
+        await settled(pool)
         fault.clear_log()
         number = len(fault.sessions())
         for _ in range(3):

@@ -213,6 +213,7 @@ async def test_der_in_parts(pool: TokenPool) -> None:
     assert not await public.verify(iter([data]), b"no DER", **how)
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_what_fits_into_one_piece_is_one_call(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -228,6 +229,7 @@ async def test_what_fits_into_one_piece_is_one_call(
         assert counts == {"C_SignInit": 1, "C_Sign": 1, "C_CloseSession": 1}
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_parts_are_a_chain_on_one_session(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -855,6 +857,7 @@ async def test_cancelled_while_the_source_is_awaited(pool: TokenPool) -> None:
     assert await digest(pool)
 
 
+@pytest.mark.usefixtures("never_idle")
 @pytest.mark.parametrize("call", ["Init", "Update", "Final"])
 async def test_cancelled_inside_the_module(
     make_pool: MakePool, fault: FaultModule, call: str

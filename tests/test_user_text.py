@@ -129,6 +129,7 @@ async def test_a_session_is_identified_by_its_handle(
         assert [known[handle] for handle in handles] == [False, False, True]
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_handle_says_which_session_a_function_acts_on(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
