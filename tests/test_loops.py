@@ -393,7 +393,6 @@ def test_an_interrupt_from_the_keyboard_leaves_a_good_pool(
     pool: TokenPool, way: str
 ) -> None:
     """The caller goes at once, out of a loop or out of a blocking call."""
-
     gone = threading.Event()
 
     def interrupt() -> None:
