@@ -28,6 +28,7 @@ from poolkit import (
     digest,
     make_ec_key,
     pool_threads,
+    settled,
     wait_for,
 )
 
@@ -348,6 +349,8 @@ def test_a_session_held_in_an_abandoned_trio_loop_is_given_back(
         await trio.to_thread.run_sync(held.wait, LAST_RESORT)
 
     _joined(_in_thread(_abandon_trio, [hold], until_held))
+    # Until then the worker that brought it may have it in its hands.
+    _run("asyncio", settled, pool)
     gc.collect()
     wait_for(lambda: _is_at_rest(pool))
     assert len(fault.sessions()) == 1

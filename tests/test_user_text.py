@@ -510,6 +510,7 @@ async def test_all_threads_have_the_same_sessions_and_session_objects(
         assert results == [expected] * 40
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_closing_a_session_destroys_its_objects(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
