@@ -112,14 +112,12 @@ class TokenEngine(Work):
         """Hand a request to the actor.
 
         Raises:
-            PoolClosed, TokenUnavailable: It was not taken; nothing happens.
             WouldDeadlock: It waits for the end of a period of the security officer,
                 who is the one that asks.
         """
         self.check_process()
         with self._lock:
             if not job.stays:
-                self._check_open_locked()
                 self._check_officer_locked(job)
             job.phase = Phase.WAITING
             job.since = time.monotonic()
