@@ -14,7 +14,6 @@ from pkcs11_pool import PoolTimeout
 from poolkit import (
     ASYNCIO_ONLY,
     Hold,
-    blocking,
     digest,
     eventually,
     hangs,
