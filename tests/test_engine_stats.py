@@ -126,6 +126,20 @@ async def test_each_operation_is_counted_once(
         assert after.last_error.startswith("PoolTimeout: ")
 
 
+async def test_a_session_is_counted_when_it_is_opened(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Not when the call that it was opened for is over."""
+    async with make_pool(module=fault.path) as pool:
+        before = fault.count("C_OpenSession")
+        async with anyio.create_task_group() as tasks:
+            with Hold() as hold:
+                tasks.start_soon(pool.run, hold)
+                await hold.entered()
+                opened = fault.count("C_OpenSession") - before
+                assert pool.stats().sessions_opened_total == opened == 1
+
+
 async def test_a_session_block_is_no_operation(pool: TokenPool) -> None:
     """What is done in it is."""
     before = pool.stats().operations_total
