@@ -912,6 +912,6 @@ async def test_the_words_of_a_sources_own_error_are_not_looked_at(
 async def test_a_literal_is_in_memory_as_long_as_its_pool(way: Way) -> None:
     """In one object, whose text is behind a mangled name: Python cannot wipe it."""
     pool = way.pool(way.pin.text)
-    held = [one for one, _ in pinsearch.reached(pool) if isinstance(one, pins.Secret)]
+    held = [one for one in pinsearch.reached(pool) if isinstance(one, pins.Secret)]
     (secret,) = held
     assert Searcher(way.pin)(secret.encoded()) != []
