@@ -207,12 +207,14 @@ async def _leaks(scene: Scene, text: str) -> None:
     raise ValueError(len(text))
 
 
+_KEPT: Final[list[object]] = []
 _LEAKS: Final[dict[str, Callable[[Scene, str], Any]]] = {
     "log": lambda scene, text: scene.log.written.write(text),
     "held by a public object": lambda scene, text: scene.objects.append(
         functools.partial(lambda a: a, [{"x": (text,)}])
     ),
     "pickle and copy": lambda scene, text: scene.objects.append({"x": text}),
+    "repr of anything alive": lambda _scene, text: _KEPT.append(Pkcs11URI(token=text)),
     "words of the process": lambda _scene, text: sys.argv.append(text),
     "extra": lambda scene, text: scene.more.update(extra=lambda: [text]),
 }
@@ -222,13 +224,15 @@ _LEAKS: Final[dict[str, Callable[[Scene, str], Any]]] = {
 async def test_the_searcher_finds_a_leak(
     scene: Scene, wrong: Hidden, place: str
 ) -> None:
-    """One that is made on purpose, in the place where it was made."""
+    """One that is made on purpose, where it was made, also after a clean look."""
     words = list(sys.argv)
+    assert await look(scene, "before") == []
     try:
         _LEAKS[place](scene, wrong.text)
         found = await look(scene, "now")
     finally:
         sys.argv[:] = words
+        _KEPT.clear()
     assert [one for one in found if one.startswith(f"now: {place}:")]
 
 
