@@ -149,7 +149,7 @@ def test_a_child_opens_no_module_that_was_open_at_the_fork(
 def test_a_module_that_was_not_finalised_is_not_used_by_a_child(
     run: Callable[..., list[str]], backend: str, fault: FaultModule
 ) -> None:
-    """No pool is open, and it is initialised all the same: by the parent, for itself."""
+    """No pool is open, but the module is initialised: by the parent, for itself."""
     said = run(
         """
         from faultmodule import CKR, FaultModule

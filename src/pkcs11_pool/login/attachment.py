@@ -252,11 +252,11 @@ def who_is_in(session: Session) -> LoginState:
 
 
 def is_dead(session: Session) -> bool:
-    """Whether the token says that it has no such session."""
+    """Whether the token says that it has no such session, or is away itself."""
     try:
         session.info()
     except p11.PKCS11Error as error:
-        return recovery.classify(error) is recovery.Fault.SESSION
+        return recovery.classify(error).is_outage
     except ValueError:
         pass
     return False
