@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 import pkcs11
@@ -18,6 +19,7 @@ from pkcs11_pool import (
     SessionObjectDestroyed,
     TokenPool,
 )
+from pkcs11_pool.cryptoki import interface, rv
 from poolkit import blocking, digest, make_ec_key, settled
 
 if TYPE_CHECKING:
@@ -137,6 +139,55 @@ async def test_such_a_session_tells_of_its_own_login(
     }
 
 
+async def test_such_a_session_is_the_users_or_the_officers(
+    make: Any, pkcs11_faults: Faults, pkcs11_token: ThrowawayToken
+) -> None:
+    """One after the other, in the same session; and whoever fails leaves no trace."""
+    pkcs11_faults.login_per_session(pkcs11_token.user_pin)
+    async with make(login_per_session=True) as pool:
+        await make_ec_key(pool)
+    pins = (pkcs11_token.so_pin.encode(), pkcs11_token.user_pin.encode())
+    async with make(pin=None, rw_sessions_only=True) as pool:
+        functions, number = pool.lib.functions, ctypes.c_ulong()
+        flags = interface.CKF_SERIAL_SESSION | interface.CKF_RW_SESSION
+        slot = pool.token.slot_id
+        functions.C_OpenSession(slot, flags, None, None, ctypes.byref(number))
+
+        def login(session: int, who: int, pin: bytes) -> str:
+            return rv.name_of(functions.C_Login(session, who, pin, len(pin)))
+
+        def finds() -> bool:
+            handle, count = ctypes.c_ulong(), ctypes.c_ulong()
+            private = ctypes.c_ubyte(1)
+            asked = interface.RawAttribute(
+                int(Attribute.PRIVATE), ctypes.addressof(private), 1
+            )
+            code = functions.C_FindObjectsInit(number, ctypes.byref(asked), 1)
+            if code:
+                return False
+            functions.C_FindObjects(
+                number, ctypes.byref(handle), 1, ctypes.byref(count)
+            )
+            functions.C_FindObjectsFinal(number)
+            return count.value == 1
+
+        ours: Any = number.value
+        assert login(ours, 0, pins[0]) == "CKR_OK"
+        async with pool.session() as other:
+            clash = login(other.handle, 1, pins[1])
+            assert clash == "CKR_USER_ANOTHER_ALREADY_LOGGED_IN"
+        assert functions.C_Logout(ours) == 0
+        assert not finds()
+        assert login(ours, 1, pins[1]) == "CKR_OK"
+        assert login(ours, 1, pins[1]) == "CKR_USER_ALREADY_LOGGED_IN"
+        assert finds()
+        assert functions.C_Logout(ours) == 0
+        assert login(ours, 0, b"99999999") == "CKR_PIN_INCORRECT"
+        assert login(ours, 1, pins[1]) == "CKR_OK"
+        assert finds()
+        functions.C_CloseSession(ours)
+
+
 # -- A login that is ignored ----------------------------------------------------------
 
 
@@ -246,25 +297,47 @@ async def test_the_number_of_a_session_object_ends_with_its_session(
 
 
 async def test_a_number_that_nobody_has_is_refused(
-    make: Any, pkcs11_faults: Faults, pkcs11_token: ThrowawayToken
+    make: Any, pkcs11_faults: Faults
 ) -> None:
-    """It would be the module's own number of something else."""
+    """Though it may be the module's own number of something."""
     pkcs11_faults.reuse_numbers()
     async with make() as pool:
+        for _ in range(5):
+            await _uses(pool)
         key = await pool.generate_key(KeyType.AES, 128, label="k", store=True)
+        async with pool.session() as session:
+            functions, info = pool.lib.functions, interface.RawSessionInfo()
+            open_ones = {
+                number
+                for number in range(1, 100)
+                if not functions.C_GetSessionInfo(number, ctypes.byref(info))
+            }
+            assert session.handle in open_ones
+            assert open_ones <= {1, 2, 3}
+            there = set()
+            for number in range(1, 100):
+                asked = interface.RawAttribute(int(Attribute.CLASS), None, 0)
+                code = functions.C_GetAttributeValue(
+                    session.handle, number, ctypes.byref(asked), 1
+                )
+                if code == 0:
+                    there.add(number)
+            assert there == await pool.run(_numbers)
+            assert len(there) == 1
+        assert await key.attributes([Attribute.LABEL])
 
-        def misled(session: Any) -> None:
-            found = session.get_key(label="k")
-            found.destroy()
-            found.encrypt(b"data", mechanism_param=bytes(16))
 
-        with pytest.raises(pkcs11.ObjectHandleInvalid):
-            await pool.run(misled, rw=True)
-        with pytest.raises(pkcs11.NoSuchKey):
-            await key.encrypt(b"data", **_AES_CBC)
+async def test_with_the_last_session_the_numbers_of_all_objects_end(
+    make: Any, pkcs11_faults: Faults
+) -> None:
+    """And begin again from 1."""
+    pkcs11_faults.reuse_numbers()
+    async with make() as pool:
+        await make_ec_key(pool)
+        before = await pool.run(_numbers)
         await blocking(pkcs11_faults.drop_sessions)
-        await _uses(pool)
-    assert pkcs11_token.label
+        await pool.find()
+        assert await pool.run(_numbers) == before == {1, 2}
 
 
 # -- All of it ------------------------------------------------------------------------

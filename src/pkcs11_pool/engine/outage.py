@@ -216,6 +216,7 @@ class Outages(Leasing):
                 self._send_one_locked()
             else:
                 self._lines.insert(job)
+            self._refuse_late_locked(job)
             return True
 
     def _was_busy(self, job: Job, session: Session, error: Exception) -> bool:
@@ -280,6 +281,7 @@ class Outages(Leasing):
         if job.attempts >= _ATTEMPTS or not self._let_go_locked(job):
             return False
         self._lines.insert(job)
+        self._refuse_late_locked(job)
         return True
 
     # -- The token is lost, and back ----------------------------------------------
@@ -321,6 +323,7 @@ class Outages(Leasing):
             if job.phase is not Phase.RUNNING or job.attempts >= _ATTEMPTS:
                 return False
             job.phase = Phase.WAITING
+            self._refuse_late_locked(job)
             return True
 
     def wait_quiet(self, deadline: float) -> bool:
@@ -468,6 +471,14 @@ class Outages(Leasing):
             seconds=round(now - outage.since, 1),
         )
         return float("inf")
+
+    def _refuse_late_locked(self, job: Job) -> None:
+        """A job waits again: refuse it, where all others have been refused already."""
+        if self._outage is None or not self._outage.over:
+            return
+        self._take_out_locked(job)
+        if self._settle_locked(job, None, self._unavailable()):
+            job.waiter.wake()
 
     def _unavailable(self) -> TokenUnavailable:
         outage = self._outage
