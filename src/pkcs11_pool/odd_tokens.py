@@ -213,10 +213,10 @@ class OddToken:
             session = _Session(real, slot, bool(flags & _RW))
             number = self._session_numbers.take() if self.reuses else real
             self._sessions[number] = session
-            officer = any(s.who == _SO for s in self._sessions.values())
         told[0] = number
-        if self.login is not PlayedLogin.SHARED and not officer:
-            # With its last session the token lost its login, so each brings it back.
+        if self.login is not PlayedLogin.SHARED:
+            # With its last session the token lost its login, so each brings it back;
+            # while an officer is in, the token refuses.
             self._really_log_in(session)
         return 0
 
