@@ -548,18 +548,24 @@ async def test_after_a_logout_that_is_ignored_nothing_public_makes_what_is_priva
     fault.play_login("ignored", token.user_pin.encode())
     public = {pkcs11.Attribute.PRIVATE: False}
     private = {pkcs11.Attribute.PRIVATE: True}
-    how: dict[str, Any] = {"mechanism": Mechanism.AES_KEY_WRAP}
     new: dict[str, Any] = {"label": "new", "store": True}
-    secret = (pkcs11.ObjectClass.SECRET_KEY, KeyType.AES)
     async with make_pool(module=fault.path, pin=None, login_ignored=True) as pool:
         key = await pool.generate_key(
             KeyType.AES, 128, label="k", store=True, template=_EXPORTABLE | public
         )
-        wrapped = await key.wrap_key(key, **how)
+        wrapped = await key.wrap_key(key, mechanism=Mechanism.AES_KEY_WRAP)
+        unwrap = partial(
+            key.unwrap_key,
+            pkcs11.ObjectClass.SECRET_KEY,
+            KeyType.AES,
+            wrapped,
+            mechanism=Mechanism.AES_KEY_WRAP,
+            **new,
+        )
         group: Any = await pool.create_object(_GROUP | public)
         makers: list[Any] = [
-            lambda: key.unwrap_key(*secret, wrapped, **new, **how),
-            lambda: key.unwrap_key(*secret, wrapped, template=private, **new, **how),
+            unwrap,
+            lambda: unwrap(template=private),
             lambda: key.derive_key(KeyType.AES, 128, **new),
             lambda: key.copy(private),
             lambda: key.set_attributes(private),
@@ -571,7 +577,7 @@ async def test_after_a_logout_that_is_ignored_nothing_public_makes_what_is_priva
             with pytest.raises(LoginRequired, match="PRIVATE: False"):
                 await make()
         assert not _CHANGING & fault.counts().keys()
-        await key.unwrap_key(*secret, wrapped, template=public, **new, **how)
+        await unwrap(template=public)
         await key.copy({pkcs11.Attribute.LABEL: "copy"})
         await key.set_attributes({pkcs11.Attribute.LABEL: "other"})
         await pool.login()

@@ -313,7 +313,7 @@ async def test_a_number_that_nobody_has_is_refused(
                 if not functions.C_GetSessionInfo(number, ctypes.byref(info))
             }
             assert session.handle in open_ones
-            assert open_ones <= {1, 2, 3}
+            assert max(open_ones) <= 1 + pool.stats().sessions_max
             there = set()
             for number in range(1, 100):
                 asked = interface.RawAttribute(int(Attribute.CLASS), None, 0)
@@ -333,10 +333,10 @@ async def test_with_the_last_session_the_numbers_of_all_objects_end(
     """And begin again from 1."""
     pkcs11_faults.reuse_numbers()
     async with make() as pool:
-        await make_ec_key(pool)
+        key = await make_ec_key(pool)
         before = await pool.run(_numbers)
         await blocking(pkcs11_faults.drop_sessions)
-        await pool.find()
+        assert await _sign(key)  # finds the login lost
         assert await pool.run(_numbers) == before == {1, 2}
 
 

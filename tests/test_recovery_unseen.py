@@ -99,12 +99,15 @@ async def test_what_was_found_before_a_reset_is_found_again_without_a_login(
         assert fault.count("C_Login") == 0
 
 
-async def test_so_it_is_where_the_login_is_ignored(
-    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+@pytest.mark.parametrize("way", ["ignored", "per_session"])
+async def test_so_it_is_where_a_session_tells_nothing_of_the_others(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken, way: Any
 ) -> None:
-    """What a session tells of the login means nothing there."""
-    fault.play_login("ignored", token.user_pin.encode())
-    options: dict[str, Any] = {"pin": None, "login_ignored": True}
+    """Its login is always there, or its own."""
+    fault.play_login(way, token.user_pin.encode())
+    options: dict[str, Any] = {"login_per_session": True}
+    if way == "ignored":
+        options = {"login_ignored": True, "pin": None}
     async with make_pool(module=fault.path, **options) as pool:
         key = await pool.generate_key(KeyType.AES, 128, label="k", store=True)
         await key.attributes([Attribute.LABEL])

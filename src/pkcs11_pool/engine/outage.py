@@ -184,11 +184,11 @@ class Outages(Leasing):
         """Whether a job starts anew because all sessions died, and nobody knew.
 
         The numbers of objects died with them. Where a login died as well its loss
-        tells; where there was none, or it is of no matter, the actor's session does.
+        tells; where there was none, or none for all, the actor's session does.
         """
-        login = self.actor.login
-        asked = self.options.login_ignored or login.state is LoginState.PUBLIC
-        if not asked:
+        login, options = self.actor.login, self.options
+        shared = not (options.login_ignored or options.login_per_session)
+        if shared and login.state is not LoginState.PUBLIC:
             return False
         if session.epoch == login.epoch:
             if not self.actor.has_died():
