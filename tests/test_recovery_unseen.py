@@ -13,7 +13,7 @@ from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
 
 from faultmodule import CKR
 from pkcs11_pool import KeyNotFound, LoginState, OutcomeUnknown, TokenPool
-from poolkit import blocking, eventually, hangs, make_ec_key, settled
+from poolkit import blocking, digest, eventually, hangs, make_ec_key, settled
 
 if TYPE_CHECKING:
     from conftest import MakePool
@@ -178,3 +178,30 @@ async def test_a_login_that_was_lost_under_a_change_is_restored_at_once(
         assert fault.count("C_GenerateKey") == 0
         assert len(await pool.find({Attribute.LABEL: "new"})) == 1
         assert fault.count("C_Login") == 1
+
+
+async def test_a_close_on_its_way_hits_no_stranger_where_one_call_is_made_at_a_time(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """What opens the next session with its number waits until it has come back."""
+    fault.reuse_numbers()
+    async with make_pool(module=fault.path, serialize=True) as pool:
+        await _reset(pool, fault)
+        await digest(pool)
+        await settled(pool)
+        await blocking(pool._engine.close_ahead)  # noqa: SLF001
+        hold = fault.on("C_CloseSession", hang="before")
+        await digest(pool)
+        await hangs(fault, "C_CloseSession")
+        (late,) = [c for c in fault.calls("C_CloseSession") if c.rv is None]
+        fault.lose_sessions(pool.token.slot_id)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(digest, pool)
+            await eventually(lambda: pool.stats().operations_waiting)
+            opened = fault.count("C_OpenSession")
+            fault.remove(hold)
+            await anyio.wait_all_tasks_blocked()
+            assert fault.count("C_OpenSession") == opened
+            fault.release()
+        (found,) = [c for c in fault.calls() if c.sequence == late.sequence]
+        assert found.rv == CKR.SESSION_HANDLE_INVALID
