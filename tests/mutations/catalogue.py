@@ -351,8 +351,8 @@ CATALOGUE = (
     Mutation(
         "made-again",
         "engine/outage.py",
-        "            and not made\n",
-        "",
+        "if once or not (job.restart",
+        "if not (job.restart",
         "What was made is not made again when the login is lost just after it.",
         (
             (

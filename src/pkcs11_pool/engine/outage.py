@@ -104,11 +104,15 @@ class Outages(Leasing):
                 return None
         if fault.is_outage:
             return self._cut_off(job, session, error, fault)
-        made = isinstance(error, OutcomeUnknown)
+        if fault not in (Fault.LOGIN, Fault.HANDLE):
+            return error
+        once = isinstance(error, OutcomeUnknown)
+        if self._without_login(job, session, once=once):
+            return None
         if (
-            fault in (Fault.LOGIN, Fault.HANDLE)
-            and not made
-            and self._without_login(job, session)
+            fault is Fault.HANDLE
+            and not once
+            and self._after_reset(job, session, error)
         ):
             return None
         return error
@@ -152,36 +156,55 @@ class Outages(Leasing):
         unknown.__cause__ = error
         return unknown
 
-    def _without_login(self, job: Job, session: Session) -> bool:
-        """Whether a job starts anew because it found no login.
+    def _without_login(self, job: Job, session: Session, *, once: bool) -> bool:
+        """Whether a job starts anew because it found no login; not one made ``once``.
 
-        A login that was lost shows as an error of the operation.
+        A login that was lost shows as an error of the operation. It is restored in any
+        case: nobody knows when the next operation comes.
         """
         login = self.actor.login
         if login.state is LoginState.SO:
             return False
         # Where no login is asked for, what a session tells of it means nothing.
-        told = not self.options.login_ignored and _is_logged_out(session)
-        if login.state is LoginState.USER and not told:
+        ignored = self.options.login_ignored
+        if login.state is LoginState.USER and (ignored or not _is_logged_out(session)):
             # Looked at anew: while the token was asked, a login that was lost may have
             # been restored. The job started under the one before, then.
             login = self.actor.login
             if login.state is LoginState.USER:
-                return session.epoch != login.epoch and self._again(job, wait=False)
+                before = session.epoch != login.epoch
+                return before and not once and self._again(job, wait=False)
         if login.state is LoginState.PUBLIC and login.wanted is LoginState.PUBLIC:
             return False
-        again = self._again(job, wait=True)
+        again = self._again(job, wait=True, once=once)
         self.actor.need_login(login.epoch)
         return again
 
-    def _again(self, job: Job, *, wait: bool) -> bool:
+    def _after_reset(self, job: Job, session: Session, error: Exception) -> bool:
+        """Whether a job starts anew because all sessions died, and nobody knew.
+
+        The numbers of objects died with them. Where a login died as well its loss
+        tells; where there was none, or none for all, the actor's session does.
+        """
+        login, options = self.actor.login, self.options
+        shared = not (options.login_ignored or options.login_per_session)
+        if shared and login.state is not LoginState.PUBLIC:
+            return False
+        if session.epoch == login.epoch:
+            if not self.actor.has_died():
+                return False
+            # First of all: the job must not start again at once.
+            self.doubt(error)
+        return self._again(job, wait=False)
+
+    def _again(self, job: Job, *, wait: bool, once: bool = False) -> bool:
         """Start a job again, at once or when the login is there; whether it may be."""
         with self._lock:
             # Whatever becomes of this one: others would find the login lost, too.
             self._login_awaited |= wait
             self._quiet.notify_all()
             job.attempts += 1
-            if not (job.restart or job.repeats) or job.attempts >= _ATTEMPTS:
+            if once or not (job.restart or job.repeats) or job.attempts >= _ATTEMPTS:
                 return False
             if job.lane is not None and job.lane.closing:
                 # Who was in its line has been told: nobody would look there again.

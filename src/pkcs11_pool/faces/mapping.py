@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 import anyio.lowlevel
 
-from pkcs11_pool.errors import InvalidType, PoolTimeout, TooManyWaiting, WouldDeadlock
+from pkcs11_pool.errors import (
+    ForkedProcess,
+    InvalidType,
+    PoolTimeout,
+    TooManyWaiting,
+    WouldDeadlock,
+)
 from pkcs11_pool.faces import arguments
 from pkcs11_pool.faces.waiting import blocking, blocks, checkpoint, current_waiter
 from pkcs11_pool.jobs import Job, Phase
@@ -223,6 +229,9 @@ class Results(Generic[T]):
                     self._failure = error
                 # Others fill the pool: one of these must come to its end first.
                 return
+            except ForkedProcess:
+                # Taking the item forked: what is under way is the parent's.
+                raise
             except Exception as error:  # noqa: BLE001  # raised when it is its turn
                 self._failure = error
                 return

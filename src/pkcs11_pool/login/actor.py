@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool.errors import PoolClosed
-from pkcs11_pool.login.attachment import Attachment
+from pkcs11_pool.login.attachment import Attachment, is_dead
 from pkcs11_pool.login.keeping_alive import KeepAlive
 from pkcs11_pool.login.mailbox import Mailbox, Request
 from pkcs11_pool.login.officer import Officer
@@ -177,6 +177,16 @@ class LoginActor(Standing):
         """Whether nothing is being recovered."""
         return self._recovery.is_over
 
+    def has_died(self) -> bool:
+        """Whether the token says that the anchor is no more: nor is any other, then.
+
+        A worker asks, while the actor may be replacing it: so True is a doubt.
+        """
+        anchor = self._attachment.anchor
+        if anchor is None or anchor.generation != self.attached.generation:
+            return False
+        return is_dead(anchor)
+
     # -- What the recovery brings back --------------------------------------------
 
     def _period_lost(self) -> None:
@@ -259,7 +269,7 @@ class LoginActor(Standing):
             if not self._own_pin.is_given and not options.login_ignored:
                 self._gate.settle(job, None, None)
             else:
-                self._user.log_in(job, None, force=False)
+                self._user.log_in(job, None, force=False, fresh=True)
         except Exception:
             attachment.detach()
             raise
