@@ -163,8 +163,8 @@ async def test_an_idle_pool_tidies_nothing_while_it_stands_back(
             fault.reset_counts()
             # As the timekeeper has an idle worker do it.
             engine = well._engine  # noqa: SLF001
-            engine._look_wanted, engine._last_work = True, 0.0  # noqa: SLF001
-            await blocking(engine.look_around, engine._idle[-1])  # noqa: SLF001
+            engine._lull.wanted, engine._lull.last_work = True, 0.0  # noqa: SLF001
+            await blocking(engine.look_around, engine._staff.idle[-1])  # noqa: SLF001
             closed = fault.count("C_CloseSession")
             fault.release()
         await _ready(ill, well)
