@@ -25,6 +25,7 @@ from pkcs11_pool import (
     StreamInterrupted,
     TokenUnavailable,
 )
+from pkcs11_pool.cryptoki import recovery
 from pkcs11_pool.cryptoki.interface import pack_ulong
 from pkcs11_pool.cryptoki.keys import Entry, KeySpec
 from pkcs11_pool.cryptoki.operations import with_object
@@ -40,6 +41,7 @@ from poolkit import (
     hangs,
     make_ec_key,
     settled,
+    wait_for,
 )
 
 if TYPE_CHECKING:
@@ -134,6 +136,27 @@ async def test_a_token_that_is_away_is_waited_for(
         assert (stats.operations_failed, stats.recoveries_total) == (0, 1)
         assert pool.state is PoolState.READY
         assert _who(pool) is LoginState.USER
+
+
+async def test_an_error_of_a_token_that_was_away_is_not_the_callers(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Looked at when the token is back, it tells nothing: it is made again."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        fault.on("C_Sign", hang="before", answer=CKR.GENERAL_ERROR)
+        async with anyio.create_task_group() as tasks:
+            signed: list[bytes] = []
+
+            async def sign() -> None:
+                signed.append(await _sign(key))
+
+            tasks.start_soon(sign)
+            await hangs(fault, "C_Sign")
+            async with _Outage(pool, fault):
+                pass
+            fault.release()
+        assert len(signed) == 1
 
 
 async def test_a_module_that_stays_broken_is_initialised_anew(
@@ -815,6 +838,26 @@ async def test_jobs_in_the_line_of_a_lost_session_are_told(
             fault.release()
             await eventually(lambda: len(errors) == 3)
             fault.come_back()
+        await _back(pool)
+
+
+async def test_a_job_is_told_of_a_session_that_is_lost_behind_its_back(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its session is given up before it can be made again: it waits for nobody."""
+    async with make_pool(module=fault.path) as pool, pool.session() as session:
+        is_unsent = recovery.is_unsent
+
+        def when_it_is_lost(error: BaseException) -> bool:
+            wait_for(lambda: session.closed)
+            return is_unsent(error)
+
+        # Asked by the worker between its doubt and the way back into the line.
+        monkeypatch.setattr(recovery, "is_unsent", when_it_is_lost)
+        fault.go_down()
+        with pytest.raises(SessionClosed):
+            await digest(session, timeout=LAST_RESORT)
+        fault.come_back()
         await _back(pool)
 
 

@@ -77,7 +77,9 @@ class Outages(Overdue):
         """
         fault = recovery.classify(error)
         if fault is Fault.UNSURE:
-            fault = _asked(session)
+            # What the session says after an outage tells nothing of a call before it.
+            over = session.epoch != self.actor.login.epoch
+            fault = Fault.TOKEN if over else _asked(session)
             if fault is Fault.CALLER and self._was_busy(job, session, error):
                 return None
         if fault.is_outage:
@@ -103,11 +105,10 @@ class Outages(Overdue):
         # Whoever closed it himself, or began before the last recovery, tells nothing.
         if session.handle and session.epoch == self.actor.login.epoch:
             self.doubt(error)
-        lost = lane is not None and lane.closing
         once = isinstance(error, OutcomeUnknown)
         unsent = recovery.is_unsent(error)
         repeats = job.repeats or (job.restart and unsent)
-        if not (lost or once) and repeats and self._again(job, wait=False):
+        if not once and repeats and self._again(job, wait=False):
             return None
         # What a caller's function does with its session, he knows himself.
         known = unsent or (fault is Fault.SESSION and not job.restart)
@@ -161,6 +162,9 @@ class Outages(Overdue):
             self._quiet.notify_all()
             job.attempts += 1
             if not (job.restart or job.repeats) or job.attempts >= _ATTEMPTS:
+                return False
+            if job.lane is not None and job.lane.closing:
+                # Who was in its line has been told: nobody would look there again.
                 return False
             if not self._let_go_locked(job):
                 return False
@@ -308,7 +312,9 @@ class Outages(Overdue):
         lane.lose(_cut(cause) if lone else cause)
         lane.owner.gone = True
         wake = self._refuse_lane_locked(lane) + self._refuse_users_locked(lane)
-        for job in [job for job in self._lines if job.lane is lane]:
+        for job in [*self._lines, *self._parked]:
+            if job.lane is not lane:
+                continue
             self._take_out_locked(job)
             if self._settle_lane_locked(job):
                 wake.append(job)
