@@ -21,7 +21,7 @@ from pkcs11_pool import (
     TokenUnavailable,
     list_tokens,
 )
-from pkcs11_pool.engine import dispatch
+from pkcs11_pool.engine import lull
 from pkcs11_pool.login import steps
 from pkcs11_pool.login.steps import Step
 from poolkit import (
@@ -147,7 +147,7 @@ async def test_an_idle_pool_tidies_nothing_while_it_stands_back(
 ) -> None:
     """What it opened ahead ended with the generation: its number is another's soon."""
     # It is idle when the test says so.
-    monkeypatch.setattr(dispatch, "IDLE", 60)
+    monkeypatch.setattr(lull, "IDLE", 60)
     async with AsyncExitStack() as stack:
         ill, well = await _two(stack, make_pool, fault, other)
         for pool in (ill, well):

@@ -1,7 +1,6 @@
 """Results that wait a moment for others, so that one wake-up of a loop serves many.
 
-Called under the engine's lock. Only results are held back, never errors of the pool's
-own: who is waited for less than a millisecond was busy with other results.
+Called under the engine's lock. A moment is a millisecond at most.
 """
 
 from __future__ import annotations

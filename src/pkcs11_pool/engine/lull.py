@@ -28,7 +28,7 @@ class Lull:
         self.last_work = 0.0
         self.wanted = False
         self._come_at = come_at
-        #: When one is sent.
+        # When one is sent.
         self._look_at = inf
 
     def begins(self, now: float) -> None:
