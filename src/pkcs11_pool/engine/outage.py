@@ -173,6 +173,7 @@ class Outages(Overdue):
                 self._errands.send_one()
             else:
                 self._lines.insert(job)
+            self._refuse_late_locked(job)
             return True
 
     def _was_busy(self, job: Job, session: Session, error: Exception) -> bool:
@@ -235,6 +236,7 @@ class Outages(Overdue):
         if job.attempts >= _ATTEMPTS or not self._let_go_locked(job):
             return False
         self._lines.insert(job)
+        self._refuse_late_locked(job)
         return True
 
     # -- The token is lost, and back ----------------------------------------------
@@ -276,6 +278,7 @@ class Outages(Overdue):
             if job.phase is not Phase.RUNNING or job.attempts >= _ATTEMPTS:
                 return False
             job.phase = Phase.WAITING
+            self._refuse_late_locked(job)
             return True
 
     def wait_quiet(self, deadline: float) -> bool:
@@ -312,7 +315,7 @@ class Outages(Overdue):
         lane.lose(_cut(cause) if lone else cause)
         lane.owner.gone = True
         wake = self._refuse_lane_locked(lane) + self._refuse_users_locked(lane)
-        for job in [*self._lines, *self._parked]:
+        for job in [*self._lines, *self._waiting.parked]:
             if job.lane is not lane:
                 continue
             self._take_out_locked(job)
@@ -423,6 +426,12 @@ class Outages(Overdue):
             seconds=round(now - outage.since, 1),
         )
         return float("inf")
+
+    def _refuse_late_locked(self, job: Job) -> None:
+        """A job waits again: refuse it, where all others have been refused already."""
+        outage = self._mode.outage
+        if outage is not None and outage.over:
+            self._wake_all(self._refuse_locked([job], outage.unavailable))
 
 
 def _asked(session: Session) -> Fault:
