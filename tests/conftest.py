@@ -170,8 +170,7 @@ def make_pool(token: ThrowawayToken) -> MakePool:
 @pytest.fixture
 def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions opened ahead stay, also when the machine stands still for a moment."""
-    for module in ("dispatch", "outage"):
-        monkeypatch.setattr(f"pkcs11_pool.engine.{module}.IDLE", 1000.0)
+    monkeypatch.setattr("pkcs11_pool.engine.lull.IDLE", 1000.0)
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def _room(pool: TokenPool) -> Any:
 
 def _resting(pool: TokenPool) -> Any:
     """Return the operations that the token was too busy for."""
-    return pool._engine._resting  # noqa: SLF001
+    return pool._engine._waiting.resting  # noqa: SLF001
 
 
 def _is(pool: TokenPool, state: LoginState) -> None:

@@ -169,7 +169,7 @@ class Results(Generic[T]):
     async def _next(self) -> Any:
         if self._over:
             raise StopAsyncIteration
-        self._engine.check_process()
+        self._engine.home.check()
         if self._waiter is None:
             self._waiter = current_waiter()
         await self._fill(self._waiter)
@@ -274,7 +274,7 @@ class Results(Generic[T]):
         self._held = _END
         left = [job for job in self._window if isinstance(job, Job)]
         self._window.clear()
-        if self._engine.is_forked:
+        if self._engine.home.is_forked:
             return
         inside = [job for job in left if not self._engine.cancel(job)]
         if inside and self._waiter is not None:
