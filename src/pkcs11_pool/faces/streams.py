@@ -351,7 +351,7 @@ class Feed:
             raise StreamInterrupted(_ENDED)
         begun = chain.begun
         # Taking the piece may have forked: a child finds no loop, nor its lock free.
-        self._engine.check_process()
+        self._engine.home.check()
         waiter = current_waiter()
         target = task.plan.target
         job = Job(
@@ -416,7 +416,7 @@ class Feed:
 
     async def _sit_down(self) -> None:
         task, engine = self._task, self._engine
-        engine.check_process()
+        engine.home.check()
         self._chain = chain = MultiPart(task.plan, current_waiter().holder)
         self._lease, self._hold = await task.calls._seat(  # noqa: SLF001  # one package
             chain, task.deadline, nowait=task.nowait, home=task.home
