@@ -5,14 +5,14 @@ The number of the login's own session is anybody's then, and so are those of obj
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
+from pkcs11 import Attribute, KeyType, Mechanism
 
 from faultmodule import CKR
-from pkcs11_pool import KeyNotFound, LoginState, OutcomeUnknown, TokenPool
+from pkcs11_pool import LoginState, OutcomeUnknown, TokenPool
 from poolkit import blocking, digest, eventually, hangs, make_ec_key, settled
 
 if TYPE_CHECKING:
@@ -81,78 +81,6 @@ async def test_a_login_asked_for_after_a_reset_finds_its_way(
         await pool.login(token.user_pin)
         assert await _sign(key)
         assert fault.count("C_Login") == 1
-
-
-async def test_what_was_found_before_a_reset_is_found_again_without_a_login(
-    make_pool: MakePool, fault: FaultModule
-) -> None:
-    """No login was lost that would tell: the actor's own session does."""
-    async with make_pool(module=fault.path) as pool:
-        await make_ec_key(pool)
-        await pool.logout()
-        (public,) = await pool.find({Attribute.CLASS: ObjectClass.PUBLIC_KEY})
-        assert await public.attributes([Attribute.LABEL])
-        await _reset(pool, fault)
-        assert await public.attributes([Attribute.LABEL])
-        assert pool.login_state is LoginState.PUBLIC
-        assert pool.stats().recoveries_total == 1
-        assert fault.count("C_Login") == 0
-
-
-@pytest.mark.parametrize("way", ["ignored", "per_session"])
-async def test_so_it_is_where_a_session_tells_nothing_of_the_others(
-    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken, way: Any
-) -> None:
-    """Its login is always there, or its own."""
-    fault.play_login(way, token.user_pin.encode())
-    options: dict[str, Any] = {"login_per_session": True}
-    if way == "ignored":
-        options = {"login_ignored": True, "pin": None}
-    async with make_pool(module=fault.path, **options) as pool:
-        key = await pool.generate_key(KeyType.AES, 128, label="k", store=True)
-        await key.attributes([Attribute.LABEL])
-        await _reset(pool, fault)
-        assert await key.attributes([Attribute.LABEL])
-        assert pool.stats().recoveries_total == 1
-
-
-async def test_who_began_before_a_reset_was_known_is_served_as_well(
-    make_pool: MakePool, fault: FaultModule
-) -> None:
-    """Its number is of that time, and all is well again when it finds that out."""
-    async with make_pool(module=fault.path) as pool:
-        await make_ec_key(pool)
-        await pool.logout()
-        (public,) = await pool.find({Attribute.CLASS: ObjectClass.PUBLIC_KEY})
-        await _reset(pool, fault)
-        with pool._engine.cache.changing():  # noqa: SLF001
-            pass  # a number that was sure is looked at anew
-        rule = fault.on("C_GetAttributeValue", hang="before")
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(public.attributes, [Attribute.LABEL])
-            await hangs(fault, "C_GetAttributeValue")
-            fault.remove(rule)
-            await public.attributes([Attribute.LABEL])
-            assert pool.stats().recoveries_total == 1
-            fault.release()
-        assert pool.stats().operations_failed == 0
-        assert pool.stats().recoveries_total == 1
-
-
-@pytest.mark.parametrize("answer", [None, CKR.DEVICE_MEMORY, CKR.GENERAL_ERROR])
-async def test_a_key_that_is_not_there_costs_one_look_and_no_alarm(
-    make_pool: MakePool, fault: FaultModule, answer: int | None
-) -> None:
-    """Nobody is held up by those who look for what is not on the token."""
-    async with make_pool(module=fault.path, pin=None) as pool:
-        fault.reset_counts()
-        if answer is not None:
-            fault.on("C_GetSessionInfo", answer=answer)
-        key = pool.key(label="nobody", object_class=ObjectClass.PUBLIC_KEY)
-        with pytest.raises(KeyNotFound):
-            await key.verify(_DIGEST, bytes(64), mechanism=Mechanism.ECDSA)
-        assert fault.count("C_GetSessionInfo") == 1
-        assert pool.stats().recoveries_total == 0
 
 
 async def test_a_login_that_was_lost_under_a_change_is_restored_at_once(

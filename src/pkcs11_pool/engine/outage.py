@@ -87,15 +87,7 @@ class Outages(Overdue):
         if fault not in (Fault.LOGIN, Fault.HANDLE):
             return error
         once = isinstance(error, OutcomeUnknown)
-        if self._without_login(job, session, once=once):
-            return None
-        if (
-            fault is Fault.HANDLE
-            and not once
-            and self._after_reset(job, session, error)
-        ):
-            return None
-        return error
+        return None if self._without_login(job, session, once=once) else error
 
     def _cut_off(
         self, job: Job, session: Session, error: Exception, fault: Fault
@@ -159,23 +151,6 @@ class Outages(Overdue):
         again = self._again(job, wait=True, once=once)
         self.actor.need_login(login.epoch)
         return again
-
-    def _after_reset(self, job: Job, session: Session, error: Exception) -> bool:
-        """Whether a job starts anew because all sessions died, and nobody knew.
-
-        The numbers of objects died with them. Where a login died as well its loss
-        tells; where there was none, or none for all, the actor's session does.
-        """
-        login, options = self.actor.login, self.options
-        shared = not (options.login_ignored or options.login_per_session)
-        if shared and login.state is not LoginState.PUBLIC:
-            return False
-        if session.epoch == login.epoch:
-            if not self.actor.has_died():
-                return False
-            # First of all: the job must not start again at once.
-            self.doubt(error)
-        return self._again(job, wait=False)
 
     def _again(self, job: Job, *, wait: bool, once: bool = False) -> bool:
         """Start a job again, at once or when the login is there; whether it may be."""

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pkcs11_pool.errors import PoolClosed
-from pkcs11_pool.login.attachment import Attachment, is_dead
+from pkcs11_pool.login.attachment import Attachment
 from pkcs11_pool.login.keeping_alive import KeepAlive
 from pkcs11_pool.login.mailbox import Mailbox, Request
 from pkcs11_pool.login.officer import Officer
@@ -176,16 +176,6 @@ class LoginActor(Standing):
     def is_well(self) -> bool:
         """Whether nothing is being recovered."""
         return self._recovery.is_over
-
-    def has_died(self) -> bool:
-        """Whether the token says that the anchor is no more: nor is any other, then.
-
-        A worker asks, while the actor may be replacing it: so True is a doubt.
-        """
-        anchor = self._attachment.anchor
-        if anchor is None or anchor.generation != self.attached.generation:
-            return False
-        return is_dead(anchor)
 
     # -- What the recovery brings back --------------------------------------------
 

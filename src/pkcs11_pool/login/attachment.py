@@ -14,7 +14,7 @@ from pkcs11 import exceptions as p11
 from pkcs11.constants import TokenFlag
 
 from pkcs11_pool.cryptoki import module as modules
-from pkcs11_pool.cryptoki import recovery, rv
+from pkcs11_pool.cryptoki import rv
 from pkcs11_pool.cryptoki.session import Session
 from pkcs11_pool.errors import LoginRequired, PoolClosed, TokenNotFound
 from pkcs11_pool.login.pin_guard import guard_of
@@ -249,17 +249,6 @@ class Attachment:
 def who_is_in(session: Session) -> LoginState:
     """Who is logged in, by what the token says of a session."""
     return _WHO[session.info().state]
-
-
-def is_dead(session: Session) -> bool:
-    """Whether the token says that it has no such session, or is away itself."""
-    try:
-        session.info()
-    except p11.PKCS11Error as error:
-        return recovery.classify(error).is_outage
-    except ValueError:
-        pass
-    return False
 
 
 def came_to(session: Session, who: LoginState, code: int) -> bool:
