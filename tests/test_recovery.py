@@ -383,6 +383,55 @@ async def test_callers_wait_no_longer_than_recovery_timeout(
         assert await _sign(key)
 
 
+@pytest.mark.parametrize("what", ["operation", "change", "login"])
+async def test_who_comes_back_when_all_others_have_been_refused_is_refused(
+    make_pool: MakePool, fault: FaultModule, what: str
+) -> None:
+    """A call was inside all the time: it does not wait for the token on its own."""
+    inside, call = _INSIDE[what]
+    async with make_pool(module=fault.path) as pool:
+        await pool.logout()
+        fault.on(inside, hang="before", answer=CKR.DEVICE_ERROR)
+        told = anyio.Event()
+
+        async def comes_back() -> None:
+            with pytest.raises(TokenUnavailable):
+                await call(pool)
+            told.set()
+
+        async def is_refused() -> None:
+            with pytest.raises(TokenUnavailable):
+                await pool.generate_random(8)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(comes_back)
+            await hangs(fault, inside)
+            fault.go_down()
+            tasks.start_soon(is_refused)
+            await eventually(lambda: pool.state is PoolState.RECOVERING)
+            pool._engine.outage_due(time.monotonic() + 1000)  # noqa: SLF001
+            fault.release()
+            with anyio.move_on_after(LAST_RESORT / 2):
+                await told.wait()
+            away = told.is_set()
+            fault.come_back()
+        assert away
+        await _back(pool)
+
+
+_INSIDE: dict[str, tuple[str, Callable[[TokenPool], Any]]] = {
+    "operation": ("C_Digest", digest),
+    # Nothing was sent for it yet.
+    "change": (
+        "C_OpenSession",
+        lambda pool: pool.create_object(
+            {Attribute.CLASS: ObjectClass.DATA, Attribute.TOKEN: True}
+        ),
+    ),
+    "login": ("C_GetTokenInfo", lambda pool: pool.login()),
+}
+
+
 async def test_a_deadline_holds_in_an_outage(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -1191,6 +1240,7 @@ async def test_what_is_closed_with_all_others_is_not_closed_under_a_call(
 _CLOSED = 2
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_what_could_not_be_closed_with_all_others_is_closed_later(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
