@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -302,22 +303,28 @@ async def test_behind_a_slow_token_all_may_be_inside(
             fault.clear()
 
 
+def _wake_ups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ports.Port, int]]:
+    """The ways by which loops are woken, and how many callers are ready then."""
+    woken: list[tuple[ports.Port, int]] = []
+
+    def noted(schedule: Any) -> Any:
+        def note(port: ports.Port) -> None:
+            woken.append((port, len(port.ready)))
+            schedule(port)
+
+        return note
+
+    kinds = ("_EventPort", "_TrioPort")
+    for kind in (getattr(ports, name) for name in kinds):
+        monkeypatch.setattr(kind, "_schedule", noted(kind._schedule))  # noqa: SLF001
+    return woken
+
+
 async def test_many_results_wake_the_loop_once(
     pool: TokenPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it has not taken the first, those that follow need no wake-up."""
-    woken: list[ports.Port] = []
-
-    def counted(schedule: Any) -> Any:
-        def count(port: ports.Port) -> None:
-            woken.append(port)
-            schedule(port)
-
-        return count
-
-    kinds = ("_EventPort", "_TrioPort")
-    for kind in (getattr(ports, name) for name in kinds):
-        monkeypatch.setattr(kind, "_schedule", counted(kind._schedule))  # noqa: SLF001
+    woken = _wake_ups(monkeypatch)
     go = threading.Semaphore(0)
     entered = threading.Semaphore(0)
 
@@ -335,7 +342,7 @@ async def test_many_results_wake_the_loop_once(
         # after the other: of two that come at one moment, either may wake it.
         for there in range(1, 9):
             go.release()
-            wait_for(lambda there=there: woken and len(woken[0].ready) == there)  # type: ignore[misc]
+            wait_for(lambda there=there: woken and len(woken[0][0].ready) == there)  # type: ignore[misc]
     assert len(woken) == 1
 
 
@@ -343,7 +350,9 @@ async def _fast(pool: TokenPool) -> None:
     """Have a token taken for one that is so fast that one worker is enough."""
     await digest(pool)
     await settled(pool)
-    pool._engine._awake.most = 1  # noqa: SLF001  # no matter how busy the machine is
+    awake = pool._engine._awake  # noqa: SLF001
+    # No matter how busy the machine is.
+    awake.most, awake.alone = 1, True
 
 
 @pytest.mark.usefixtures("never_idle")
@@ -371,6 +380,73 @@ async def test_on_a_fast_token_the_caller_is_woken_when_its_worker_has_tidied(
             assert not back
             fault.release()
         assert back
+
+
+@pytest.mark.usefixtures("never_idle")
+@pytest.mark.parametrize(
+    ("by", "together"),
+    [
+        ("a worker that has a result", 3),
+        ("a worker that takes a job", 2),
+        ("the timekeeper", 2),
+    ],
+)
+async def test_results_that_were_held_back_wake_the_loop_when_all_are_there(
+    make_pool: MakePool,
+    fault: FaultModule,
+    monkeypatch: pytest.MonkeyPatch,
+    by: str,
+    together: int,
+) -> None:
+    """Else it would take the first alone, while the others wait for its lock."""
+    monkeypatch.setattr("pkcs11_pool.engine.held._LATE", math.inf)
+    async with make_pool(module=fault.path, max_sessions=1, timeout=None) as pool:
+        await _fast(pool)
+        held = pool._engine._held  # noqa: SLF001
+        fault.on("C_Digest", hang="before")
+        if by == "the timekeeper":
+            fault.on("C_Digest", hang="before", nth=3)
+        else:
+            monkeypatch.setattr(held, "_look_later", lambda _now: None)
+        if by == "a worker that takes a job":
+            monkeypatch.setattr(held, "is_late", lambda _now: len(held.waiters) == 2)
+        woken = _wake_ups(monkeypatch)
+        async with anyio.create_task_group() as group:
+            for _ in range(4):
+                group.start_soon(digest, pool)
+            await hangs(fault, "C_Digest")
+            await eventually(lambda: pool.stats().operations_waiting == 3)
+            fault.release("C_Digest")
+            if by == "the timekeeper":
+                await hangs(fault, "C_Digest")
+                await eventually(lambda: bool(woken))
+                fault.release("C_Digest")
+        assert woken[0][1] == together
+
+
+@pytest.mark.usefixtures("never_idle")
+async def test_results_that_were_held_back_wake_each_of_their_loops(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only that of the caller whose result comes when they have waited enough."""
+    monkeypatch.setattr("pkcs11_pool.engine.held._LATE", math.inf)
+    async with make_pool(module=fault.path, max_sessions=1, timeout=None) as pool:
+        await _fast(pool)
+        held = pool._engine._held  # noqa: SLF001
+        monkeypatch.setattr(held, "_look_later", lambda _now: None)
+        fault.on("C_Digest", hang="before")
+        elsewhere = threading.Thread(target=anyio.run, args=(digest, pool), daemon=True)
+        async with anyio.create_task_group() as group:
+            group.start_soon(digest, pool)
+            await hangs(fault, "C_Digest")
+            elsewhere.start()
+            await eventually(lambda: pool.stats().operations_waiting == 1)
+            for _ in range(2):
+                group.start_soon(digest, pool)
+            await eventually(lambda: pool.stats().operations_waiting == 3)
+            fault.release("C_Digest")
+            await blocking(elsewhere.join, LAST_RESORT)
+            assert not elsewhere.is_alive()
 
 
 @pytest.mark.usefixtures("never_idle")

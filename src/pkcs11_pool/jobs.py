@@ -53,11 +53,21 @@ _ACTOR: Final = Kind.ACTOR
 _NEVER: Final = math.inf
 
 
+class Bell(Protocol):
+    """What wakes an event loop."""
+
+    def ring(self) -> None:
+        """Wake it, unless all who are lined up for it have been told already."""
+
+
 class Waiter(Protocol):
     """The caller, as the threads below the faces see it."""
 
     def wake(self) -> bool:
         """Tell the caller to look at its job; False if its loop has ended."""
+
+    def line_up(self) -> Bell | None:
+        """The same when the bell is rung, together with others; None: no need to."""
 
 
 class Caller(Waiter, Protocol):

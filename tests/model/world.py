@@ -120,6 +120,10 @@ class _Wakes:
         woken: bool = self._waiter.wake()
         return woken
 
+    def line_up(self) -> Any:
+        self.count += 1
+        return self._waiter.line_up()
+
 
 class World:
     """Pools, sessions, references and streams, by the names the model has for them."""

@@ -34,6 +34,8 @@ class Awake:
         self._least = max(2, min(4, self._processors))
         #: How many may be awake; as many as want to before anything was measured.
         self.most = 1 << 30
+        #: Whether the token is so fast that one is enough.
+        self.alone = False
         #: Who is, but for those who are inside one call for very long.
         self.at_work: set[Thread] = set()
         #: Woken, and not there yet: behind a busy processor that takes long, and
@@ -80,24 +82,18 @@ class Awake:
         if self._seen >= _WINDOW:
             self._conclude()
 
-    @property
-    def alone(self) -> bool:
-        """Whether the token is so fast that one worker is enough."""
-        return self.most == 1
-
     def _conclude(self) -> None:
         most = int(self._shortest / _OURS)
         if self._shortest / 2 < self._spent < math.inf:
             # They compute for themselves: one more has its next call ready.
             most = min(most, self._processors + 1)
-        self.most = max(self._least, most)
         # One long call among short ones must not keep others from starting.
         self._long = max(_SHORT, 4 * self._shortest)
-        if most < self._least and self._slow <= _WINDOW // 4:
-            # One does as much as two, who would take half as much again of the
-            # processors to hand each other the interpreter's lock: and nobody waits
-            # long behind another.
-            self.most = 1
+        # One does as much as two, who would take half as much again of the processors
+        # to hand each other the interpreter's lock: and nobody waits long behind
+        # another.
+        self.alone = most < self._least and self._slow <= _WINDOW // 4
+        self.most = 1 if self.alone else max(self._least, most)
         self._shortest = self._spent = math.inf
         self._seen = self._slow = 0
 

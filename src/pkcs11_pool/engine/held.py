@@ -12,7 +12,7 @@ from pkcs11_pool.jobs import Kind
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pkcs11_pool.jobs import Job, Waiter
+    from pkcs11_pool.jobs import Bell, Job, Waiter
 
 # Reading a member of an Enum is a call into Python before 3.12: once is enough.
 _LEASE: Final = Kind.LEASE
@@ -63,3 +63,22 @@ class Held:
         """All of them, to be woken now."""
         taken, self.waiters = self.waiters, []
         return taken
+
+
+def wake(waiters: list[Waiter]) -> None:
+    """Wake callers, without the lock: each loop once, when all on it are there.
+
+    Whoever wakes a loop lets go of the interpreter's lock meanwhile. If that came after
+    the first of them already, the loop would take it alone, and so on with each.
+    """
+    if len(waiters) == 1:
+        waiters[0].wake()
+        return
+    for bell in line_up(waiters):
+        bell.ring()
+
+
+def line_up(waiters: list[Waiter]) -> set[Bell]:
+    """Get callers ready to be woken; what is to be rung then."""
+    bells = {waiter.line_up() for waiter in waiters}
+    return {bell for bell in bells if bell is not None}

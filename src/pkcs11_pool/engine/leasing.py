@@ -35,6 +35,9 @@ class _Nobody:
     def wake(self) -> bool:
         return True
 
+    def line_up(self) -> None:
+        pass
+
 
 NOBODY: Final = _Nobody()
 

@@ -11,6 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from pkcs11_pool import events
+from pkcs11_pool.engine.held import wake
 from pkcs11_pool.engine.leasing import Leasing
 from pkcs11_pool.errors import PoolTimeout
 from pkcs11_pool.jobs import Change, Job, Kind, Phase
@@ -49,7 +50,7 @@ class Overdue(Leasing):
         staff = self._staff
         with self._lock:
             due = self._deadlines.due(now)
-            wake = [job for job in due if self._expire_locked(job, now)]
+            expired = [job for job in due if self._expire_locked(job, now)]
             held = self._held.take()
             again = self._deadlines.next()
             if self._lull.is_due(now) and staff.idle:
@@ -67,9 +68,8 @@ class Overdue(Leasing):
                 self._lull.next(),
                 self._give_up_overdue_locked(now),
             )
-        self._wake_all(wake)
-        for waiter in held:
-            waiter.wake()
+        self._wake_all(expired)
+        wake(held)
         self._tell_lost()
         return again
 

@@ -16,6 +16,7 @@ from pkcs11 import exceptions as p11
 from pkcs11_pool import events
 from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.cryptoki.session import Session
+from pkcs11_pool.engine.held import line_up, wake
 from pkcs11_pool.engine.leases import Loan
 from pkcs11_pool.engine.outage import Outages
 from pkcs11_pool.engine.rules import NO_WAIT
@@ -89,8 +90,7 @@ class Work(Outages):
             # The worker counts as busy still: a pause waits for this, too.
             unwanted.close()
             return self.claim(worker, None)
-        for waiter in waiters:
-            waiter.wake()
+        wake(waiters)
         return claimed
 
     def _claim_read_locked(  # noqa: C901, PLR0912  # written out: a call costs more
@@ -381,10 +381,12 @@ class Work(Outages):
             waiters = self._held.waiters
             if waiters:
                 self._held.waiters = []
-        for waiter in waiters:
-            waiter.wake()
+        bells = line_up(waiters) if waiters else ()
+        # Where it is on the same loop, that one knows of all of them now.
         if not settled or not job.waiter.wake():
             self._give_back(result)
+        for bell in bells:
+            bell.ring()
         return opens
 
     def _ended_locked(

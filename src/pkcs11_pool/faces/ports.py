@@ -56,6 +56,11 @@ class Port(ABC):
             return False
         return True
 
+    def ring(self) -> None:
+        """Wake the loop for those who are ready, if nobody has done it yet."""
+        if self.ready and not self.scheduled:
+            self.schedule()
+
     def _drain(self) -> None:
         # Before the queue is emptied: what is posted from here on schedules anew.
         self.scheduled = False

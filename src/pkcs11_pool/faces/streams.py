@@ -471,6 +471,9 @@ class _Expiry:
         _end(self._engine, self._lease, self._chain)
         return True
 
+    def line_up(self) -> None:
+        self.wake()
+
 
 def _end(
     engine: TokenEngine, lease: Lease, chain: MultiPart, waiter: Waiter = NOBODY

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from pkcs11_pool.engine.token_engine import TokenEngine
     from pkcs11_pool.faces.ports import Way
+    from pkcs11_pool.jobs import Bell
 
 T = TypeVar("T")
 
@@ -50,6 +51,9 @@ class FaceWaiter(Protocol):
 
     def wake(self) -> bool:
         """See :class:`pkcs11_pool.jobs.Waiter`."""
+
+    def line_up(self) -> Bell | None:
+        """See there, too."""
 
     async def result(self, engine: TokenEngine, job: Job) -> Any:
         """The result of a job, or its error."""
@@ -78,6 +82,14 @@ class _LoopWaiter:
         port.ready.append(self)
         # Most find that somebody else is waking the loop already.
         return port.scheduled or port.schedule()
+
+    def line_up(self) -> Bell | None:
+        """Called by any thread."""
+        port = self._port()
+        if port is None or port.ended():
+            return None
+        port.ready.append(self)
+        return port
 
     def resume(self) -> None:
         """Called on the loop."""
@@ -214,6 +226,9 @@ class _ThreadWaiter:
     def wake(self) -> bool:
         self._woken.release()
         return True
+
+    def line_up(self) -> None:
+        self.wake()
 
     async def result(self, engine: TokenEngine, job: Job) -> Any:
         try:
