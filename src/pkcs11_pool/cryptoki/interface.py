@@ -204,6 +204,9 @@ class Library(_pkcs11.lib):
         """Load the file; upstream's ``__cinit__`` takes the path alone."""
         return super().__new__(cls, so)  # type: ignore[call-arg]  # not in its stub
 
+    #: Whether a ``C_Initialize`` of ours went well, and no ``C_Finalize`` after it.
+    is_initialized = False
+
     def __init__(self, so: str, reserved: bytes | None = None) -> None:
         #: Module parameters for the next ``C_Initialize``.
         self.reserved = reserved
@@ -233,6 +236,7 @@ class Library(_pkcs11.lib):
         if self.serialized:
             code = self._initialize(0)
         ckr.check(code, "C_Initialize")
+        self.is_initialized = True
 
     def _initialize(self, flags: int) -> int:
         # The structure must outlive the call: addressof() of a temporary would
@@ -247,6 +251,7 @@ class Library(_pkcs11.lib):
     def finalize(self) -> None:
         """``C_Finalize``. Ours to call: upstream does not know that it initialised."""
         ckr.check(self.functions.C_Finalize(None), "C_Finalize")
+        self.is_initialized = False
 
 
 MAPPER: Final = Mapper()
