@@ -97,6 +97,7 @@ FUNCTIONS: Final[dict[str, tuple[int, tuple[Any, ...]]]] = {
     "C_Verify": (49, (ULong, _P, ULong, _P, ULong)),
     "C_VerifyUpdate": (50, (ULong, _P, ULong)),
     "C_VerifyFinal": (51, (ULong, _P, ULong)),
+    "C_SeedRandom": (63, (ULong, _P, ULong)),
     "C_GenerateRandom": (64, (ULong, _P, ULong)),
 }
 
