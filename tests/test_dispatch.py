@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -29,6 +30,8 @@ from poolkit import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from conftest import MakePool
     from faultmodule import FaultModule
     from pkcs11_pool import TokenPool
@@ -355,6 +358,15 @@ async def _fast(pool: TokenPool) -> None:
     awake.most, awake.alone = 1, True
 
 
+def _no_timekeeper(
+    pool: TokenPool, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[float], float]:
+    """Let nobody come for what was put off; what the timekeeper would have called."""
+    sweep = pool._engine.sweep  # noqa: SLF001
+    monkeypatch.setattr(pool._engine, "sweep", lambda _now: math.inf)  # noqa: SLF001
+    return sweep
+
+
 @pytest.mark.usefixtures("never_idle")
 async def test_on_a_fast_token_the_caller_is_woken_when_its_worker_has_tidied(
     make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
@@ -362,9 +374,8 @@ async def test_on_a_fast_token_the_caller_is_woken_when_its_worker_has_tidied(
     """Else both would want the interpreter's lock at once."""
     async with make_pool(module=fault.path, timeout=None) as pool:
         await _fast(pool)
-        # Nor does the timekeeper come, as he does when it takes long.
-        held = pool._engine._held  # noqa: SLF001
-        monkeypatch.setattr(held, "_look_later", lambda _now: None)
+        # As he comes when it takes long.
+        _no_timekeeper(pool, monkeypatch)
         fault.on("C_CloseSession", hang="before")
         back = False
 
@@ -403,11 +414,10 @@ async def test_results_that_were_held_back_wake_the_loop_when_all_are_there(
     async with make_pool(module=fault.path, max_sessions=1, timeout=None) as pool:
         await _fast(pool)
         held = pool._engine._held  # noqa: SLF001
+        sweep = _no_timekeeper(pool, monkeypatch)
         fault.on("C_Digest", hang="before")
         if by == "the timekeeper":
             fault.on("C_Digest", hang="before", nth=3)
-        else:
-            monkeypatch.setattr(held, "_look_later", lambda _now: None)
         if by == "a worker that takes a job":
             monkeypatch.setattr(held, "is_late", lambda _now: len(held.waiters) == 2)
         woken = _wake_ups(monkeypatch)
@@ -419,23 +429,34 @@ async def test_results_that_were_held_back_wake_the_loop_when_all_are_there(
             fault.release("C_Digest")
             if by == "the timekeeper":
                 await hangs(fault, "C_Digest")
-                await eventually(lambda: bool(woken))
+                await blocking(sweep, time.monotonic())
                 fault.release("C_Digest")
         assert woken[0][1] == together
 
 
+def _on_a_loop(pool: TokenPool) -> None:
+    anyio.run(digest, pool)
+
+
+def _on_a_plain_thread(pool: TokenPool) -> None:
+    pool.run_sync(lambda _session: None)
+
+
 @pytest.mark.usefixtures("never_idle")
-async def test_results_that_were_held_back_wake_each_of_their_loops(
-    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("call", [_on_a_loop, _on_a_plain_thread])
+async def test_results_that_were_held_back_wake_their_callers_wherever_they_are(
+    make_pool: MakePool,
+    fault: FaultModule,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[[TokenPool], None],
 ) -> None:
-    """Not only that of the caller whose result comes when they have waited enough."""
+    """Not only where that one is whose result comes when they have waited enough."""
     monkeypatch.setattr("pkcs11_pool.engine.held._LATE", math.inf)
     async with make_pool(module=fault.path, max_sessions=1, timeout=None) as pool:
         await _fast(pool)
-        held = pool._engine._held  # noqa: SLF001
-        monkeypatch.setattr(held, "_look_later", lambda _now: None)
+        _no_timekeeper(pool, monkeypatch)
         fault.on("C_Digest", hang="before")
-        elsewhere = threading.Thread(target=anyio.run, args=(digest, pool), daemon=True)
+        elsewhere = threading.Thread(target=call, args=(pool,), daemon=True)
         async with anyio.create_task_group() as group:
             group.start_soon(digest, pool)
             await hangs(fault, "C_Digest")

@@ -37,6 +37,9 @@ class _Waits:
         self._done.set()
         return True
 
+    def line_up(self) -> None:
+        self.wake()
+
     def wait(self, until: float) -> None:
         self._done.wait(max(0.0, until - time.monotonic()))
 
