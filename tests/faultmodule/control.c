@@ -181,7 +181,7 @@ static void consult_outage(struct call *call, int *answer)
  * closed, or that nobody knows of, would stay for ever: one that closes is closed whatever is
  * answered, and none is opened. Nor does an operation begin in a session, or a search go on, to be in
  * the way there. */
-static void consult_strike(struct call *call, int *answer)
+static void consult_strike(struct call *call, int *answer, bool *hang_before)
 {
     struct fault_strike *strike = &state.strike;
     int function = call->function;
@@ -192,12 +192,16 @@ static void consult_strike(struct call *call, int *answer)
         strike->after--;
         return;
     }
-    bool loses = strike->kind != STRIKE_ANSWER && strike->kind != STRIKE_REPLACE;
+    bool hangs = strike->kind == STRIKE_HANG_BEFORE || strike->kind == STRIKE_HANG_AFTER;
+    bool loses = !hangs && strike->kind != STRIKE_ANSWER && strike->kind != STRIKE_REPLACE;
     if (loses && state.status.inside_all > 1)
         return; /* the next one, then */
     if (loses)
         lose_locked(strike->kind);
-    else {
+    else if (hangs) {
+        *hang_before = *hang_before || strike->kind == STRIKE_HANG_BEFORE;
+        call->hang_after = call->hang_after || strike->kind == STRIKE_HANG_AFTER;
+    } else {
         const char *name = function_names[function];
         size_t length = strlen(name);
         bool begins = length > 4 && strcmp(name + length - 4, "Init") == 0;
@@ -246,7 +250,7 @@ bool enter(struct call *call, int function, CK_SESSION_HANDLE session, CK_ULONG 
         state.status.max_inside = state.status.inside_all;
     unsigned long delay_us = consult_rules(call, argument, &answer, &hang_before);
     consult_outage(call, &answer);
-    consult_strike(call, &answer);
+    consult_strike(call, &answer, &hang_before);
     tell_waiters();
     unlock();
 
