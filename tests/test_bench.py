@@ -38,6 +38,7 @@ from pkcs11_pool.bench.measure import Cell, Contender, Plan, Scenario
 from pkcs11_pool.bench.programs import Client, ClientError
 from pkcs11_pool.bench.soak import Orders, Sample
 from pkcs11_pool.bench.turns import Request
+from poolkit import time_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -113,10 +114,16 @@ async def test_the_pool_counts_as_the_module_counts(
         "pin": token.user_pin,
         "max_sessions": 6,
     }
-    answer = json.loads(await client.turn(Request("p256", 3, 0, 0.05), given, "key"))
-    # One more, before the clock starts, finds the key.
-    assert fault.counts()["C_SignInit"] == answer["total"] + 1
-    assert 0 < answer["operations"] <= answer["total"]
+    # On a busy machine a window this short may have missed all of them.
+    for seconds in time_limits(0.05):
+        before = fault.counts().get("C_SignInit", 0)
+        request = Request("p256", 3, 0, seconds)
+        answer = json.loads(await client.turn(request, given, "key"))
+        # One more, before the clock starts, finds the key.
+        assert fault.counts()["C_SignInit"] - before == answer["total"] + 1
+        assert 0 <= answer["operations"] <= answer["total"]
+        if answer["operations"]:
+            break
 
 
 BARE_IN_A_SHIM = """\
@@ -141,25 +148,32 @@ def test_the_bare_program_counts_as_the_module_counts(
     bare = programs.compile_c(programs.BARE, tmp_path, "-shared", "-fPIC")
     words = [str(fault_library), prepared.module, str(tmp_path / "fault.so")]
     words += [str(bare), prepared.label, material.prefix, mode]
-    done = subprocess.run(
-        [sys.executable, "-c", BARE_IN_A_SHIM, *words],
-        input=f"{prepared.pin}\np256 3 0.01 0.05\np256 2 0 0.05\n",
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    ready, first, second, last = map(json.loads, done.stdout.splitlines())
-    total = first["total"] + second["total"]
-    counts = last["counts"]
-    assert (ready, last["status"]) == ({"ready": True}, 0)
-    assert counts["C_SignInit"] == counts["C_Sign"] == total > 0
-    # The program's own session, and one for each operation or for each caller.
-    opened = 1 + (total if mode == "fresh" else 3 + 2)
-    assert (counts["C_OpenSession"], counts["C_CloseSession"]) == (opened, opened - 1)
-    assert counts["C_FindObjects"] == 1
-    signatures = [bytes.fromhex(one) for one in first["samples"] + second["samples"]]
+    # On a busy machine one of the callers may have had no turn of a processor before a
+    # window this short closed.
+    for seconds in time_limits(0.05):
+        done = subprocess.run(
+            [sys.executable, "-c", BARE_IN_A_SHIM, *words],
+            input=f"{prepared.pin}\np256 3 0.01 {seconds}\np256 2 0 {seconds}\n",
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        ready, first, second, last = map(json.loads, done.stdout.splitlines())
+        total = first["total"] + second["total"]
+        counts = last["counts"]
+        assert (ready, last["status"]) == ({"ready": True}, 0)
+        assert counts.get("C_SignInit", 0) == counts.get("C_Sign", 0) == total
+        # The program's own session, and one for each operation or for each caller.
+        opened = 1 + (total if mode == "fresh" else 3 + 2)
+        closed = counts["C_CloseSession"]
+        assert (counts["C_OpenSession"], closed) == (opened, opened - 1)
+        assert counts["C_FindObjects"] == 1
+        samples = first["samples"] + second["samples"]
+        if len(samples) == 5:
+            break
+    signatures = [bytes.fromhex(one) for one in samples]
     assert len(signatures) == len(set(signatures)) == 5
     assert material.wrong("p256", signatures) == 0
 

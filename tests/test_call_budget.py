@@ -102,6 +102,7 @@ def _assert_within_budget(
 
 @pytest.mark.parametrize("name", _NAMES)
 @pytest.mark.parametrize("callers", [1, _CALLERS])
+@pytest.mark.usefixtures("never_idle")
 async def test_an_operation_costs_its_own_calls_and_a_session(
     make_pool: MakePool, fault: FaultModule, name: str, callers: int
 ) -> None:
@@ -114,6 +115,7 @@ async def test_an_operation_costs_its_own_calls_and_a_session(
 
 
 @pytest.mark.parametrize("objects", [10, 5000])
+@pytest.mark.usefixtures("never_idle")
 async def test_an_operation_costs_the_same_however_many_objects_there_are(
     make_pool: MakePool, fault: FaultModule, token: ThrowawayToken, objects: int
 ) -> None:
@@ -142,6 +144,7 @@ _LARGE = {
 
 
 @pytest.mark.parametrize("size", list(_LARGE.values()), ids=list(_LARGE))
+@pytest.mark.usefixtures("never_idle")
 async def test_the_largest_signatures_cost_no_size_query_either(
     make_pool: MakePool, fault: FaultModule, size: int
 ) -> None:

@@ -105,7 +105,6 @@ async def test_wrong_results_and_callers_without_answer_are_seen(
     make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signature by another key, and a call that does not come back in time."""
-    monkeypatch.setattr(load, "_GRACE", -29.8)
     async with make_pool(module=fault.path, timeout=LAST_RESORT) as pool:
         await load.prepare(pool)
         await pool.generate_keypair(
@@ -117,6 +116,8 @@ async def test_wrong_results_and_callers_without_answer_are_seen(
         await work._once(work._sign)  # noqa: SLF001
         assert "wrong signature" in work.book.wrong[0]
         fault.on("C_Digest", hang="before")
+        # From here on only: a call that answers has all the time.
+        monkeypatch.setattr(load, "_GRACE", -29.8)
         await work._once(work._digest)  # noqa: SLF001
         assert "no answer" in work.book.wrong[1]
         assert work.book.total == 0

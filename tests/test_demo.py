@@ -16,6 +16,7 @@ from pkcs11_pool import KeyRef, PooledSession, SessionState, TokenPool, demo
 from pkcs11_pool.demo import load
 from pkcs11_pool.demo.calls import counting
 from pkcs11_pool.demo.work import KINDS, Bench, holds, make_keys, plan, random_bytes
+from poolkit import settled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -206,6 +207,7 @@ def spoil(
     monkeypatch.setattr(owner, operation, spoilt)
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_calls_are_counted_as_the_module_counts_them(
     make_pool: MakePool, fault: FaultModule, anyio_backend_name: str
 ) -> None:
@@ -217,6 +219,8 @@ async def test_calls_are_counted_as_the_module_counts_them(
             fault.reset_counts()
             orders = load.Orders(anyio_backend_name, 200, 8, functions)
             outcome = await load.run(pool, material, orders, (ignore, ignore))
+            # A call that is counted here comes to the module a moment later.
+            await settled(pool)
             counted = {name: count for name, count in fault.counts().items() if count}
     assert outcome.total_verified == 200
     told = dict(outcome.calls)

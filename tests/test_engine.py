@@ -70,6 +70,7 @@ async def test_each_session_that_is_opened_is_closed_once(
     assert fault.sessions() == []
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_a_signature_costs_four_calls(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

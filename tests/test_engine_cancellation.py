@@ -14,7 +14,6 @@ from pkcs11_pool import PoolTimeout
 from poolkit import (
     ASYNCIO_ONLY,
     Hold,
-    blocking,
     digest,
     eventually,
     hangs,
@@ -275,15 +274,18 @@ async def test_asyncios_own_limit_waits_for_an_outcome(make_pool: MakePool) -> N
     """``asyncio.timeout`` over a call that changes is late rather than wrong."""
     async with make_pool() as pool:
         with Hold() as hold:
+            limit = asyncio.timeout(None)
 
             async def limited() -> None:
-                async with asyncio.timeout(0.1) as limit:
+                async with limit:
                     await pool.run(hold, rw=True)
-                assert limit.expired()
 
             task = asyncio.create_task(limited())
             await hold.entered()
-            await blocking(anyio.run, anyio.sleep, 0.2)
+            # Not before: a call that is in line yet may go at once.
+            limit.reschedule(asyncio.get_running_loop().time())
+            await eventually(limit.expired)
+            await anyio.wait_all_tasks_blocked()
             assert not task.done()
             hold.let_go()
             with pytest.raises(TimeoutError):

@@ -109,6 +109,8 @@ async def test_each_operation_is_counted_once(
                 with anyio.CancelScope() as scope:
                     scope.cancel()
                     await digest(pool)
+        # The next session is opened ahead when the last result is there already.
+        await settled(pool)
         after = pool.stats()
 
         def grew(name: str) -> int:
@@ -122,6 +124,20 @@ async def test_each_operation_is_counted_once(
         assert grew("sessions_opened_total") == fault.count("C_OpenSession") - 1
         assert after.last_error is not None
         assert after.last_error.startswith("PoolTimeout: ")
+
+
+async def test_a_session_is_counted_when_it_is_opened(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Not when the call that it was opened for is over."""
+    async with make_pool(module=fault.path) as pool:
+        before = fault.count("C_OpenSession")
+        async with anyio.create_task_group() as tasks:
+            with Hold() as hold:
+                tasks.start_soon(pool.run, hold)
+                await hold.entered()
+                opened = fault.count("C_OpenSession") - before
+                assert pool.stats().sessions_opened_total == opened == 1
 
 
 async def test_a_session_block_is_no_operation(pool: TokenPool) -> None:

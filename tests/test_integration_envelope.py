@@ -369,6 +369,10 @@ async def test_the_time_limit_is_for_all_calls_together(
             with pytest.raises(PoolTimeout, match="between two calls") as caught:
                 await call(envelope, blob, timeout=100)
             assert caught.value.phase == "running"
+            # Nothing was sent yet.
+            with pytest.raises(PoolTimeout, match="before the first") as caught:
+                await call(envelope, blob, timeout=50)
+            assert caught.value.phase == "waiting"
     assert await left_on(pool) == []
 
 

@@ -130,6 +130,7 @@ def _make(session: object) -> None:
     )
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_signing_in_the_steady_state_looks_nothing_up(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

@@ -24,6 +24,7 @@ from poolkit import (
     digest,
     eventually,
     hangs,
+    settled,
     time_is_up,
     wait_for,
 )
@@ -292,6 +293,9 @@ async def test_the_lease_of_a_loop_that_has_ended_is_given_back(
         )
         thread.start()
         await blocking(thread.join, LAST_RESORT)
+        if where != "on its way":
+            # Until then the worker that brought it may have it in its hands.
+            await settled(pool)
         gc.collect()
         fault.clear()
         # With a limit of one, this is served only when the lease is given back.

@@ -28,6 +28,7 @@ from poolkit import (
     digest,
     make_ec_key,
     pool_threads,
+    settled,
     wait_for,
 )
 
@@ -348,6 +349,8 @@ def test_a_session_held_in_an_abandoned_trio_loop_is_given_back(
         await trio.to_thread.run_sync(held.wait, LAST_RESORT)
 
     _joined(_in_thread(_abandon_trio, [hold], until_held))
+    # Until then the worker that brought it may have it in its hands.
+    _run("asyncio", settled, pool)
     gc.collect()
     wait_for(lambda: _is_at_rest(pool))
     assert len(fault.sessions()) == 1
@@ -393,19 +396,29 @@ def test_an_interrupt_from_the_keyboard_leaves_a_good_pool(
     pool: TokenPool, way: str
 ) -> None:
     """The caller goes at once, out of a loop or out of a blocking call."""
+    gone = threading.Event()
 
     def interrupt() -> None:
         wait_for(lambda: hold.calls)
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGINT)
+        # One that comes just before the main thread falls asleep does not wake it, and
+        # is heeded when something does.
+        while not gone.wait(0.1):
+            signal.pthread_kill(main, signal.SIGUSR1)
 
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
     with Hold() as hold:
         thread = _in_thread(interrupt)
         call = partial(_run, way, pool.run) if way != "thread" else pool.run_sync
-        with pytest.raises(KeyboardInterrupt):
-            call(hold)
-        _joined(thread)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                call(hold)
+        finally:
+            gone.set()
+            _joined(thread)
+            signal.signal(signal.SIGUSR1, before)
         assert pool.stats().operations_running == 1
         assert pool.stats().operations_cancelled == 1
         hold.let_go()

@@ -141,6 +141,7 @@ async def test_pools_of_one_name_are_told_apart(make_pool: MakePool) -> None:
     assert "demo-2" not in generate_latest(registry).decode()
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_text_without_the_library_says_the_same(make_pool: MakePool) -> None:
     """The status app writes it by itself."""
     registry = CollectorRegistry()

@@ -636,6 +636,7 @@ async def test_with_the_option_sessions_that_stay_open_are_kept_alive(
         key = await make_ec_key(pool)
         async with pool.session() as session:
             secret = await session.generate_key(KeyType.AES, 256)
+            await settled(pool)
             for _ in range(3):
                 fault.pass_time(600)
                 seen = fault.calls("C_GenerateRandom")
@@ -649,6 +650,7 @@ async def test_with_the_option_sessions_that_stay_open_are_kept_alive(
         assert fault.count("C_Login") == 1
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_a_session_opened_ahead_that_is_too_old_is_not_used(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

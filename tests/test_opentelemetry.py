@@ -107,6 +107,7 @@ def telemetry() -> Iterator[Telemetry]:
     made.tracers.shutdown()
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_gauges_and_counters_are_collected(
     make_pool: MakePool, telemetry: Telemetry
 ) -> None:

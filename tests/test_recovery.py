@@ -25,6 +25,7 @@ from pkcs11_pool import (
     StreamInterrupted,
     TokenUnavailable,
 )
+from pkcs11_pool.cryptoki import recovery
 from pkcs11_pool.cryptoki.interface import pack_ulong
 from pkcs11_pool.cryptoki.keys import Entry, KeySpec
 from pkcs11_pool.cryptoki.operations import with_object
@@ -40,6 +41,7 @@ from poolkit import (
     hangs,
     make_ec_key,
     settled,
+    wait_for,
 )
 
 if TYPE_CHECKING:
@@ -134,6 +136,27 @@ async def test_a_token_that_is_away_is_waited_for(
         assert (stats.operations_failed, stats.recoveries_total) == (0, 1)
         assert pool.state is PoolState.READY
         assert _who(pool) is LoginState.USER
+
+
+async def test_an_error_of_a_token_that_was_away_is_not_the_callers(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Looked at when the token is back, it tells nothing: it is made again."""
+    async with make_pool(module=fault.path) as pool:
+        key = await make_ec_key(pool)
+        fault.on("C_Sign", hang="before", answer=CKR.GENERAL_ERROR)
+        async with anyio.create_task_group() as tasks:
+            signed: list[bytes] = []
+
+            async def sign() -> None:
+                signed.append(await _sign(key))
+
+            tasks.start_soon(sign)
+            await hangs(fault, "C_Sign")
+            async with _Outage(pool, fault):
+                pass
+            fault.release()
+        assert len(signed) == 1
 
 
 async def test_a_module_that_stays_broken_is_initialised_anew(
@@ -358,6 +381,55 @@ async def test_callers_wait_no_longer_than_recovery_timeout(
             waited = pool.stats().operations_waiting
             assert waited == 0
         assert await _sign(key)
+
+
+@pytest.mark.parametrize("what", ["operation", "change", "login"])
+async def test_who_comes_back_when_all_others_have_been_refused_is_refused(
+    make_pool: MakePool, fault: FaultModule, what: str
+) -> None:
+    """A call was inside all the time: it does not wait for the token on its own."""
+    inside, call = _INSIDE[what]
+    async with make_pool(module=fault.path) as pool:
+        await pool.logout()
+        fault.on(inside, hang="before", answer=CKR.DEVICE_ERROR)
+        told = anyio.Event()
+
+        async def comes_back() -> None:
+            with pytest.raises(TokenUnavailable):
+                await call(pool)
+            told.set()
+
+        async def is_refused() -> None:
+            with pytest.raises(TokenUnavailable):
+                await pool.generate_random(8)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(comes_back)
+            await hangs(fault, inside)
+            fault.go_down()
+            tasks.start_soon(is_refused)
+            await eventually(lambda: pool.state is PoolState.RECOVERING)
+            pool._engine.outage_due(time.monotonic() + 1000)  # noqa: SLF001
+            fault.release()
+            with anyio.move_on_after(LAST_RESORT / 2):
+                await told.wait()
+            away = told.is_set()
+            fault.come_back()
+        assert away
+        await _back(pool)
+
+
+_INSIDE: dict[str, tuple[str, Callable[[TokenPool], Any]]] = {
+    "operation": ("C_Digest", digest),
+    # Nothing was sent for it yet.
+    "change": (
+        "C_OpenSession",
+        lambda pool: pool.create_object(
+            {Attribute.CLASS: ObjectClass.DATA, Attribute.TOKEN: True}
+        ),
+    ),
+    "login": ("C_GetTokenInfo", lambda pool: pool.login()),
+}
 
 
 async def test_a_deadline_holds_in_an_outage(
@@ -818,6 +890,26 @@ async def test_jobs_in_the_line_of_a_lost_session_are_told(
         await _back(pool)
 
 
+async def test_a_job_is_told_of_a_session_that_is_lost_behind_its_back(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its session is given up before it can be made again: it waits for nobody."""
+    async with make_pool(module=fault.path) as pool, pool.session() as session:
+        is_unsent = recovery.is_unsent
+
+        def when_it_is_lost(error: BaseException) -> bool:
+            wait_for(lambda: session.closed)
+            return is_unsent(error)
+
+        # Asked by the worker between its doubt and the way back into the line.
+        monkeypatch.setattr(recovery, "is_unsent", when_it_is_lost)
+        fault.go_down()
+        with pytest.raises(SessionClosed):
+            await digest(session, timeout=LAST_RESORT)
+        fault.come_back()
+        await _back(pool)
+
+
 async def test_a_lost_session_whose_call_is_inside_is_closed_when_it_is_back(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -1148,6 +1240,7 @@ async def test_what_is_closed_with_all_others_is_not_closed_under_a_call(
 _CLOSED = 2
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_what_could_not_be_closed_with_all_others_is_closed_later(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

@@ -67,5 +67,5 @@ async def test_that_callers_are_refused_from_now_on_is_an_event(
             fault.come_back()
             await eventually(lambda: pool.state is PoolState.READY)
         (told,) = _named(log, "recovery.timed_out")
-        assert told["seconds"] == 0.1
+        assert told["seconds"] >= 0.1
         assert len(_named(log, "recovery.completed")) == 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -40,10 +41,12 @@ from pkcs11_pool.engine.dispatch import Pause
 from poolkit import (
     Hold,
     paused,
+    settled,
+    time_is_up,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from conftest import MakePool
     from faultmodule import FaultModule
@@ -598,12 +601,14 @@ async def test_a_rw_session_comes_first_and_the_ro_sessions_go_after_it(
         ]
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_application_never_has_no_session(
     make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
 ) -> None:
     """From opening to closing at least one is open, or the module would log us out."""
     async with make_pool(module=fault.path) as pool:
         key = await _make_signer(pool)
+        await settled(pool)
         fault.clear_log()
         number = len(fault.sessions())
         for _ in range(3):
@@ -1088,6 +1093,76 @@ async def test_an_entry_cancelled_while_it_waits_leaves_nothing(
         assert not officer.inside.is_set()
         assert fault.fired(officers) in (0, 1)
         assert [session.rw for session in fault.sessions()].count(True) == 0
+
+
+class _Turn:
+    """Holds the login's thread where it has taken a request and not begun with it."""
+
+    def __init__(self, pool: TokenPool) -> None:
+        self._begin = pool._engine.begin  # noqa: SLF001
+        self._taken, self._go = threading.Event(), threading.Event()
+        pool._engine.begin = self  # type: ignore[method-assign]  # noqa: SLF001
+
+    def __call__(self, *args: Any, **kwargs: Any) -> bool:
+        """As always, and a moment later."""
+        begins = self._begin(*args, **kwargs)
+        self._taken.set()
+        assert self._go.wait(_LAST_RESORT)
+        return begins
+
+    async def taken(self) -> None:
+        """Wait until it is there."""
+        assert await _in_thread(self._taken.wait, _LAST_RESORT)
+
+    def let_go(self) -> None:
+        """Let it go on, now and ever after."""
+        self._go.set()
+
+
+@pytest.mark.parametrize("what", ["officer", "logout"])
+@pytest.mark.parametrize("end", ["cancelled", "late"])
+async def test_whoever_waits_for_quiet_has_not_begun_when_his_turn_comes(
+    make_pool: MakePool, token: ThrowawayToken, what: str, end: str
+) -> None:
+    """Nothing was sent: cancelled he goes at once, late he is told that he waited."""
+    async with make_pool() as pool:
+        holder, turn = _Holder(pool), _Turn(pool)
+        officer = _Officer(pool, token.so_pin)
+        if what == "logout":
+            officer._pool = _LogsOut(pool)  # type: ignore[assignment]  # noqa: SLF001
+        epoch = pool.login_epoch
+        async with anyio.create_task_group() as group:
+            group.start_soon(holder)
+            await holder.has.wait()
+            group.start_soon(officer)
+            await turn.taken()
+            if end == "cancelled":
+                officer.scope.cancel()
+            else:
+                time_is_up(pool)
+            with anyio.move_on_after(_LAST_RESORT / 2) as too_long:
+                await officer.ended.wait()
+            turn.let_go()
+            holder.go.set()
+            officer.go.set()
+        assert not too_long.cancelled_caught
+        assert end == "cancelled" or isinstance(officer.error, PoolTimeout)
+        assert getattr(officer.error, "phase", "waiting") == "waiting"
+        assert len(await pool.generate_random(64, timeout=_LAST_RESORT)) == 8
+        assert pool.login_epoch == epoch
+
+
+class _LogsOut:
+    """Where others have a period of the officer, the user is logged out."""
+
+    def __init__(self, pool: TokenPool) -> None:
+        self._pool = pool
+
+    @asynccontextmanager
+    async def security_officer(self, _pin: str) -> AsyncIterator[None]:
+        """Log him out."""
+        await self._pool.logout()
+        yield
 
 
 async def test_an_entry_cancelled_while_the_officer_logs_in_leaves_no_period(

@@ -82,6 +82,7 @@ async def test_after_its_owner_a_session_object_is_refused_here(
         assert fault.counts() == {}
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_a_destroyed_session_object_is_refused_here(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

@@ -129,6 +129,7 @@ async def test_a_session_is_identified_by_its_handle(
         assert [known[handle] for handle in handles] == [False, False, True]
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_the_handle_says_which_session_a_function_acts_on(
     make_pool: MakePool, fault: FaultModule
 ) -> None:
@@ -509,6 +510,7 @@ async def test_all_threads_have_the_same_sessions_and_session_objects(
         assert results == [expected] * 40
 
 
+@pytest.mark.usefixtures("never_idle")
 async def test_closing_a_session_destroys_its_objects(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

@@ -97,7 +97,9 @@ class Outages(Leasing):
         """
         fault = recovery.classify(error)
         if fault is Fault.UNSURE:
-            fault = _asked(session)
+            # What the session says after an outage tells nothing of a call before it.
+            over = session.epoch != self.actor.login.epoch
+            fault = Fault.TOKEN if over else _asked(session)
             if fault is Fault.CALLER and self._was_busy(job, session, error):
                 return None
         if fault.is_outage:
@@ -123,11 +125,10 @@ class Outages(Leasing):
         # Whoever closed it himself, or began before the last recovery, tells nothing.
         if session.handle and session.epoch == self.actor.login.epoch:
             self.doubt(error)
-        lost = lane is not None and lane.closing
         once = isinstance(error, OutcomeUnknown)
         unsent = recovery.is_unsent(error)
         repeats = job.repeats or (job.restart and unsent)
-        if not (lost or once) and repeats and self._again(job, wait=False):
+        if not once and repeats and self._again(job, wait=False):
             return None
         # What a caller's function does with its session, he knows himself.
         known = unsent or (fault is Fault.SESSION and not job.restart)
@@ -182,6 +183,9 @@ class Outages(Leasing):
             job.attempts += 1
             if not (job.restart or job.repeats) or job.attempts >= _ATTEMPTS:
                 return False
+            if job.lane is not None and job.lane.closing:
+                # Who was in its line has been told: nobody would look there again.
+                return False
             if not self._let_go_locked(job):
                 return False
             if wait:
@@ -189,6 +193,7 @@ class Outages(Leasing):
                 self._send_one_locked()
             else:
                 self._lines.insert(job)
+            self._refuse_late_locked(job)
             return True
 
     def _was_busy(self, job: Job, session: Session, error: Exception) -> bool:
@@ -253,6 +258,7 @@ class Outages(Leasing):
         if job.attempts >= _ATTEMPTS or not self._let_go_locked(job):
             return False
         self._lines.insert(job)
+        self._refuse_late_locked(job)
         return True
 
     # -- The token is lost, and back ----------------------------------------------
@@ -294,6 +300,7 @@ class Outages(Leasing):
             if job.phase is not Phase.RUNNING or job.attempts >= _ATTEMPTS:
                 return False
             job.phase = Phase.WAITING
+            self._refuse_late_locked(job)
             return True
 
     def wait_quiet(self, deadline: float) -> bool:
@@ -330,7 +337,9 @@ class Outages(Leasing):
         lane.lose(_cut(cause) if lone else cause)
         lane.owner.gone = True
         wake = self._refuse_lane_locked(lane) + self._refuse_users_locked(lane)
-        for job in [job for job in self._lines if job.lane is lane]:
+        for job in [*self._lines, *self._parked]:
+            if job.lane is not lane:
+                continue
             self._take_out_locked(job)
             if self._settle_lane_locked(job):
                 wake.append(job)
@@ -439,6 +448,14 @@ class Outages(Leasing):
             seconds=round(now - outage.since, 1),
         )
         return float("inf")
+
+    def _refuse_late_locked(self, job: Job) -> None:
+        """A job waits again: refuse it, where all others have been refused already."""
+        if self._outage is None or not self._outage.over:
+            return
+        self._take_out_locked(job)
+        if self._settle_locked(job, None, self._unavailable()):
+            job.waiter.wake()
 
     def _unavailable(self) -> TokenUnavailable:
         outage = self._outage

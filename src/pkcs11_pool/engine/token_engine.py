@@ -125,11 +125,16 @@ class TokenEngine(Work):
             self._watch_locked(job)
         post(job)
 
-    def begin(self, job: Job) -> bool:
-        """The actor starts on a request; False if its caller has gone."""
+    def begin(self, job: Job, *, pauses: bool) -> bool:
+        """The actor starts on a request; False if its caller has gone.
+
+        One that pauses goes on waiting: nothing has happened for it, so its caller may
+        go, and its deadline says so.
+        """
         with self._lock:
             if job.phase is Phase.WAITING:
-                job.phase = Phase.RUNNING
+                if not pauses:
+                    job.phase = Phase.RUNNING
                 return True
             return job.stays
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pkcs11_pool.errors import PoolTimeout
 from pkcs11_pool.faces import arguments
@@ -20,16 +20,33 @@ class TimeLeft:
         default = pool._engine.options.timeout  # noqa: SLF001  # one package
         self._limit = arguments.timeout(timeout, default)
         self._end = time.monotonic() + self._limit if self._limit else None
+        self._begun = False
 
     def at_first(self) -> float | None:
-        """For a call that may have to wait for a session; 0: it must not."""
-        return self._limit if self._end is None else self.now()
+        """For a call that may have to wait for a session; 0: it must not.
+
+        Raises:
+            PoolTimeout: The time is over.
+        """
+        if self._end is None:
+            return self._limit
+        if self._begun:
+            return self.now()
+        self._begun = True
+        return self._left("the deadline passed before the first call", "waiting")
 
     def now(self) -> float | None:
-        """For a call in the session."""
+        """For a call in the session.
+
+        Raises:
+            PoolTimeout: The time is over, after some calls.
+        """
+        return self._left("the deadline passed between two calls", "running")
+
+    def _left(self, text: str, phase: Literal["waiting", "running"]) -> float | None:
         if self._end is None:
             return None
         left = self._end - time.monotonic()
         if left <= 0:
-            raise PoolTimeout("the deadline passed between two calls", "running")
+            raise PoolTimeout(text, phase)
         return left

@@ -108,11 +108,11 @@ class LoginActor(Standing):
 
     def log_out(self, job: Job) -> None:
         """Log out, and stay out."""
-        self._post(job, partial(self._user.log_out, job))
+        self._post(job, partial(self._user.log_out, job), pauses=True)
 
     def so_begin(self, job: Job, so_pin: Pin) -> None:
         """Begin a period of the security officer; gives the R/W session."""
-        self._post(job, partial(self._officer.begin, job, so_pin))
+        self._post(job, partial(self._officer.begin, job, so_pin), pauses=True)
 
     def so_end(self, job: Job) -> None:
         """End it, and log in again whoever was logged in before."""
@@ -212,7 +212,7 @@ class LoginActor(Standing):
             self._mail.postpone(request)
             return
         job = request.job
-        if not self._gate.begin(job):
+        if not self._gate.begin(job, pauses=request.pauses):
             return
         try:
             request.do()

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 class Gate(Protocol):
     """The engine, as far as the actor needs it."""
 
-    def begin(self, job: Job) -> bool:
-        """The actor starts on a request; False if its caller has gone."""
+    def begin(self, job: Job, *, pauses: bool) -> bool:
+        """The actor starts on a request; False if its caller has gone.
+
+        One that pauses goes on waiting, until :meth:`pause` has succeeded.
+        """
 
     def put_off(self, job: Job) -> bool:
         """A request waits again; False: its caller has gone, or it was tried enough."""

@@ -25,12 +25,15 @@ class Request:
         is_login: Whether the user's login is asked for. It may come between, while
             another request waits for calls inside to end: they may need it.
         ends: Whether it ends what keeps all others waiting.
+        pauses: Whether it begins when nothing is inside the module, and only waits
+            until then.
     """
 
     job: Job
     do: Callable[[], None]
     is_login: bool = False
     ends: bool = False
+    pauses: bool = False
 
 
 class Mailbox:
