@@ -179,8 +179,8 @@ static void consult_outage(struct call *call, int *answer)
 /* What is to be lost is lost while only this call is inside, and before it reaches the module: the
  * real module need not bear that its sessions go while it works in them. A session that cannot be
  * closed, or that nobody knows of, would stay for ever: one that closes is closed whatever is
- * answered, and none is opened. Nor does an operation begin in a session, or a search go on, to be in
- * the way there. */
+ * answered, and none is opened. Nor does an operation begin in a session, or go on after its last
+ * call, to be in the way there. */
 static void consult_strike(struct call *call, int *answer, bool *hang_before)
 {
     struct fault_strike *strike = &state.strike;
@@ -205,9 +205,10 @@ static void consult_strike(struct call *call, int *answer, bool *hang_before)
         const char *name = function_names[function];
         size_t length = strlen(name);
         bool begins = length > 4 && strcmp(name + length - 4, "Init") == 0;
+        bool finals = length > 5 && strcmp(name + length - 5, "Final") == 0;
         bool done =
             strike->kind == STRIKE_REPLACE && function != FN_C_OpenSession && !begins;
-        bool ends = function == FN_C_CloseSession || function == FN_C_FindObjectsFinal;
+        bool ends = function == FN_C_CloseSession || finals;
         *answer = done || ends ? ANSWER_REPLACED : ANSWER_INSTEAD;
         call->replacement = strike->rv;
     }

@@ -258,7 +258,9 @@ class Faults(Machine):
         ]
         for name, stream in self.world.streams.items():
             lease = stream._feed._lease  # noqa: SLF001  # it has a session to itself
-            if self.model.streams[name].holds and lease is not None and lease.closing:
+            known = self.model.streams.get(name)
+            holds = known is None or known.holds  # it may have begun just now
+            if holds and lease is not None and lease.closing:
                 over.append(name)
         return over
 
@@ -337,7 +339,7 @@ class Faults(Machine):
         for name in over:
             if name in model.sessions:
                 model.close_session(name)
-            else:
+            elif name in model.streams:
                 stream = model.streams[name]
                 stream.holds, stream.cut = False, stream.cut or "StreamInterrupted"
         for name, life in model.lives.items():

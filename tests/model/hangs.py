@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from model.steps import Step
     from pkcs11_pool import TokenPool
 
+KINDS: Final = ("hang before", "hang after", "flood")
+"""What may happen: a call hangs on its way in or back, or more do than there are
+sessions."""
 _FAR: Final = 100.0
 """Seconds after which all deadlines have passed."""
 _ACTORS: Final = {"login", "logout", "officer"}
