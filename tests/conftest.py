@@ -92,8 +92,14 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def warm_up() -> None:
-    """What libuv opens once per process is nobody's left-over."""
+    """What libuv opens once per process is nobody's left-over.
+
+    And the thousands of tests that pytest found are no garbage of any of them: whoever
+    collects it, or looks at all that is alive, need not go over them each time.
+    """
     uvloop.run(_nothing())
+    gc.collect()
+    gc.freeze()
 
 
 async def _nothing() -> None:
@@ -164,8 +170,7 @@ def make_pool(token: ThrowawayToken) -> MakePool:
 @pytest.fixture
 def never_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions opened ahead stay, also when the machine stands still for a moment."""
-    for module in ("dispatch", "outage"):
-        monkeypatch.setattr(f"pkcs11_pool.engine.{module}.IDLE", 1000.0)
+    monkeypatch.setattr("pkcs11_pool.engine.lull.IDLE", 1000.0)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import gc
 import hashlib
 import html
 import io
+import itertools
 import json
 import logging
 import os
@@ -216,6 +217,7 @@ class Scene:
         printed: The error that is really printed, with colours, which takes long.
         accidents: What was refused, and not by an error of ours.
         rendered: Names of the errors that were looked at once.
+        clean: Hashes of what showed no PIN at an earlier moment: it is not read again.
         moments: At how many moments there was a look.
     """
 
@@ -227,6 +229,7 @@ class Scene:
     printed: str | None = None
     accidents: list[str] = field(default_factory=list)
     rendered: set[str] = field(default_factory=set)
+    clean: set[int] = field(default_factory=set, repr=False)
     moments: int = 0
 
     @property
@@ -243,7 +246,11 @@ async def look(scene: Scene, when: str) -> list[str]:
     for name, seen in _everywhere(scene):
         shown.setdefault(name, set()).add(_as_text(seen))
     for name, texts in shown.items():
-        found += [f"{when}: {name}: {how}" for how in scene.find("\n".join(texts))]
+        new = [text for text in texts if hash(text) not in scene.clean]
+        spelt = scene.find("\n".join(new))
+        found += [f"{when}: {name}: {how}" for how in spelt]
+        if not spelt:
+            scene.clean.update(map(hash, new))
     for path in ("/", "/status.json", "/metrics", "/livez", "/readyz"):
         for how in scene.find(await _asked(scene, path)):
             found.append(f"{when}: status app, {path}: {how}")
@@ -286,8 +293,8 @@ _NOT_ENTERED: Final = (type, types.ModuleType, Hidden, ThrowawayToken, Searcher,
 _WHERE_A_PIN_LIVES: Final = (pins.Secret, pins.Source, SecretStr)
 
 
-def reached(*start: Any) -> Iterator[tuple[Any, str]]:
-    """All that the garbage collector sees from there, and the way to it.
+def reached(*start: Any) -> Iterator[Any]:
+    """All that the garbage collector sees from there.
 
     Attributes, slots, closures, partials, queues, suspended frames: whatever one
     object holds of another. Not what other programs' modules hold, nor the frames
@@ -295,17 +302,16 @@ def reached(*start: Any) -> Iterator[tuple[Any, str]]:
     """
     seen: set[int] = {id(start)}
     kept = list(start)  # an id is one object's only as long as it lives
-    line = [(one, type(one).__name__) for one in start]
+    line = list(start)
     while line:
-        item, way = line.pop()
+        item = line.pop()
         if id(item) in seen or isinstance(item, _NOT_ENTERED):
             continue
         seen.add(id(item))
         kept.append(item)
-        yield item, way
-        if isinstance(item, _WHERE_A_PIN_LIVES):
-            continue
-        line += [(one, f"{way} > {type(one).__name__}") for one in _held(item)]
+        yield item
+        if not isinstance(item, _WHERE_A_PIN_LIVES):
+            line += _held(item)
 
 
 def _held(item: Any) -> list[Any]:
@@ -322,17 +328,13 @@ def _is_foreign(frame: types.FrameType) -> bool:
     return not name.startswith(_HERE) and not {_OURS, "pkcs11"} & {*name.split("/")}
 
 
-def _ours(item: Any) -> bool:
-    return _is_ours(type(item))  # type: ignore[arg-type]  # classes can be hashed
-
-
 @functools.cache
 def _is_ours(kind: type) -> bool:
     return str(getattr(kind, "__module__", "")).startswith("pkcs11")
 
 
 def _texts(*start: Any) -> Seen:
-    for item, _ in reached(*start):
+    for item in reached(*start):
         if isinstance(item, str):
             yield item
         elif isinstance(item, bytes | bytearray | ctypes.Array | ctypes.Structure):
@@ -346,8 +348,8 @@ def _in_reach(scene: Scene) -> Seen:
 
 def _shown(scene: Scene) -> Seen:
     """As people print things: each object of ours that hangs on a public one."""
-    for item, _ in reached(*scene.objects):
-        if _ours(item):
+    for item in reached(*scene.objects):
+        if _is_ours(type(item)):  # type: ignore[arg-type]  # classes can be hashed
             yield f"{item!r} {item!s} {item!a} {format(item)}"
             yield repr(getattr(item, "__dict__", None))
             yield repr([getattr(item, name, None) for name in _slots(item)])
@@ -366,13 +368,18 @@ def _slots(item: Any) -> list[str]:
 
 def _alive(_scene: Scene) -> Seen:
     """Each object of ours in the process, whoever holds it."""
-    for item in gc.get_objects():
-        if _ours(item) and not isinstance(item, type):
-            try:
-                yield repr(item)
-            except p11.PKCS11Error:
-                # python-pkcs11's keys ask the token, and another test's has ended.
-                continue
+    everything = gc.get_objects()
+    # By class first: there are hundreds of thousands, and few are of a class of ours.
+    kinds = {kind for kind in set(map(type, everything)) if _is_ours(kind)}
+    ours = itertools.compress(
+        everything, map(kinds.__contains__, map(type, everything))
+    )
+    for item in ours:
+        try:
+            yield repr(item)
+        except p11.PKCS11Error:
+            # python-pkcs11's keys ask the token, and another test's has ended.
+            continue
 
 
 def _copied(scene: Scene) -> Seen:
@@ -546,10 +553,15 @@ def _threads(_scene: Scene) -> Seen:
 
 def _held_by_threads(_scene: Scene) -> Seen:
     """What hangs on the locals of our own threads."""
-    for frame in sys._current_frames().values():  # noqa: SLF001
-        for one, _ in traceback.walk_stack(frame):
-            if f"/{_OURS}/" in one.f_code.co_filename:
-                yield from _texts(*one.f_locals.values())
+    yield from _texts(
+        *(
+            held
+            for frame in sys._current_frames().values()  # noqa: SLF001
+            for one, _ in traceback.walk_stack(frame)
+            if f"/{_OURS}/" in one.f_code.co_filename
+            for held in one.f_locals.values()
+        )
+    )
 
 
 def _dumped(_scene: Scene) -> Seen:

@@ -17,7 +17,7 @@ import pytest
 from pkcs11 import KeyType, Mechanism
 
 from pkcs11_pool import PoolClosed, PoolError, PoolState, PoolTimeout
-from pkcs11_pool.engine.dispatch import Pause
+from pkcs11_pool.engine.mode import Pause
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -76,7 +76,7 @@ async def settled(pool: TokenPool) -> None:
     def quiet() -> bool:
         stats = pool.stats()
         idle = stats.sessions_open == stats.sessions_ahead + stats.sessions_leased
-        busy = stats.operations_running or pool._engine._busy  # noqa: SLF001
+        busy = stats.operations_running or pool._engine._staff.busy  # noqa: SLF001
         return idle and not busy
 
     await eventually(quiet)
@@ -87,7 +87,7 @@ async def paused(pool: TokenPool) -> None:
 
     A caller with a time limit would tell it, too, if the machine did not stand still.
     """
-    await eventually(lambda: pool._engine._pause is not Pause.NOT)  # noqa: SLF001
+    await eventually(lambda: pool._engine._mode.pause is not Pause.NOT)  # noqa: SLF001
 
 
 async def digest(pool: Any, data: bytes = b"data", **options: Any) -> bytes:
@@ -169,7 +169,7 @@ def time_is_up(pool: TokenPool) -> None:
     """
     engine, then = pool._engine, time.monotonic() + _FAR  # noqa: SLF001
     with engine._lock:  # noqa: SLF001
-        for worker in engine._workers:  # noqa: SLF001
+        for worker in engine._staff.workers:  # noqa: SLF001
             if worker.job is None:
                 # It tidies up, or is about to look for more: for that it has time yet.
                 worker.done = then

@@ -185,7 +185,7 @@ async def test_a_result_that_is_held_back_waits_for_no_hang_either(
 ) -> None:
     """On a fast token results wait for each other a moment, but for no call."""
     # All results come fast enough for that, however slow the machine is.
-    monkeypatch.setattr("pkcs11_pool.engine.work._LATE", math.inf)
+    monkeypatch.setattr("pkcs11_pool.engine.held._LATE", math.inf)
     done = anyio.Event()
 
     async def caller() -> None:

@@ -205,11 +205,11 @@ async def _at_rest(ground: Ground) -> None:
             and not stats.operations_waiting
             # Where the machine stood still, a call was given up, and is on its way.
             and not stats.calls_stuck
-            and not engine._busy
+            and not engine._staff.busy
             and not engine._room.leasing
-            and not engine._requests
-            and not engine._parked
-            and engine._so_lane is None
+            and not engine._waiting.requests
+            and not engine._waiting.parked
+            and engine._mode.so_lane is None
             and len(fault.sessions()) == 1 + stats.sessions_open
         )
 
@@ -221,7 +221,12 @@ async def _at_rest(ground: Ground) -> None:
 
 def _under_way(pool: TokenPool) -> bool:
     engine = pool._engine
-    return bool(engine._running or engine._requests or engine._lines or engine._parked)
+    return bool(
+        engine._staff.running
+        or engine._waiting.requests
+        or engine._lines
+        or engine._waiting.parked
+    )
 
 
 async def _works(ground: Ground) -> None:

@@ -227,14 +227,14 @@ async def test_the_worker_that_went_idle_last_is_woken_first(
     """Its stack and its caches are warm; the others may sleep on."""
     async with make_pool() as pool:
         await _some_ahead(pool)
-        engine = pool._engine  # noqa: SLF001
-        goes_idle, wake = engine._goes_idle_locked, Worker.wake  # noqa: SLF001
+        staff = pool._engine._staff  # noqa: SLF001
+        goes_idle, wake = staff.goes_idle, Worker.wake
         idle: list[Worker] = []
         woken: list[bool] = []
 
-        def noted(worker: Any, now: float) -> None:
+        def noted(worker: Any) -> None:
             idle.append(worker)
-            goes_idle(worker, now)
+            goes_idle(worker)
 
         def counted(worker: Worker) -> None:
             # One that does not wake in a moment, on a slow machine, is helped by
@@ -245,7 +245,7 @@ async def test_the_worker_that_went_idle_last_is_woken_first(
             wake(worker)
 
         # Both are called under the engine's lock.
-        monkeypatch.setattr(engine, "_goes_idle_locked", noted)
+        monkeypatch.setattr(staff, "goes_idle", noted)
         monkeypatch.setattr(Worker, "wake", counted)
         await _all_at_once(pool, 4)
         assert len(idle) >= 2, "there is no choice"

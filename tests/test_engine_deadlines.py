@@ -215,7 +215,7 @@ async def test_a_hang_behind_a_caller_is_given_up_on_by_who_waits_for_it(
     function: str,
 ) -> None:
     """Nobody's deadline passes inside such a call; in a full pool, in front of it."""
-    monkeypatch.setattr("pkcs11_pool.engine.leasing.BEHIND", 0)
+    monkeypatch.setattr("pkcs11_pool.engine.overdue.BEHIND", 0)
     async with make_pool(module=fault.path, max_sessions=1) as pool:
         fault.on("C_Digest", hang="before")
         async with anyio.create_task_group() as tasks:
@@ -242,7 +242,7 @@ async def test_a_hang_behind_a_caller_is_given_up_on_where_nobody_waits(
     function: str,
 ) -> None:
     """After the pool's timeout, as any other call: it is seen in the statistics."""
-    monkeypatch.setattr("pkcs11_pool.engine.leasing.BEHIND", 0)
+    monkeypatch.setattr("pkcs11_pool.engine.overdue.BEHIND", 0)
     async with make_pool(module=fault.path, timeout=0.5) as pool:
         # The first one is opened for the operation itself.
         fault.on(function, nth=2 if function == "C_OpenSession" else 1, hang="before")
@@ -260,7 +260,7 @@ async def test_a_call_behind_a_caller_has_its_time(
     make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who has no time to wait takes nothing from it."""
-    monkeypatch.setattr("pkcs11_pool.engine.leasing.BEHIND", LAST_RESORT)
+    monkeypatch.setattr("pkcs11_pool.engine.overdue.BEHIND", LAST_RESORT)
     async with make_pool(module=fault.path, max_sessions=1) as pool:
         fault.on("C_CloseSession", hang="before")
         await digest(pool, timeout=LAST_RESORT)

@@ -126,6 +126,29 @@ async def test_each_operation_is_counted_once(
         assert after.last_error.startswith("PoolTimeout: ")
 
 
+@pytest.mark.parametrize("ends_well", [True, False])
+async def test_a_call_whose_caller_has_gone_counts_once(
+    pool: TokenPool,
+    ends_well: bool,  # noqa: FBT001  # a parameter of the test
+) -> None:
+    """As cancelled, whatever comes of it; its error is nobody's."""
+    with Hold() as hold:
+
+        def work(session: object) -> None:
+            hold(session)
+            if not ends_well:
+                _fails(session)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(pool.run, work)
+            await hold.entered()
+            tasks.cancel_scope.cancel()
+    await settled(pool)
+    stats = pool.stats()
+    assert (stats.operations_total, stats.operations_cancelled) == (1, 1)
+    assert (stats.operations_failed, stats.last_error) == (0, None)
+
+
 async def test_a_session_is_counted_when_it_is_opened(
     make_pool: MakePool, fault: FaultModule
 ) -> None:

@@ -70,6 +70,11 @@ async def work(pool: TokenPool) -> dict[str, str]:
     return {"digest": (await digest(pool)).hex()}
 
 
+async def is_busy(_pool: TokenPool) -> None:
+    """As a pool on which too many wait."""
+    raise TooManyWaiting("secret-label")
+
+
 FAILURES: dict[str, tuple[Callable[[TokenPool], Any], int, str]] = {
     # An error of both kinds; of the pool alone; of the token alone.
     "both": (lambda pool: pool.key(label="secret-label").sign(b""), 404, "KeyNotFound"),
@@ -79,6 +84,7 @@ FAILURES: dict[str, tuple[Callable[[TokenPool], Any], int, str]] = {
         400,
         "MechanismInvalid",
     ),
+    "busy": (is_busy, 503, "TooManyWaiting"),
 }
 """What handlers do that fails, its status and the code of the problem."""
 
@@ -248,6 +254,7 @@ async def answers_errors(http: Any) -> None:
         assert answer.status_code == status
         assert answer.headers["Content-Type"] == "application/problem+json"
         assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.headers.get("Retry-After") == ("1" if kind == "busy" else None)
         assert json.loads(answer.content)["code"] == code
         assert b"secret-label" not in answer.content
 
@@ -370,6 +377,7 @@ async def test_aiohttp_has_the_pool_while_it_is_up(
         assert answer.status == status
         assert answer.content_type == "application/problem+json"
         assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.headers.get("Retry-After") == ("1" if kind == "busy" else None)
         text = await answer.text()
         assert json.loads(text)["code"] == code
         assert "secret-label" not in text

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkcs11_pool import PoolTimeout
-from pkcs11_pool.engine.dispatch import RECENT
+from pkcs11_pool.engine.tally import RECENT
 from pkcs11_pool.stats import BOUNDS, Histogram, Times
 from poolkit import Hold, digest, eventually, settled, time_limits
 

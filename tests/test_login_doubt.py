@@ -71,7 +71,7 @@ async def test_a_token_that_cannot_be_asked_is_logged_out_for_certain(
     """A login that nobody knows of would let a wrong PIN pass for the right one."""
     async with make_pool(module=fault.path, pin=None) as pool:
         fault.on("C_Login", replace=CKR.DEVICE_ERROR)
-        fault.on("C_GetSessionInfo", answer=CKR.DEVICE_ERROR)
+        fault.on("C_GetSessionInfo", nth=2, answer=CKR.DEVICE_ERROR)
         with pytest.raises(PKCS11Error):
             await pool.login(token.user_pin)
         assert await _agreed(pool) is LoginState.PUBLIC

@@ -152,7 +152,7 @@ def _room(pool: TokenPool) -> Any:
 
 def _resting(pool: TokenPool) -> Any:
     """Return the operations that the token was too busy for."""
-    return pool._engine._resting  # noqa: SLF001
+    return pool._engine._waiting.resting  # noqa: SLF001
 
 
 def _is(pool: TokenPool, state: LoginState) -> None:
@@ -539,6 +539,66 @@ async def test_after_a_logout_that_is_ignored_nothing_private_is_made(
         await pool.login()
         for make in _made(pool).values():
             await make()
+
+
+async def test_after_a_logout_that_is_ignored_nothing_public_makes_what_is_private(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+) -> None:
+    """A public key is used by whoever comes; what it makes is not for everybody."""
+    fault.play_login("ignored", token.user_pin.encode())
+    public = {pkcs11.Attribute.PRIVATE: False}
+    private = {pkcs11.Attribute.PRIVATE: True}
+    new: dict[str, Any] = {"label": "new", "store": True}
+    async with make_pool(module=fault.path, pin=None, login_ignored=True) as pool:
+        key = await pool.generate_key(
+            KeyType.AES, 128, label="k", store=True, template=_EXPORTABLE | public
+        )
+        wrapped = await key.wrap_key(key, mechanism=Mechanism.AES_KEY_WRAP)
+        unwrap = partial(
+            key.unwrap_key,
+            pkcs11.ObjectClass.SECRET_KEY,
+            KeyType.AES,
+            wrapped,
+            mechanism=Mechanism.AES_KEY_WRAP,
+            **new,
+        )
+        group: Any = await pool.create_object(_GROUP | public)
+        makers: list[Any] = [
+            unwrap,
+            lambda: unwrap(template=private),
+            lambda: key.derive_key(KeyType.AES, 128, **new),
+            lambda: key.copy(private),
+            lambda: key.set_attributes(private),
+            lambda: group.generate_keypair(store=True),
+        ]
+        await pool.logout()
+        fault.reset_counts()
+        for make in makers:
+            with pytest.raises(LoginRequired, match="PRIVATE: False"):
+                await make()
+        assert not _CHANGING & fault.counts().keys()
+        await unwrap(template=public)
+        await key.copy({pkcs11.Attribute.LABEL: "copy"})
+        await key.set_attributes({pkcs11.Attribute.LABEL: "other"})
+        await pool.login()
+        await (await pool.find({pkcs11.Attribute.LABEL: "copy"}))[0].copy(private)
+
+
+_EXPORTABLE = {pkcs11.Attribute.EXTRACTABLE: True, pkcs11.Attribute.SENSITIVE: False}
+_GROUP = {
+    pkcs11.Attribute.CLASS: pkcs11.ObjectClass.DOMAIN_PARAMETERS,
+    pkcs11.Attribute.KEY_TYPE: KeyType.DH,
+    pkcs11.Attribute.TOKEN: True,
+    pkcs11.Attribute.PRIME: (2**127 - 1).to_bytes(16, "big"),
+    pkcs11.Attribute.BASE: b"\x03",
+}
+_CHANGING = {
+    "C_UnwrapKey",
+    "C_DeriveKey",
+    "C_CopyObject",
+    "C_SetAttributeValue",
+    "C_GenerateKeyPair",
+}
 
 
 async def test_after_a_logout_that_is_ignored_no_function_is_let_in(

@@ -207,12 +207,14 @@ async def _leaks(scene: Scene, text: str) -> None:
     raise ValueError(len(text))
 
 
+_KEPT: Final[list[object]] = []
 _LEAKS: Final[dict[str, Callable[[Scene, str], Any]]] = {
     "log": lambda scene, text: scene.log.written.write(text),
     "held by a public object": lambda scene, text: scene.objects.append(
         functools.partial(lambda a: a, [{"x": (text,)}])
     ),
     "pickle and copy": lambda scene, text: scene.objects.append({"x": text}),
+    "repr of anything alive": lambda _scene, text: _KEPT.append(Pkcs11URI(token=text)),
     "words of the process": lambda _scene, text: sys.argv.append(text),
     "extra": lambda scene, text: scene.more.update(extra=lambda: [text]),
 }
@@ -222,13 +224,15 @@ _LEAKS: Final[dict[str, Callable[[Scene, str], Any]]] = {
 async def test_the_searcher_finds_a_leak(
     scene: Scene, wrong: Hidden, place: str
 ) -> None:
-    """One that is made on purpose, in the place where it was made."""
+    """One that is made on purpose, where it was made, also after a clean look."""
     words = list(sys.argv)
+    assert await look(scene, "before") == []
     try:
         _LEAKS[place](scene, wrong.text)
         found = await look(scene, "now")
     finally:
         sys.argv[:] = words
+        _KEPT.clear()
     assert [one for one in found if one.startswith(f"now: {place}:")]
 
 
@@ -912,6 +916,6 @@ async def test_the_words_of_a_sources_own_error_are_not_looked_at(
 async def test_a_literal_is_in_memory_as_long_as_its_pool(way: Way) -> None:
     """In one object, whose text is behind a mangled name: Python cannot wipe it."""
     pool = way.pool(way.pin.text)
-    held = [one for one, _ in pinsearch.reached(pool) if isinstance(one, pins.Secret)]
+    held = [one for one in pinsearch.reached(pool) if isinstance(one, pins.Secret)]
     (secret,) = held
     assert Searcher(way.pin)(secret.encoded()) != []

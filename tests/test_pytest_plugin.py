@@ -230,7 +230,7 @@ async def test_sessions_are_not_dropped_under_a_call(
         assert go_on.wait(10)
         return 0
 
-    thread = threading.Thread(target=pkcs11_faults._made, args=("C_Sign", stays, ()))  # noqa: SLF001
+    thread = threading.Thread(target=pkcs11_faults._made, args=("C_Sign", stays, (0,)))  # noqa: SLF001
     thread.start()
     inside.wait(10)
     with pytest.raises(TimeoutError, match="1 calls"):

@@ -21,7 +21,7 @@ from pkcs11_pool import (
     TokenUnavailable,
     list_tokens,
 )
-from pkcs11_pool.engine import dispatch
+from pkcs11_pool.engine import lull
 from pkcs11_pool.login import recovering, steps
 from pkcs11_pool.login.steps import Step
 from poolkit import (
@@ -158,7 +158,7 @@ async def test_an_idle_pool_tidies_nothing_while_it_stands_back(
 ) -> None:
     """What it opened ahead ended with the generation: its number is another's soon."""
     # It is idle when the test says so.
-    monkeypatch.setattr(dispatch, "IDLE", 60)
+    monkeypatch.setattr(lull, "IDLE", 60)
     async with AsyncExitStack() as stack:
         ill, well = await _two(stack, make_pool, fault, other)
         for pool in (ill, well):
@@ -174,8 +174,8 @@ async def test_an_idle_pool_tidies_nothing_while_it_stands_back(
             fault.reset_counts()
             # As the timekeeper has an idle worker do it.
             engine = well._engine  # noqa: SLF001
-            engine._look_wanted, engine._last_work = True, 0.0  # noqa: SLF001
-            await blocking(engine.look_around, engine._idle[-1])  # noqa: SLF001
+            engine._lull.wanted, engine._lull.last_work = True, 0.0  # noqa: SLF001
+            await blocking(engine.look_around, engine._staff.idle[-1])  # noqa: SLF001
             closed = fault.count("C_CloseSession")
             fault.release()
         await _ready(ill, well)

@@ -37,7 +37,7 @@ from pkcs11_pool import (
     WouldDeadlock,
     events,
 )
-from pkcs11_pool.engine.dispatch import Pause
+from pkcs11_pool.engine.mode import Pause
 from poolkit import (
     Hold,
     paused,
@@ -849,7 +849,7 @@ async def test_who_holds_a_session_comes_to_his_end_while_the_officer_waits(
                 group.start_soon(officer)
                 # A call that waits tells nothing here: there is no session for it.
                 engine = pool._engine  # noqa: SLF001
-                await _until(lambda: engine._pause is Pause.NEW)  # noqa: SLF001
+                await _until(lambda: engine._mode.pause is Pause.NEW)  # noqa: SLF001
                 asks.set()
             await officer.inside.wait()
             officer.go.set()

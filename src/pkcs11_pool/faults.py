@@ -7,7 +7,8 @@ call waiting, or call the module and lose its answer. No compiler is needed.
 Of the module itself only sessions can be lost: a call that is made to fail was not
 made, objects stay as they were, and what the module keeps inside goes on. So a lost
 token is as the pool sees it, through the answers. What needs a module that truly dies
-needs one: this project's own fault module, or a server that is killed.
+needs one: this project's own fault module, or a server that is killed. Odd logins and
+numbers are played by :mod:`pkcs11_pool.odd_tokens`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pkcs11_pool import config
+from pkcs11_pool import config, pins
 from pkcs11_pool.cryptoki import interface, rv
 from pkcs11_pool.cryptoki.module import borrowed
 from pkcs11_pool.errors import InvalidOption, ModuleInUse
+from pkcs11_pool.faces.hiding import hides_pins
+from pkcs11_pool.odd_tokens import OddToken, PlayedLogin
 
 if TYPE_CHECKING:
     import os
@@ -46,7 +49,24 @@ _MORE: Final[dict[str, tuple[int, tuple[Any, ...]]]] = {
     "C_UnwrapKey": (61, (_N, _P, _N, _P, _N, _P, _N, _UL)),
     "C_DeriveKey": (62, (_N, _P, _N, _P, _N, _UL)),
 }
-FUNCTIONS: Final = interface.FUNCTIONS | _MORE
+# All others that a session's number is given to, which may not be the module's own.
+_REST: Final[dict[str, tuple[int, tuple[Any, ...]]]] = {
+    "C_GetOperationState": (16, (_N, _P, _UL)),
+    "C_SetOperationState": (17, (_N, _P, _N, _N, _N)),
+    "C_GetObjectSize": (23, (_N, _N, _UL)),
+    "C_SignRecoverInit": (46, (_N, _P, _N)),
+    "C_SignRecover": (47, (_N, _P, _N, _P, _UL)),
+    "C_VerifyRecoverInit": (52, (_N, _P, _N)),
+    "C_VerifyRecover": (53, (_N, _P, _N, _P, _UL)),
+    "C_DigestEncryptUpdate": (54, (_N, _P, _N, _P, _UL)),
+    "C_DecryptDigestUpdate": (55, (_N, _P, _N, _P, _UL)),
+    "C_SignEncryptUpdate": (56, (_N, _P, _N, _P, _UL)),
+    "C_DecryptVerifyUpdate": (57, (_N, _P, _N, _P, _UL)),
+    "C_SeedRandom": (63, (_N, _P, _N)),
+    "C_GetFunctionStatus": (65, (_N,)),
+    "C_CancelFunction": (66, (_N,)),
+}
+FUNCTIONS: Final = interface.FUNCTIONS | _MORE | _REST
 """The functions that can be made to misbehave, with number and arguments."""
 
 # C functions keep pointing at what stands here, so nothing of it may ever go.
@@ -78,11 +98,10 @@ class Faults:
         self._calls: Counter[str] = Counter()
         self._hanging: Counter[str] = Counter()
         self._events: set[threading.Event] = set()
-        # Calls that the module itself has; the slots where sessions were opened.
+        # Calls that the module itself has.
         self._inside = 0
-        self._slots: set[int] = set()
         self._no_ro_sessions = False
-        self._close_all: Callable[[int], int] | None = None
+        self._token = OddToken()
 
     def fail(
         self,
@@ -135,6 +154,53 @@ class Faults:
         with self._changed:
             self._no_ro_sessions = True
 
+    @hides_pins
+    def login_per_session(self, user_pin: Any) -> None:
+        """Give each session a login of its own, as Nitrokey NetHSM may.
+
+        A session without one may tell of itself, log in, digest and make random
+        numbers; all else is ``CKR_USER_NOT_LOGGED_IN``, but with
+        ``login_per_session=True``. Before a pool opens; until the block ends.
+
+        Args:
+            user_pin: The PIN that the user of the token has.
+
+        Raises:
+            ModuleInUse: A session is open.
+            InvalidOption, InvalidType: It is no PIN.
+        """
+        self._play(PlayedLogin.PER_SESSION, pins.secret(user_pin))
+
+    @hides_pins
+    def login_ignored(self, user_pin: Any) -> None:
+        """Take whoever comes for the user, as Google Cloud KMS, until the block ends.
+
+        Any PIN is taken, and none is needed; a logout changes nothing, and there is no
+        security officer. For ``login_ignored=True``. To be said before a pool opens.
+
+        Args:
+            user_pin: The PIN that the user of the token has.
+
+        Raises:
+            ModuleInUse: A session is open.
+            InvalidOption, InvalidType: It is no PIN.
+        """
+        self._play(PlayedLogin.IGNORED, pins.secret(user_pin))
+
+    def reuse_numbers(self) -> None:
+        """Give the number of a closed session to the next one, as opencryptoki does.
+
+        And that of a destroyed object, or one whose session is closed, to the next
+        object; until the block ends. To be said before a pool opens. The number of a
+        key in the parameter of a mechanism is not the module's own then.
+
+        Raises:
+            ModuleInUse: A session is open.
+        """
+        with self._changed:
+            self._check_none_open()
+            self._token.reuses = True
+
     def drop_sessions(self, timeout: float = 10.0) -> None:
         """Close every session, and with them the login: truly, by the module.
 
@@ -149,10 +215,10 @@ class Faults:
             if not self._changed.wait_for(lambda: not self._inside, timeout):
                 message = f"{self._inside} calls are inside the module"
                 raise TimeoutError(message)
-            for slot in self._slots:
-                if self._close_all is not None:
-                    rv.check(self._close_all(slot), "C_CloseAllSessions")
-            self._slots.clear()
+            for slot in self._token.slots:
+                code = self._token.module.C_CloseAllSessions(slot)
+                rv.check(code, "C_CloseAllSessions")
+                self._token.lost(slot)
 
     def release(self) -> None:
         """Let every call that hangs go on, and those ordered to hang go well."""
@@ -197,6 +263,19 @@ class Faults:
 
     # -- Inside -------------------------------------------------------------------
 
+    def _play(self, login: PlayedLogin, pin: pins.Secret) -> None:
+        with self._changed:
+            self._check_none_open()
+            self._token.play(login, pin)
+
+    def _check_none_open(self) -> None:
+        if self._token.slots:
+            message = (
+                "a session is open: say what the token is like before a pool opens (in "
+                "a pkcs11_faults of your own, that takes the one of the plugin)"
+            )
+            raise ModuleInUse(message)
+
     def _add(self, function: str, rule: _Rule) -> None:
         _check(function)
         for name, value in (("times", rule.times), ("skip", rule.skip)):
@@ -239,11 +318,9 @@ class Faults:
         with self._changed:
             if opens and self._no_ro_sessions and not arguments[1] & _RW:
                 return rv.CODES["CKR_FUNCTION_FAILED"]
-            if opens:
-                self._slots.add(arguments[0])
             self._inside += 1
         try:
-            return real(*arguments)
+            return self._token.call(function, real, arguments)
         finally:
             with self._changed:
                 self._inside -= 1
@@ -287,7 +364,7 @@ def faults_in(module: str | os.PathLike[str]) -> Iterator[Faults]:
             raise ModuleInUse(message)
     faults = Faults()
     real = library.functions
-    faults._close_all = real.C_CloseAllSessions  # noqa: SLF001  # one module
+    faults._token.module = real  # noqa: SLF001  # one module
     copy = _copy(real, faults)
     _set(library, interface.FunctionList(copy))
     _lists.add(copy)

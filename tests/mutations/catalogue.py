@@ -30,7 +30,7 @@ CATALOGUE = (
     Mutation(
         "no-drain",
         "engine/token_engine.py",
-        "return not self._busy and not (leases",
+        "return not staff.busy and not (leases",
         "return not (leases",
         "A logout and the SO wait until no call is inside the module.",
         ("test_login.py::test_logout_waits_for_the_call_inside_or_changes_nothing",),
@@ -123,8 +123,8 @@ CATALOGUE = (
     Mutation(
         "lose-wake-up",
         "engine/dispatch.py",
-        "                self._wake_one_locked(now)\n            else:",
-        "                pass\n            else:",
+        "                    staff.wake_one(now)\n            else:",
+        "                    pass\n            else:",
         "Who finds a free session and an idle worker is served at once.",
         ("test_engine.py::test_a_signature_costs_four_calls",),
     ),
@@ -138,7 +138,7 @@ CATALOGUE = (
     ),
     Mutation(
         "hang-behind-for-ever",
-        "engine/leasing.py",
+        "engine/overdue.py",
         "        if behind and not self._module.turn.serialized:",
         "        if False:",
         "A hang behind a caller is given up on when somebody waits for its session.",
@@ -236,9 +236,9 @@ CATALOGUE = (
     ),
     Mutation(
         "officer-deadlock",
-        "engine/dispatch.py",
-        "            self._pause is Pause.NEW\n            and job.holder is not None",
-        "            self._pause is Pause.NOT\n            and job.holder is not None",
+        "engine/rules.py",
+        "self._mode.pause is Pause.NEW\n            and job.holder is not None",
+        "self._mode.pause is Pause.NOT\n            and job.holder is not None",
         "Whoever holds a session comes to his end while the SO waits for it.",
         (
             (
@@ -351,8 +351,8 @@ CATALOGUE = (
     Mutation(
         "made-again",
         "engine/outage.py",
-        "            and not made\n",
-        "",
+        "if once or not (job.restart",
+        "if not (job.restart",
         "What was made is not made again when the login is lost just after it.",
         (
             (
@@ -397,9 +397,9 @@ CATALOGUE = (
     ),
     Mutation(
         "newcomers-wait",
-        "engine/outage.py",
-        "if self._outage is not None and self._outage.over:",
-        "if self._outage is None and self.state is PoolState.RECOVERING:",
+        "engine/rules.py",
+        "if mode.outage is not None and mode.outage.over:",
+        "if mode.outage is None and mode.state is PoolState.RECOVERING:",
         "After recovery_timeout newcomers are refused at once.",
         ("test_recovery.py::test_callers_wait_no_longer_than_recovery_timeout",),
     ),
@@ -511,8 +511,8 @@ CATALOGUE = (
     ),
     Mutation(
         "officer-beside-the-look",
-        "engine/dispatch.py",
-        "            if self._outage is not None:",
+        "engine/rules.py",
+        "            if mode.outage is not None:",
         "            if False:",
         "The security officer waits while his session is looked at.",
         (("test_recovery.py::test_the_officer_waits_while_his_session_is_looked_at"),),

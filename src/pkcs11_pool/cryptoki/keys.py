@@ -253,6 +253,15 @@ class HandleCache:
         if self.guards and login is not None and login.state is LoginState.PUBLIC:
             raise LoginRequired(f"logged out, by login_ignored=True: {advice}")
 
+    def check_making(self, *, public: bool) -> None:
+        """The same for an object that is to be made, unless it is to be public.
+
+        Raises:
+            LoginRequired: The user is logged out.
+        """
+        if not public:
+            self.check_login("await pool.login(), or give Attribute.PRIVATE: False")
+
     def _missing(self, session: Session, spec: KeySpec) -> KeyNotFound | LoginRequired:
         # As it was when the search began: a login since then did not help it.
         login = self.login

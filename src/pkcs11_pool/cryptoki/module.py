@@ -325,7 +325,7 @@ def release(module: Module) -> None:
     """
     with _lock:
         module.users -= 1
-        if module.users or module.lost_calls or module.forked:
+        if module.users or module.lost_calls:
             return
         module.turn = _NO_TURN
         module.initialized = False
@@ -434,8 +434,9 @@ def _after_fork() -> None:
     global _lock  # noqa: PLW0603  # a lock held by another thread at the fork stays so
     _lock = threading.Lock()
     for module in _modules.values():
-        if module.users or module.lost_calls:
-            module.forked = True
+        # Also where no pool is open any more: what could not be finalised is the
+        # parent's all the same.
+        module.forked |= bool(module.users) or module.initialized
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,18 +1,15 @@
 """Sessions in somebody's hands: lent, lost, and given back.
 
-The middle layer of the engine, on :class:`~pkcs11_pool.engine.dispatch.Dispatch`.
+A layer of the engine, on :class:`~pkcs11_pool.engine.dispatch.Dispatch`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from abc import abstractmethod
-from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from pkcs11_pool import events
 from pkcs11_pool.cryptoki import operations
 from pkcs11_pool.cryptoki.keys import GONE, HandleCache
 from pkcs11_pool.engine.dispatch import Dispatch
@@ -29,12 +26,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.module import Module
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.leases import Chain
-    from pkcs11_pool.jobs import Thread, Waiter
-
-
-BEHIND: Final = 2.0
-"""Seconds that a worker has for closing and opening behind its caller, before those
-who wait for it in vain have it given up on."""
+    from pkcs11_pool.jobs import Waiter
 
 
 class _Nobody:
@@ -48,14 +40,12 @@ NOBODY: Final = _Nobody()
 
 
 class Leasing(Dispatch):
-    """Leases, and calls that were given up on."""
+    """Leases, chains of calls in one, and the session of the security officer."""
 
     def __init__(self, options: PoolOptions) -> None:
         super().__init__(options)
         self.cache = HandleCache(options.handle_max_age)
         self.cache.guards = options.login_ignored
-        # Calls given up on that the log has not been told of.
-        self._lost_news: deque[int] = deque()
 
     @property
     @abstractmethod
@@ -75,7 +65,7 @@ class Leasing(Dispatch):
         of others that are inside with its session objects, for at most
         ``close_timeout``; the waiter waits no longer than that.
         """
-        if self.is_forked:
+        if self.home.is_forked:
             return None  # a forked child leaves its parent's sessions alone
         job = Job(
             lambda session: self._end(lease, session),
@@ -120,15 +110,12 @@ class Leasing(Dispatch):
 
     def _refuse_users_locked(self, lease: Lease) -> list[Job]:
         """Refuse jobs in line that use a session object of a lease that is over."""
-        refused = []
-        for job in [*self._lines, *self._parked, *self._resting]:
-            target = job.target
-            if target is None or target.owner is not lease.owner:
-                continue
-            self._take_out_locked(job)
-            if self._settle_locked(job, None, SessionObjectDestroyed(GONE)):
-                refused.append(job)
-        return refused
+        users = (
+            job
+            for job in self._waiting
+            if job.target is not None and job.target.owner is lease.owner
+        )
+        return self._refuse_locked(users, lambda: SessionObjectDestroyed(GONE))
 
     # -- Chains of calls ----------------------------------------------------------
 
@@ -136,7 +123,7 @@ class Leasing(Dispatch):
         self, lease: Lease, chain: Chain, waiter: Waiter = NOBODY
     ) -> Job | None:
         """A chain was given up: end it in the module; its session is then free."""
-        if self.is_forked:
+        if self.home.is_forked:
             return None  # a forked child leaves its parent's sessions alone
 
         def stop(session: Session) -> None:
@@ -167,7 +154,7 @@ class Leasing(Dispatch):
         """Have a call made in each session that is lent and not used just now."""
         deadline = time.monotonic() + idle
         with self._lock:
-            for lane in (*self._room.leases, self._so_lane):
+            for lane in (*self._room.leases, self._mode.so_lane):
                 if lane is None or lane.busy or lane.closing:
                     continue
                 going = lane.chain is not None and not lane.chain.over
@@ -198,7 +185,7 @@ class Leasing(Dispatch):
     def watch_chain(self, job: Job) -> None:
         """Wake a job's waiter at its deadline, whatever its caller does meanwhile."""
         with self._lock:
-            if self.state not in (PoolState.READY, PoolState.RECOVERING):
+            if self._mode.state not in (PoolState.READY, PoolState.RECOVERING):
                 return  # it ends the chain itself
             job.phase = Phase.WAITING
             self._watch_locked(job)
@@ -211,7 +198,7 @@ class Leasing(Dispatch):
     def interrupt(self, cause: Exception) -> None:
         """A login ends by the user's word: what needs it must not go on."""
         with self._lock:
-            lanes = [*self._room.leases, self._so_lane]
+            lanes = [*self._room.leases, self._mode.so_lane]
             for lane in lanes:
                 if lane is not None and lane.chain is not None and lane.chain.private:
                     lane.chain.cause = cause
@@ -226,94 +213,12 @@ class Leasing(Dispatch):
             self._wake_all(self._refuse_lane_locked(lease))
             self._room.returned(lease)
         # Nothing of theirs stays in line: it would stand in the way of the officer's.
-        for job in [*self._lines, *self._parked, *self._resting]:
+        for job in self._waiting:
             if job.lane in lone:
                 self._take_out_locked(job)
                 if self._settle_lane_locked(job):
                     job.waiter.wake()
         return [lease.session for lease in lone]
-
-    # -- Calls that do not return -------------------------------------------------
-
-    def _write_off_locked(self, job: Job, cause: BaseException) -> None:
-        """Give up on a call that is inside the module: thread and session are lost."""
-        worker = job.worker
-        if worker is None or worker.job is not job:
-            return
-        self._running -= 1
-        if job.lane is not None:
-            job.lane.lose(cause)
-            job.lane.owner.gone = True
-            self._room.returned(job.lane)
-            self._wake_all(self._refuse_lane_locked(job.lane))
-        self._room.leasing -= job.kind is Kind.LEASE
-        self._lose_worker_locked(worker)
-
-    def _give_up_behind_locked(self, now: float) -> None:
-        """A deadline passed in line: look for those who hang behind their callers.
-
-        Nobody's deadline passes inside ``C_CloseSession`` or the ``C_OpenSession`` of
-        a session ahead. Where a module takes turns nothing is won: who has the turn
-        keeps it, and all others only wait for it.
-        """
-        behind = [
-            worker
-            for worker in self._workers
-            if worker.busy and worker.job is None and now - worker.done > BEHIND
-        ]
-        if behind and not self._module.turn.serialized:
-            for worker in behind:
-                self._lose_worker_locked(worker)
-
-    def _give_up_overdue_locked(self, now: float) -> float:
-        """The same for those that nobody waits for, which have as long as any call.
-
-        The timekeeper is there no later than at the deadline of the job before.
-        """
-        most, again = self.options.timeout, math.inf
-        if most is None:
-            return again
-        most = max(most, BEHIND)
-        for worker in [w for w in self._workers if w.busy and w.job is None]:
-            if self._module.turn.serialized:
-                break
-            if worker.done + most > now:
-                again = min(again, worker.done + most)
-            else:
-                self._lose_worker_locked(worker)
-        return again
-
-    def _lose_worker_locked(self, worker: Thread) -> None:
-        worker.lost = True
-        self._counters.sessions_opened_total += worker.opened
-        self._awake.ended(worker)
-        self._workers.discard(worker)
-        if worker.counted is not None:
-            self._room.closed(rw=worker.counted)
-        self._busy -= 1
-        self._stuck += 1
-        self._counters.calls_lost += 1
-        self._module.lost_calls += 1
-        self._lost_news.append(self._stuck)
-        self._quiet.notify_all()
-        self._wake_for_next_locked()
-
-    def _tell_lost(self) -> None:
-        """Log it, without the lock: what writes the log may ask for statistics."""
-        while self._lost_news:
-            events.warning(events.CALL_LOST, stuck=self._lost_news.popleft())
-
-    def returned(self, session: Session | None) -> None:
-        """A call that was given up on has returned after all."""
-        if session is not None:
-            # What it made in its session goes with it.
-            with self.cache.changing():
-                session.close()
-        with self._lock:
-            self._stuck -= 1
-            self._module.lost_calls -= 1
-            self._quiet.notify_all()
-        events.info(events.CALL_RETURNED, stuck=self._stuck)
 
     # -- Session objects, and the SO's session ------------------------------------
 
@@ -321,8 +226,8 @@ class Leasing(Dispatch):
         """The session object with this number, whichever open session owns it."""
         with self._lock:
             owners = [lease.owner for lease in self._room.leases]
-            if self._so_lane is not None:
-                owners.append(self._so_lane.owner)
+            if self._mode.so_lane is not None:
+                owners.append(self._mode.so_lane.owner)
         found = (owner.objects.get(handle) for owner in owners if not owner.closed)
         return next((o for o in found if o is not None and not o.destroyed), None)
 
@@ -331,7 +236,7 @@ class Leasing(Dispatch):
         lease = Lease(session, holder)
         lease.counted, lease.anchor = False, True
         with self._lock:
-            self._so_lane = lease
+            self._mode.so_lane = lease
         return lease
 
     def end_so_lane(self, lease: Lease) -> None:

@@ -34,6 +34,8 @@ class Lines:
         self.reads = self._lines[Kind.READ]
         #: How many stand in the others.
         self.others = 0
+        #: How many jobs have come: the number of each is its place.
+        self.number = 0
 
     def add(self, job: Job) -> None:
         """Put a job at the end of its line."""

@@ -1,6 +1,6 @@
 """What becomes of jobs when the token or its sessions are lost, and come back.
 
-A layer of the engine, on :class:`~pkcs11_pool.engine.leasing.Leasing`. Workers come
+A layer of the engine, on :class:`~pkcs11_pool.engine.overdue.Overdue`. Workers come
 here with the errors of their jobs. Where one tells of a lost token, nothing more is
 started until the login actor has looked, or has brought the token back; callers
 wait meanwhile, and no longer than ``recovery_timeout``.
@@ -16,8 +16,8 @@ from pkcs11 import exceptions as p11
 from pkcs11_pool import events
 from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.cryptoki.recovery import Fault
-from pkcs11_pool.engine.dispatch import IDLE, Pause
-from pkcs11_pool.engine.leasing import Leasing
+from pkcs11_pool.engine.mode import Outage, Pause
+from pkcs11_pool.engine.overdue import Overdue
 from pkcs11_pool.engine.timekeeper import timekeeper
 from pkcs11_pool.errors import (
     OutcomeUnknown,
@@ -55,33 +55,13 @@ class _Clock:
         self.sweep = sweep
 
 
-class _Outage:
-    """One time that nothing may start.
-
-    Attributes:
-        since: When it began.
-        until: How long callers wait.
-        error: How the token is down.
-        over: Whether they have waited too long.
-        before: What might start before it began.
-    """
-
-    def __init__(self, error: BaseException, limit: float, before: Pause) -> None:
-        self.since = time.monotonic()
-        self.until = self.since + limit
-        self.error = error
-        self.over = False
-        self.before = before
-
-
-class Outages(Leasing):
+class Outages(Overdue):
     """Jobs that failed, and lost tokens."""
 
     actor: LoginActor
 
     def __init__(self, options: PoolOptions) -> None:
         super().__init__(options)
-        self._outage: _Outage | None = None
         self._clock = _Clock(self.outage_due)
         self._alarm = _Clock(self.rested)
 
@@ -104,14 +84,10 @@ class Outages(Leasing):
                 return None
         if fault.is_outage:
             return self._cut_off(job, session, error, fault)
-        made = isinstance(error, OutcomeUnknown)
-        if (
-            fault in (Fault.LOGIN, Fault.HANDLE)
-            and not made
-            and self._without_login(job, session)
-        ):
-            return None
-        return error
+        if fault not in (Fault.LOGIN, Fault.HANDLE):
+            return error
+        once = isinstance(error, OutcomeUnknown)
+        return None if self._without_login(job, session, once=once) else error
 
     def _cut_off(
         self, job: Job, session: Session, error: Exception, fault: Fault
@@ -152,36 +128,38 @@ class Outages(Leasing):
         unknown.__cause__ = error
         return unknown
 
-    def _without_login(self, job: Job, session: Session) -> bool:
-        """Whether a job starts anew because it found no login.
+    def _without_login(self, job: Job, session: Session, *, once: bool) -> bool:
+        """Whether a job starts anew because it found no login; not one made ``once``.
 
-        A login that was lost shows as an error of the operation.
+        A login that was lost shows as an error of the operation. It is restored in any
+        case: nobody knows when the next operation comes.
         """
         login = self.actor.login
         if login.state is LoginState.SO:
             return False
         # Where no login is asked for, what a session tells of it means nothing.
-        told = not self.options.login_ignored and _is_logged_out(session)
-        if login.state is LoginState.USER and not told:
+        ignored = self.options.login_ignored
+        if login.state is LoginState.USER and (ignored or not _is_logged_out(session)):
             # Looked at anew: while the token was asked, a login that was lost may have
             # been restored. The job started under the one before, then.
             login = self.actor.login
             if login.state is LoginState.USER:
-                return session.epoch != login.epoch and self._again(job, wait=False)
+                before = session.epoch != login.epoch
+                return before and not once and self._again(job, wait=False)
         if login.state is LoginState.PUBLIC and login.wanted is LoginState.PUBLIC:
             return False
-        again = self._again(job, wait=True)
+        again = self._again(job, wait=True, once=once)
         self.actor.need_login(login.epoch)
         return again
 
-    def _again(self, job: Job, *, wait: bool) -> bool:
+    def _again(self, job: Job, *, wait: bool, once: bool = False) -> bool:
         """Start a job again, at once or when the login is there; whether it may be."""
         with self._lock:
             # Whatever becomes of this one: others would find the login lost, too.
-            self._login_awaited |= wait
+            self._mode.login_awaited |= wait
             self._quiet.notify_all()
             job.attempts += 1
-            if not (job.restart or job.repeats) or job.attempts >= _ATTEMPTS:
+            if once or not (job.restart or job.repeats) or job.attempts >= _ATTEMPTS:
                 return False
             if job.lane is not None and job.lane.closing:
                 # Who was in its line has been told: nobody would look there again.
@@ -189,8 +167,8 @@ class Outages(Leasing):
             if not self._let_go_locked(job):
                 return False
             if wait:
-                self._parked.append(job)
-                self._send_one_locked()
+                self._waiting.parked.append(job)
+                self._errands.send_one()
             else:
                 self._lines.insert(job)
             self._refuse_late_locked(job)
@@ -235,7 +213,7 @@ class Outages(Leasing):
         if not self._let_go_locked(job):
             return None
         job.rests += 1
-        self._resting[job] = until
+        self._waiting.resting[job] = until
         self._quiet.notify_all()
         timekeeper.call_at(self._alarm, until)
         return rest
@@ -243,11 +221,9 @@ class Outages(Leasing):
     def rested(self, now: float) -> float:
         """Called by the timekeeper: start who has rested; when to come again."""
         with self._lock:
-            for job in [job for job, until in self._resting.items() if until <= now]:
-                del self._resting[job]
-                self._lines.insert(job)
+            again = self._waiting.end_rests(now)
             self._wake_many_locked()
-            return min(self._resting.values(), default=float("inf"))
+            return again
 
     def _not_opened_locked(self, job: Job) -> bool:
         """No session for a job, as the token may be lost; whether it waits for one.
@@ -270,19 +246,19 @@ class Outages(Leasing):
 
     def _tell_lost(self) -> None:
         super()._tell_lost()
-        if self._stuck and self._module.is_blocked:
+        if self._mode.stuck and self._module.is_blocked:
             # Nothing goes in any more, until that call is back: nobody waits too long.
             self.doubt(TokenUnavailable(blocked(self._module)))
 
     def hold_off(self, error: BaseException) -> bool:
         """Let nothing start, for the token may be lost; False if that is known."""
         with self._lock:
-            if self.state is not PoolState.READY:
+            mode, limit = self._mode, self.options.recovery_timeout
+            if mode.state is not PoolState.READY:
                 return False
-            self.state = PoolState.RECOVERING
-            limit = self.options.recovery_timeout
-            self._outage = outage = _Outage(error, limit, self._pause)
-            self._pause = Pause.ALL
+            mode.state = PoolState.RECOVERING
+            mode.outage = outage = Outage(error, limit, mode.pause)
+            mode.pause = Pause.ALL
             wake = self._refuse_nowait_locked()
         timekeeper.call_at(self._clock, outage.until)
         self._wake_all(wake)
@@ -291,7 +267,7 @@ class Outages(Leasing):
     def is_held_off(self) -> bool:
         """Whether nothing starts, because the token is or may be lost."""
         with self._lock:
-            return self._outage is not None
+            return self._mode.outage is not None
 
     def put_off(self, job: Job) -> bool:
         """A request waits again; False: its caller has gone, or it was tried enough."""
@@ -308,26 +284,26 @@ class Outages(Leasing):
         with self._lock:
             left = max(0.0, deadline - time.monotonic())
             return self._quiet.wait_for(
-                lambda: not self._busy and not self._tidying, left
+                lambda: not self._staff.busy and not self._staff.tidying, left
             )
 
     def token_lost(self, cause: BaseException) -> list[Session]:
         """What is open is no more; the sessions, to be closed by whoever calls."""
         with self._lock:
-            sessions = self._room.take_ahead()
-            lanes = list(self._room.leases)
-            if self._so_lane is not None:
-                lanes.append(self._so_lane)
+            mode, room = self._mode, self._room
+            sessions, lanes = room.take_ahead(), list(room.leases)
+            if mode.so_lane is not None:
+                lanes.append(mode.so_lane)
             wake: list[Job] = []
             for lane in lanes:
                 wake += self._lose_lane_locked(lane, cause)
-                if not any(w.job and w.job.lane is lane for w in self._workers):
+                if not any(w.job and w.job.lane is lane for w in self._staff.workers):
                     sessions.append(lane.session)
                 # Else its worker closes it, when the call inside is back.
-            self._so_lane = None
-            if self._outage is not None:
+            mode.so_lane = None
+            if mode.outage is not None:
                 # A period of the security officer, or the wait for one, is over.
-                self._outage.before = Pause.NOT
+                mode.outage.before = Pause.NOT
         self._wake_all(wake)
         return sessions
 
@@ -337,7 +313,7 @@ class Outages(Leasing):
         lane.lose(_cut(cause) if lone else cause)
         lane.owner.gone = True
         wake = self._refuse_lane_locked(lane) + self._refuse_users_locked(lane)
-        for job in [*self._lines, *self._parked]:
+        for job in [*self._lines, *self._waiting.parked]:
             if job.lane is not lane:
                 continue
             self._take_out_locked(job)
@@ -350,7 +326,7 @@ class Outages(Leasing):
         """Close the sessions that were opened ahead. Whoever calls has not the turn."""
         with self._lock:
             close = self._room.take_ahead(counted=True)
-            self._tidying += bool(close)
+            self._staff.tidying += bool(close)
         if close:
             with self._module.turn:
                 for session in close:
@@ -359,7 +335,7 @@ class Outages(Leasing):
                         self._room.closed(rw=False)
                         self._wake_for_next_locked()
             with self._lock:
-                self._tidying -= 1
+                self._staff.tidying -= 1
                 self._quiet.notify_all()
 
     def close_spare(self, worker: Thread) -> bool:
@@ -369,14 +345,16 @@ class Outages(Leasing):
         whoever wants quiet waits for it, and a call that hangs is given up on.
         """
         with self._lock:
-            well = self._outage is None and self._pause is Pause.NOT
-            spare = well and self._room.ahead and self._is_idle_locked()
+            mode, staff = self._mode, self._staff
+            well = mode.outage is None and mode.pause is Pause.NOT
+            idle = not staff.busy and self._lull.lasts(time.monotonic())
             # Another thread may have woken it just now.
-            if not spare or worker not in self._idle:
+            asleep = worker in staff.idle
+            if not (well and idle and asleep and self._room.ahead):
                 return False
-            self._idle.remove(worker)
+            staff.idle.remove(worker)
             worker.busy = True
-            self._busy += 1
+            staff.busy += 1
             session = self._next_spare_locked(worker)
         while session is not None:
             with self._module.turn:
@@ -392,22 +370,20 @@ class Outages(Leasing):
             self._room.closed(rw=worker.counted)
             worker.counted = None
             self._wake_for_next_locked()
-        if self._room.ahead and not self._running:
+        if self._room.ahead and not self._staff.running:
             worker.counted, worker.done = False, time.monotonic()
             return self._room.ahead.popleft()
         worker.busy = False
-        self._busy -= 1
+        self._staff.busy -= 1
         self._quiet.notify_all()
         return None
-
-    def _is_idle_locked(self) -> bool:
-        return not self._busy and time.monotonic() - self._last_work >= IDLE
 
     def still_down(self, error: BaseException) -> None:
         """One more try was in vain: what to tell those who wait too long."""
         with self._lock:
-            if self._outage is not None:
-                self._outage.error = error
+            outage = self._mode.outage
+            if outage is not None:
+                outage.error = error
 
     def token_back(self, *, lost: bool) -> None:
         """All is well, and jobs start again; whether anything had been lost."""
@@ -415,17 +391,17 @@ class Outages(Leasing):
             # The anchor is well, but others may be among those that are not.
             self.close_ahead()
         with self._lock:
-            outage, self._outage = self._outage, None
-            if self.state is not PoolState.RECOVERING or outage is None:
+            mode = self._mode
+            outage, mode.outage = mode.outage, None
+            if mode.state is not PoolState.RECOVERING or outage is None:
                 return
-            self.state = PoolState.READY
-            self._pause = outage.before
+            mode.state = PoolState.READY
+            mode.pause = outage.before
             if lost:
                 # They look for the login themselves.
-                parked, self._parked = self._parked, []
-                for job in parked:
+                for job in self._waiting.take_parked():
                     self._lines.insert(job)
-                self._login_awaited = False
+                mode.login_awaited = False
             self._wake_many_locked()
         timekeeper.forget(self._clock)
 
@@ -434,13 +410,13 @@ class Outages(Leasing):
     def outage_due(self, now: float) -> float:
         """Called by the timekeeper: refuse those who have waited long enough."""
         with self._lock:
-            outage = self._outage
+            outage = self._mode.outage
             if outage is None or outage.over:
                 return float("inf")
             if now < outage.until:
                 return outage.until
             outage.over = True
-            wake = self._refuse_all_locked(self._unavailable)
+            wake = self._refuse_locked(self._waiting.everybody(), outage.unavailable)
         self._wake_all(wake)
         events.warning(
             events.RECOVERY_TIMED_OUT,
@@ -451,35 +427,9 @@ class Outages(Leasing):
 
     def _refuse_late_locked(self, job: Job) -> None:
         """A job waits again: refuse it, where all others have been refused already."""
-        if self._outage is None or not self._outage.over:
-            return
-        self._take_out_locked(job)
-        if self._settle_locked(job, None, self._unavailable()):
-            job.waiter.wake()
-
-    def _unavailable(self) -> TokenUnavailable:
-        outage = self._outage
-        assert outage is not None  # noqa: S101  # whoever calls has looked
-        down = time.monotonic() - outage.since
-        error = TokenUnavailable(
-            f"the token is down since {down:.1f} s: {rv.text_of(outage.error)}. The "
-            "pool goes on trying, and refuses all calls until it is back"
-        )
-        error.__cause__ = outage.error
-        return error
-
-    def _check_open_locked(self) -> None:
-        super()._check_open_locked()
-        if self._outage is not None and self._outage.over:
-            raise self._unavailable()
-
-    def _why_waiting_locked(self) -> str:
-        if self._outage is None:
-            return super()._why_waiting_locked()
-        return (
-            "the deadline passed while the token was down "
-            f"({rv.text_of(self._outage.error)}): nothing was sent"
-        )
+        outage = self._mode.outage
+        if outage is not None and outage.over:
+            self._wake_all(self._refuse_locked([job], outage.unavailable))
 
 
 def _asked(session: Session) -> Fault:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final
 from pkcs11_pool.jobs import Job, Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.leases import Lease
     from pkcs11_pool.engine.limits import SessionLimit
@@ -61,6 +63,13 @@ class SessionRoom:
     def lent_out(self) -> int:
         """How many leases are in the hands of callers: who may want to keep them."""
         return sum(not lease.lone for lease in self.leases)
+
+    def is_held_by(self, holder: Hashable) -> bool:
+        """Whether this task or thread has a lease, and may want to keep it."""
+        return any(
+            lease.holder == holder and not lease.lone and not lease.closing
+            for lease in self.leases
+        )
 
     @property
     def free(self) -> int:

@@ -9,6 +9,7 @@ the used session is closed and the next one opened, behind the caller's back.
 
 The top layer: on :class:`~pkcs11_pool.engine.work.Work`, which is on
 :class:`~pkcs11_pool.engine.outage.Outages`, which is on
+:class:`~pkcs11_pool.engine.overdue.Overdue`, which is on
 :class:`~pkcs11_pool.engine.leasing.Leasing`, which is on
 :class:`~pkcs11_pool.engine.dispatch.Dispatch`. It runs workers and serves the actor.
 """
@@ -19,9 +20,10 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pkcs11_pool.engine.dispatch import NO_WAIT, Pause
 from pkcs11_pool.engine.leasing import NOBODY
 from pkcs11_pool.engine.limits import SessionLimit
+from pkcs11_pool.engine.mode import Pause
+from pkcs11_pool.engine.rules import NO_WAIT
 from pkcs11_pool.engine.timekeeper import timekeeper
 from pkcs11_pool.engine.work import Work
 from pkcs11_pool.engine.workers import Worker
@@ -34,7 +36,7 @@ from pkcs11_pool.errors import (
 from pkcs11_pool.jobs import Job, Kind, Phase
 from pkcs11_pool.login.actor import LoginActor
 from pkcs11_pool.state import PoolState
-from pkcs11_pool.stats import Counters, PoolStats
+from pkcs11_pool.stats import PoolStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,9 +54,6 @@ class TokenEngine(Work):
     def __init__(self, options: PoolOptions) -> None:
         super().__init__(options)
         self.actor = LoginActor(options, self, self.cache, options.name)
-        # A PIN source that must be awaited, and the caller who was sent for it.
-        self._source: Source | None = None
-        self._runner: Job | None = None
 
     def __reduce_ex__(self, _protocol: object) -> NoReturn:
         """Refuse to be pickled or copied, with all that leads here.
@@ -88,9 +87,8 @@ class TokenEngine(Work):
 
     # -- Work: called by the workers ----------------------------------------------
 
-    def _start_worker_locked(self) -> Worker:
+    def _new_worker(self) -> Worker:
         worker = Worker(self)
-        self._workers.add(worker)
         worker.start()
         return worker
 
@@ -100,9 +98,9 @@ class TokenEngine(Work):
         Sessions whose holders are forgotten are closed; spare ones, when all is idle.
         Whether the worker did that, and is not on the list of the idle any more.
         """
-        if not self._look_wanted:
+        if not self._lull.wanted:
             return False
-        self._look_wanted = False
+        self._lull.wanted = False
         self.end_orphans()
         return self.close_spare(worker)
 
@@ -115,13 +113,13 @@ class TokenEngine(Work):
             WouldDeadlock: It waits for the end of a period of the security officer,
                 who is the one that asks.
         """
-        self.check_process()
+        self.home.check()
         with self._lock:
             if not job.stays:
-                self._check_officer_locked(job)
+                self._rules.check_officer(job)
             job.phase = Phase.WAITING
             job.since = time.monotonic()
-            self._requests.add(job)
+            self._waiting.requests.add(job)
             self._watch_locked(job)
         post(job)
 
@@ -154,27 +152,27 @@ class TokenEngine(Work):
         closed: their holders must be able to come to their end. When one of them
         needs the login, the answer is None: restore it and call again.
         """
-        room = self._room
+        mode, room, staff = self._mode, self._room, self._staff
 
         def quiet() -> bool:
-            return not self._busy and not (leases and (room.lent_out or room.leasing))
+            return not staff.busy and not (leases and (room.lent_out or room.leasing))
 
         def news() -> bool:
-            lost = leases and self._login_awaited
+            lost = leases and mode.login_awaited
             return quiet() or job.phase is Phase.SETTLED or lost
 
         with self._lock:
-            if job.nowait and (self._running or room.lent_out or room.leasing):
+            if job.nowait and (staff.running or room.lent_out or room.leasing):
                 # What is only tidied behind its caller's back is no reason.
                 self._settle_locked(job, None, PoolTimeout(NO_WAIT, "waiting"))
                 job.waiter.wake()
                 return False
-            if self._pause is Pause.NOT and leases:
-                self._pause = Pause.NEW
-                self._let_holders_pass_locked()
-            before = self._pause if self._outage is None else self._outage.before
+            if mode.pause is Pause.NOT and leases:
+                mode.pause = Pause.NEW
+                self._waiting.let_holders_pass()
+            before = mode.pause if mode.outage is None else mode.outage.before
             if not leases:
-                self._pause = Pause.ALL
+                mode.pause = Pause.ALL
             if job.phase is not Phase.SETTLED:
                 job.phase = Phase.WAITING
             self._wake_all(self._refuse_nowait_locked())
@@ -185,7 +183,7 @@ class TokenEngine(Work):
             if not quiet():
                 return None
             job.phase = Phase.RUNNING
-            self._pause = Pause.ALL
+            mode.pause = Pause.ALL
             lone = self._take_lone_locked(_cut_off()) if leases else []
         if lone:
             with self._module.turn:
@@ -206,7 +204,7 @@ class TokenEngine(Work):
 
         Called by the garbage collector, on any thread: takes no lock.
         """
-        if not self.is_forked:
+        if not self.home.is_forked:
             self.actor.later(partial(self._end_forgotten, lane))
 
     def _end_forgotten(self, lane: Lease) -> None:
@@ -217,34 +215,31 @@ class TokenEngine(Work):
     def login_awaited(self) -> bool:
         """Whether operations wait for a lost login to be restored."""
         with self._lock:
-            return self._login_awaited
+            return self._mode.login_awaited
 
     def resume(self) -> None:
         """Let jobs start again."""
         with self._lock:
-            self._so_lane = None
+            self._mode.so_lane = None
             self._go_on_locked(Pause.NOT)
 
     def _go_on_locked(self, pause: Pause) -> None:
         """A pause is over; but while the token is down, nothing starts."""
-        if self._outage is not None:
-            self._outage.before = pause
+        if self._mode.outage is not None:
+            self._mode.outage.before = pause
             return
-        self._pause = pause
+        self._mode.pause = pause
         self._wake_many_locked()
 
     def login_settled(self, error: BaseException | None) -> None:
         """The login that operations wait for succeeded, or failed."""
         wake = []
         with self._lock:
-            self._login_awaited = False
-            if self._runner is not None:
-                # Back from the errand, if still on it.
-                self._runner.errand = None
-                wake.append(self._runner)
-            self._source = self._runner = None
-            parked, self._parked = self._parked, []
-            for job in parked:
+            self._mode.login_awaited = False
+            runner = self._errands.end()
+            if runner is not None:
+                wake.append(runner)
+            for job in self._waiting.take_parked():
                 if error is None:
                     self._lines.insert(job)
                     continue
@@ -258,56 +253,32 @@ class TokenEngine(Work):
     def counted(self, **counts: int) -> None:
         """Add to the counters of the statistics."""
         with self._lock:
-            for name, count in counts.items():
-                setattr(self._counters, name, getattr(self._counters, name) + count)
+            self._tally.add(counts)
 
     # -- Callers who are sent for the PIN -----------------------------------------
 
     def send_for_pin(self, source: Source) -> None:
         """Have a caller who waits for the login await this PIN source."""
         with self._lock:
-            self._source = source
-            self._send_one_locked()
+            self._errands.begin(source)
 
     def send_another(self) -> None:
         """Have another one await it, if the one who was sent has gone."""
         with self._lock:
-            self._send_one_locked()
-
-    def _send_one_locked(self) -> None:
-        if self._source is None or self._runner is not None:
-            return
-        requests = (job for job in self._requests if job.phase is Phase.RUNNING)
-        for job in (*requests, *self._parked, *self._lines):
-            gone = job.dropped or job.away
-            wants = not gone and job.phase is not Phase.SETTLED
-            if wants and not (job.stays and job.kind is Kind.LANE):
-                job.errand = self._source
-                self._runner = job
-                job.waiter.wake()
-                return
+            self._errands.send_one()
 
     def is_back(self, job: Job) -> None:
         """The caller of a job waits for it from now on, and can be sent."""
         with self._lock:
             job.away = False
-            self._send_one_locked()
-
-    def _errand_dropped_locked(self, job: Job) -> None:
-        """The caller who was sent for the PIN goes away: another takes over."""
-        job.errand = None
-        if self._runner is job:
-            self._runner = None
-            self._send_one_locked()
+            self._errands.send_one()
 
     def pin_came(self, job: Job, pin: Pin | None, error: BaseException | None) -> None:
         """The caller who was sent for the PIN is back with it, or without."""
         with self._lock:
-            job.errand = None
-            if self._runner is not job:
-                return
-            self._runner = self._source = None
-        self.actor.pin_came(pin, error)
+            expected = self._errands.is_done(job)
+        if expected:
+            self.actor.pin_came(pin, error)
 
     # -- The life of the pool -----------------------------------------------------
 
@@ -325,18 +296,18 @@ class TokenEngine(Work):
                 rw = most = max(1, min(most, rw - 1))
         with self._lock:
             self._room.limit = SessionLimit(most, rw)
-            self._last_work = time.monotonic()
+            self._lull.last_work = time.monotonic()
         self.become(PoolState.READY)
 
     def drain(self, deadline: float) -> None:
         """Wait for running calls; what runs longer is lost. Closes all sessions."""
         error = PoolClosed("the pool was closed while the call was inside")
         with self._lock:
-            room, self._pause = self._room, Pause.ALL
+            room, self._mode.pause = self._room, Pause.ALL
             left = max(0.0, deadline - time.monotonic())
-            self._quiet.wait_for(lambda: not self._busy, left)
+            self._quiet.wait_for(lambda: not self._staff.busy, left)
             wake = []
-            for worker in list(self._workers):
+            for worker in list(self._staff.workers):
                 if (job := worker.job) is not None:
                     self._write_off_locked(job, error)
                     if self._settle_locked(job, None, error):
@@ -364,8 +335,8 @@ class TokenEngine(Work):
     def end_threads(self) -> None:
         """Let the workers go, and wait for those that are not lost."""
         with self._lock:
-            workers, self._workers = list(self._workers), set()
-            self._idle.clear()
+            workers, self._staff.workers = list(self._staff.workers), set()
+            self._staff.idle.clear()
         for worker in workers:
             worker.stop()
         timekeeper.forget(self)
@@ -381,23 +352,18 @@ class TokenEngine(Work):
 
     def stats(self) -> PoolStats:
         """A snapshot, taken under the lock."""
-        self.check_process()
+        self.home.check()
         with self._lock:
-            room, counters = self._room, self._counters
-            self._count_locked()
-            counted = {name: getattr(counters, name) for name in Counters.__slots__}
-            counted["sessions_opened_total"] += sum(w.opened for w in self._workers)
+            room, staff, counted = self._room, self._staff, self._tally.snapshot()
+            counted["sessions_opened_total"] += sum(w.opened for w in staff.workers)
             return PoolStats(
                 sessions_max=room.limit.total,
                 sessions_open=room.open_all,
                 sessions_ahead=len(room.ahead),
                 sessions_leased=len(room.leases),
-                operations_running=self._running,
-                operations_waiting=self._waiting_locked(),
-                calls_stuck=self._stuck,
-                wait_times=self._wait_times.snapshot(),
-                run_times=self._run_times.snapshot(),
-                recent_errors=tuple(self._recent_errors),
+                operations_running=staff.running,
+                operations_waiting=len(self._waiting),
+                calls_stuck=self._mode.stuck,
                 **counted,
             )
 

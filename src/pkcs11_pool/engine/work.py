@@ -16,9 +16,9 @@ from pkcs11 import exceptions as p11
 from pkcs11_pool import events
 from pkcs11_pool.cryptoki import recovery, rv
 from pkcs11_pool.cryptoki.session import Session
-from pkcs11_pool.engine.dispatch import NO_WAIT, Pause
 from pkcs11_pool.engine.leases import Loan
 from pkcs11_pool.engine.outage import Outages
+from pkcs11_pool.engine.rules import NO_WAIT
 from pkcs11_pool.engine.timekeeper import timekeeper
 from pkcs11_pool.errors import LoginRequired, PoolClosed, PoolError, PoolTimeout
 from pkcs11_pool.jobs import Job, Kind, Phase
@@ -38,9 +38,6 @@ _LANE: Final = Kind.LANE
 _LEASE: Final = Kind.LEASE
 _RUNNING: Final = Phase.RUNNING
 _SETTLED: Final = Phase.SETTLED
-_NOT: Final = Pause.NOT
-_LATE: Final = 0.001
-"""Seconds that a result may wait for others, so that one wake-up serves all."""
 REST: Final = 2.0
 """Seconds without work in which nobody swaps a token."""
 _MANY: Final = 64
@@ -72,7 +69,7 @@ class Work(Outages):
         with self._lock:
             now = time.monotonic()
             if ahead is not None and not (
-                self._usual
+                self._mode.usual
                 and ahead.epoch == self.actor.login.epoch
                 and not worker.lost
             ):
@@ -82,15 +79,15 @@ class Work(Outages):
                     worker, ahead, now
                 ) or self._claim_any_locked(worker, ahead, now)
                 held = self._held
-                if not held or (claimed and now - self._held_since < _LATE):
+                if not held.waiters or (claimed and not held.is_late(now)):
                     # They go on waiting: this worker goes on working.
                     return claimed
-                self._held = []
+                waiters = held.take()
         if unwanted is not None:
             # The worker counts as busy still: a pause waits for this, too.
             unwanted.close()
             return self.claim(worker, None)
-        for waiter in held:
+        for waiter in waiters:
             waiter.wake()
         return claimed
 
@@ -106,7 +103,7 @@ class Work(Outages):
         reads, counted = lines.reads, worker.counted
         if (
             not reads
-            or not self._usual
+            or not self._mode.usual
             or lines.others
             or counted
             or worker not in self._awake.at_work
@@ -126,7 +123,7 @@ class Work(Outages):
         worker.counted = False
         if not worker.busy:
             worker.busy = True
-            self._busy += 1
+            self._staff.busy += 1
         else:
             if worker.spent is not None:
                 self._awake.took(now - worker.since, worker.spent)
@@ -134,19 +131,19 @@ class Work(Outages):
                 self._opened_locked(worker)
         job = reads.popleft()
         job.wait_seconds = waited = now - job.since
-        self._wait_times.fresh.append(waited)
+        self._tally.waits.fresh.append(waited)
         if job.waited:
-            self._counters.wait_seconds_total += waited
+            self._tally.counters.wait_seconds_total += waited
         job.since = worker.since = now
         job.phase = _RUNNING
         job.worker = worker
         worker.job = job
-        self._running += 1
+        self._staff.running += 1
         if worker.coming:
             self._awake.came(worker)
             if reads and (room.ahead or room.open_all < room.limit.total):
                 # There may be more for whom nobody was woken.
-                self._wake_one_locked(now)
+                self._staff.wake_one(now)
         return job, session, None
 
     def _claim_any_locked(
@@ -172,24 +169,24 @@ class Work(Outages):
 
     def _tidied_locked(self, worker: Worker, now: float) -> None:
         """A worker has closed what it used."""
-        self._last_work = now
+        self._lull.last_work = now
         if worker.spent is not None:
             self._awake.took(now - worker.since, worker.spent)
         worker.busy = False
-        self._busy -= 1
+        self._staff.busy -= 1
         if worker.opened:
             self._opened_locked(worker)
         if worker.counted is not None:
             self._room.open_all -= 1
             self._room.open_rw -= worker.counted
             worker.counted = None
-        if not self._usual:
+        if not self._mode.usual:
             self._quiet.notify_all()
 
     # -- Sessions -----------------------------------------------------------------
 
     def _opened_locked(self, worker: Worker) -> None:
-        self._counters.sessions_opened_total += worker.opened
+        self._tally.counters.sessions_opened_total += worker.opened
         worker.opened = 0
 
     def open_session(self, worker: Worker, *, rw: bool) -> Session:
@@ -245,13 +242,13 @@ class Work(Outages):
         session = self.open_session(worker, rw=job.rw)
         # As of when it was taken by its worker: that was just now.
         now = job.since
-        if now - self._last_work > REST:
+        if now - self._lull.last_work > REST:
             try:
                 self.actor.same_token()
             except BaseException:
                 session.close()
                 raise
-            self._last_work = now
+            self._lull.last_work = now
         return session
 
     def no_session(self, worker: Worker, job: Job, error: Exception) -> None:
@@ -336,7 +333,7 @@ class Work(Outages):
                 return False
             worker.done = now = time.monotonic()
             worker.job = None
-            self._running -= 1
+            self._staff.running -= 1
             if (
                 error is None
                 and job.kind is _READ
@@ -346,9 +343,10 @@ class Work(Outages):
             ):
                 # As below, in short.
                 settled = True
-                self._done.append(now - job.since)
-                if len(self._done) >= Times.MANY:
-                    self._count_locked()
+                done = self._tally.done
+                done.append(now - job.since)
+                if len(done) >= Times.MANY:
+                    self._tally.count()
                 if job.tick:
                     self._deadlines.unwatch(job)
                 job.phase = _SETTLED
@@ -362,21 +360,21 @@ class Work(Outages):
                 # A spare for each busy worker, and one for this one's caller, who may
                 # be back sooner than the next is open.
                 opens = (
-                    self._usual
+                    self._mode.usual
                     and job.kind is _READ
-                    and len(self._room.ahead) <= self._busy
+                    and len(self._room.ahead) <= self._staff.busy
                 )
             elif (
                 # Each worker has its next one, while the loop makes new ones.
                 waiting > len(self._awake.at_work)
                 and settled
-                and self._hold_locked(job, now)
+                and self._held.hold(job, now)
             ):
                 return False
-            held = self._held
-            if held:
-                self._held = []
-        for waiter in held:
+            waiters = self._held.waiters
+            if waiters:
+                self._held.waiters = []
+        for waiter in waiters:
             waiter.wake()
         if not settled or not job.waiter.wake():
             self._give_back(result)
@@ -392,8 +390,8 @@ class Work(Outages):
     ) -> bool:
         """Any job is done, in whichever way; whether there is somebody to wake."""
         duration = now - job.since
-        self._counters.run_seconds_total += duration
-        self._run_times.add(duration, job.is_operation)
+        self._tally.counters.run_seconds_total += duration
+        self._tally.ran(job, duration)
         if job.kind is _LEASE:
             self._lent_locked(worker, result, error)
         settled = self._settle_locked(job, result, error)
@@ -417,27 +415,6 @@ class Work(Outages):
             worker.counted = None
         elif error is None:
             self._room.leasing -= 1
-
-    def _hold_locked(self, job: Job, now: float) -> bool:
-        """Whether a result is held back for the next one, which will be there soon.
-
-        While workers have enough to do without its caller, and results come faster
-        than one in a millisecond: then one wake-up of the loop serves several,
-        and none is late. Where all workers are inside all the same, the timekeeper
-        comes.
-        """
-        if job.kind is _LEASE or now - self._last_result > _LATE:
-            self._last_result = now
-            return False
-        self._last_result = now
-        held = self._held
-        if not held:
-            self._held_since = now
-            self._look_later_locked(now)
-        elif now - self._held_since > _LATE:
-            return False
-        held.append(job.waiter)
-        return True
 
 
 def _login_required(

@@ -108,7 +108,7 @@ class FreshCalls(Calls):
         limit = engine.options.timeout
         if timeout is not DEFAULT:
             limit = arguments.timeout(timeout, limit)
-        engine.check_process()
+        engine.home.check()
         waiter = current_waiter()
         job = Reading(work, waiter, limit)
         try:
@@ -134,7 +134,7 @@ class FreshCalls(Calls):
         engine = self._engine
         if timeout is not DEFAULT:
             arguments.timeout(timeout, None)
-        engine.check_process()
+        engine.home.check()
         if changes:
             await checkpoint()
         waiter = current_waiter()

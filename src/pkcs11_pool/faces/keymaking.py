@@ -375,6 +375,7 @@ class KeyMaker(ObjectRef):
             timeout=timeout,
             rw=token,
             changes=change,
+            public=arguments.makes_public_object([template]),
             classes=classes,
             capability=capability,
             make=make,

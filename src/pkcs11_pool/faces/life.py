@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 async def open_pool(engine: TokenEngine) -> None:
     """Start the actor, and have it open the pool; what fails is closed again."""
-    engine.check_process()
+    engine.home.check()
     await checkpoint()
     if not engine.start_here():
         message = (
@@ -38,7 +38,7 @@ async def open_pool(engine: TokenEngine) -> None:
 
 async def close_pool(engine: TokenEngine) -> None:
     """Close it, in whichever state it is."""
-    engine.check_process()
+    engine.home.check()
     if engine.state is PoolState.NEW:
         engine.become(PoolState.CLOSED)
     elif engine.state is not PoolState.CLOSED:

@@ -413,10 +413,7 @@ class Making(ABC):
         public = arguments.makes_public_object(given)
 
         def work(session: Session) -> list[Entry]:
-            if not public:
-                cache.check_login(
-                    "await pool.login(), or give Attribute.PRIVATE: False"
-                )
+            cache.check_making(public=public)
             return objects.make(session, cache, call)
 
         entries = await self._perform(

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 import anyio.lowlevel
 
-from pkcs11_pool.errors import InvalidType, PoolTimeout, TooManyWaiting, WouldDeadlock
+from pkcs11_pool.errors import (
+    ForkedProcess,
+    InvalidType,
+    PoolTimeout,
+    TooManyWaiting,
+    WouldDeadlock,
+)
 from pkcs11_pool.faces import arguments
 from pkcs11_pool.faces.waiting import blocking, blocks, checkpoint, current_waiter
 from pkcs11_pool.jobs import Job, Phase
@@ -163,7 +169,7 @@ class Results(Generic[T]):
     async def _next(self) -> Any:
         if self._over:
             raise StopAsyncIteration
-        self._engine.check_process()
+        self._engine.home.check()
         if self._waiter is None:
             self._waiter = current_waiter()
         await self._fill(self._waiter)
@@ -223,6 +229,9 @@ class Results(Generic[T]):
                     self._failure = error
                 # Others fill the pool: one of these must come to its end first.
                 return
+            except ForkedProcess:
+                # Taking the item forked: what is under way is the parent's.
+                raise
             except Exception as error:  # noqa: BLE001  # raised when it is its turn
                 self._failure = error
                 return
@@ -265,7 +274,7 @@ class Results(Generic[T]):
         self._held = _END
         left = [job for job in self._window if isinstance(job, Job)]
         self._window.clear()
-        if self._engine.is_forked:
+        if self._engine.home.is_forked:
             return
         inside = [job for job in left if not self._engine.cancel(job)]
         if inside and self._waiter is not None:

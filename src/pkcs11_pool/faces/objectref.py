@@ -6,7 +6,9 @@ own. Each operation runs in a fresh session, or in the session it is bound to.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from pkcs11.constants import Attribute
 
 from pkcs11_pool.cryptoki import objects
 from pkcs11_pool.cryptoki.keys import SessionObject
@@ -17,11 +19,12 @@ from pkcs11_pool.faces.arguments import DEFAULT, Template, Timeout
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from pkcs11.constants import Attribute
-
     from pkcs11_pool.cryptoki.keys import Entry, Target
     from pkcs11_pool.faces.calls import Calls
     from pkcs11_pool.jobs import Change
+
+_PRIVATE: Final = (int(Attribute.PRIVATE), b"\x01")
+"""What a packed template has in it that makes an object private."""
 
 
 class ObjectRef:
@@ -112,6 +115,7 @@ class ObjectRef:
             timeout=timeout,
             rw=token,
             changes=changes.altering(target, packed),
+            public=_PRIVATE not in packed,
         )
         if isinstance(target, SessionObject):
             return self
@@ -160,6 +164,7 @@ class ObjectRef:
             timeout=timeout,
             rw=token,
             changes=changes.making("copy", given),
+            public=_PRIVATE not in packed,
         )
         made: Self = calls._ref(entry)  # type: ignore[assignment]  # noqa: SLF001
         return made
@@ -197,14 +202,17 @@ class ObjectRef:
         timeout: Timeout,
         rw: bool = False,
         changes: Change | bool = False,
+        public: bool = True,
         **options: Any,
     ) -> Awaitable[Any]:
+        # `public`: whether no private object is made.
         calls, target = self._calls, self._target
         cache = calls._engine.cache  # noqa: SLF001  # one package
         used = target if isinstance(target, SessionObject) else None
         self._check_alive((target, *arguments_))
 
         def work(session: Any) -> Any:
+            cache.check_making(public=public)
             return operation(session, cache, target, *arguments_, **options)
 
         # Not awaited here: each coroutine on the way is passed twice.

@@ -77,6 +77,7 @@ class ParametersRef(ObjectRef):
             timeout=timeout,
             rw=pair.token,
             changes=pair.change,
+            public=arguments.makes_public_object(pair.given),
             make=pair.make,
         )
         public, private = (calls._ref(entry) for entry in entries)  # noqa: SLF001

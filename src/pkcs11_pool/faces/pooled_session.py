@@ -144,7 +144,7 @@ class PooledSession(Calls):
     ) -> T:
         del rw, home  # the session is what it is
         arguments.timeout(timeout, None)
-        self._engine.check_process()
+        self._engine.home.check()
         if changes:
             await checkpoint()
         waiter = current_waiter()
@@ -188,7 +188,7 @@ class SessionBlock:
             PoolTimeout: None came free in time.
         """
         limit = self._timeout
-        self._engine.check_process()
+        self._engine.home.check()
         waiter = current_waiter()
         job = Job(
             None,
@@ -217,7 +217,7 @@ class SessionBlock:
             # The block was forgotten with its loop: nothing can be awaited any more,
             # and the session is an orphan.
             return
-        if self._engine.is_forked:
+        if self._engine.home.is_forked:
             # In a child the session is its parent's.
             return
         waiter = current_waiter()

@@ -29,7 +29,7 @@ async def request(
         limit: Seconds; None: as long as it takes.
         stays: It is done, and waited for, whatever comes.
     """
-    engine.check_process()
+    engine.home.check()
     waiter = current_waiter()
     job = Job(
         None,

@@ -132,7 +132,7 @@ class SecurityOfficerBlock:
             PinRefused: The token refused the PIN; the login found before is restored.
         """
         engine = self._engine
-        engine.check_process()
+        engine.home.check()
         await checkpoint()
         engine.check_open()
         waiter = current_waiter()
@@ -197,7 +197,7 @@ class SecurityOfficerBlock:
 
     async def _end(self) -> None:
         engine, lane = self._engine, self._lane
-        if lane is None or engine.is_forked:
+        if lane is None or engine.home.is_forked:
             return
         engine.end_so_lane(lane)
         waiter = current_waiter()

@@ -233,7 +233,7 @@ class CryptStream:
         await self.aclose()
 
     async def _next(self) -> bytes:
-        self._task.calls._engine.check_process()  # noqa: SLF001  # one package
+        self._task.calls._engine.home.check()  # noqa: SLF001  # one package
         if self._reader is None and self._data is not None:
             self._task.start()
             self._reader = Reader(self._data, self._task.deadline)
@@ -350,6 +350,8 @@ class Feed:
         if lease is None:
             raise StreamInterrupted(_ENDED)
         begun = chain.begun
+        # Taking the piece may have forked: a child finds no loop, nor its lock free.
+        self._engine.home.check()
         waiter = current_waiter()
         target = task.plan.target
         job = Job(
@@ -377,7 +379,7 @@ class Feed:
 
     def end(self, error: BaseException | None) -> None:
         """Let the session go, and count what came of it. Waits for nothing."""
-        if self._chain is None or self._engine.is_forked:
+        if self._chain is None or self._engine.home.is_forked:
             return  # a forked child leaves its parent's locks alone, too
         if isinstance(error, GeneratorExit):
             # Thrown away with its loop, by the garbage collector, which must take no
@@ -404,7 +406,7 @@ class Feed:
     async def end_and_wait(self) -> None:
         """Let the session go, and wait until it is closed, or free for others."""
         engine, lease, chain = self._engine, self._lease, self._chain
-        if lease is None or chain is None or engine.is_forked:
+        if lease is None or chain is None or engine.home.is_forked:
             return
         waiter = current_waiter()
         job, self._lease = _end(engine, lease, chain, waiter), None
@@ -414,6 +416,7 @@ class Feed:
 
     async def _sit_down(self) -> None:
         task, engine = self._task, self._engine
+        engine.home.check()
         self._chain = chain = MultiPart(task.plan, current_waiter().holder)
         self._lease, self._hold = await task.calls._seat(  # noqa: SLF001  # one package
             chain, task.deadline, nowait=task.nowait, home=task.home

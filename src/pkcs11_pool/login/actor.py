@@ -259,7 +259,7 @@ class LoginActor(Standing):
             if not self._own_pin.is_given and not options.login_ignored:
                 self._gate.settle(job, None, None)
             else:
-                self._user.log_in(job, None, force=False)
+                self._user.log_in(job, None, force=False, fresh=True)
         except Exception:
             attachment.detach()
             raise

@@ -43,6 +43,14 @@ class PinSender:
         self._gate = gate
         self.sent = False
 
+    def look(self, session: Session) -> None:
+        """Raise if a session may have died since it was opened, and nothing was sent.
+
+        Its number may be anybody's by then, on any token, and no PIN goes there.
+        """
+        self.sent = False
+        surely(session.info)
+
     def send(self, session: Session, who: str, pin: Pin, *, force: bool) -> None:
         """``C_GetTokenInfo`` and ``C_Login``, if this PIN may be tried.
 

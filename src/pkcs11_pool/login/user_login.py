@@ -74,8 +74,13 @@ class UserLogin:
 
     # -- Logging in ---------------------------------------------------------------
 
-    def log_in(self, job: Job, pin: Pin | None, *, force: bool) -> None:
-        """Log the user in, with this PIN or the pool's own."""
+    def log_in(
+        self, job: Job, pin: Pin | None, *, force: bool, fresh: bool = False
+    ) -> None:
+        """Log the user in, with this PIN or the pool's own.
+
+        ``fresh``: the anchor was opened just now.
+        """
         if self._standing.login.state is LoginState.USER:
             self._gate.settle(job, None, None)
             return
@@ -88,16 +93,19 @@ class UserLogin:
             self._asking.insisted |= force
             self._asking.ask(source, job)
             return
-        self._try(source, force=force)
+        self._try(source, force=force, fresh=fresh)
         if pin is not None:
             self._own_pin.becomes(source)
             self._own_pin.in_doubt = False
         self._gate.settle(job, None, None)
         self._asking.over(None)
 
-    def _try(self, pin: Pin, *, force: bool) -> None:
+    def _try(self, pin: Pin, *, force: bool, fresh: bool = False) -> None:
+        anchor = self._attachment.open_anchor
         with self._standing.attached.turn:
-            self._sender.send(self._attachment.open_anchor, USER, pin, force=force)
+            if not fresh:
+                self._sender.look(anchor)
+            self._sender.send(anchor, USER, pin, force=force)
         if self._options.login_per_session:
             # Before the epoch: whoever sees that the user is in finds the PIN.
             self._standing.session_pin = pin
@@ -192,7 +200,7 @@ class UserLogin:
                 job.stays = False
             self._asking.ask(source, job)
             return True
-        self._try(source, force=False)
+        self._try(source, force=False, fresh=True)
         return False
 
     def restore_with_token(self) -> None:
