@@ -194,7 +194,7 @@ class Hangs(Together, Pressure):
         call = next(c for c in self.world.fault.calls() if c.sequence == number)
         for name, pool in self.world.pools.items():
             engine: Any = pool._engine  # noqa: SLF001  # its threads have no public way
-            for worker in list(engine._workers):  # noqa: SLF001
+            for worker in list(engine._staff.workers):  # noqa: SLF001
                 if worker._thread.ident == call.thread:  # noqa: SLF001
                     job = worker.job
                     lane = job is not None and (job.lane is not None)
@@ -206,7 +206,7 @@ class Hangs(Together, Pressure):
         engine: Any = self.world.pools[hung.life]._engine  # noqa: SLF001
         waits = engine.stats().operations_waiting > 0
         heard = running.is_over or hung.worker.job is not None or waits
-        return engine._busy == 1 and heard  # noqa: SLF001
+        return engine._staff.busy == 1 and heard  # noqa: SLF001
 
     def _come_to_nothing(self, step: Step, running: Running) -> None:
         """No worker hung: what hung else is back in time, and all is as ever."""
