@@ -141,7 +141,8 @@ class UserLogin:
             later = lost and not self._sender.sent and is_down(error)
             if later and self._gate.put_off(job):
                 again = partial(self.log_in, job, None, force=self._asking.insisted)
-                self._mail.postpone(Request(job=job, do=again, is_login=True))
+                request = Request(job=job, do=again, is_login=True, sends_pin=True)
+                self._mail.postpone(request)
             else:
                 self._gate.settle(job, None, error)
         back = lost and recovery.classify(error).is_outage
