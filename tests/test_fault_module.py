@@ -1262,6 +1262,10 @@ def test_what_ends_an_operation_ends_it_whatever_a_strike_answers(setup: Setup) 
     answer = app("C_DigestFinal", session, room, ctypes.byref(length))
     assert answer == CKR.DEVICE_ERROR
     app.ok("C_DigestInit", session, sha)
+    fault.strike("answer", CKR.DEVICE_ERROR)
+    answer = app("C_Digest", session, b"data", 4, room, ctypes.byref(length))
+    assert answer == CKR.DEVICE_ERROR
+    app.ok("C_DigestInit", session, sha)
 
 
 @own_process

@@ -663,8 +663,8 @@ class FaultModule:
                 whoever uses it; or let calls hang until ``clear``, before or after the
                 real module is asked. With an answer a session that closes is closed in
                 any case, and none is opened by a call that is hit: nobody could close
-                it. Nor does ``C_…Init`` begin an operation, and
-                ``C_…Final`` ends one.
+                it. Nor does ``C_…Init`` begin an operation, and its
+                last call ends one.
             rv: What calls are answered that are hit.
             after: The first call that is hit, from 1.
             times: How many calls in a row are.

@@ -176,6 +176,26 @@ static void consult_outage(struct call *call, int *answer)
     }
 }
 
+static bool ends_operation(int function)
+{
+    switch (function) {
+    case FN_C_Encrypt:
+    case FN_C_EncryptFinal:
+    case FN_C_Decrypt:
+    case FN_C_DecryptFinal:
+    case FN_C_Digest:
+    case FN_C_DigestFinal:
+    case FN_C_Sign:
+    case FN_C_SignFinal:
+    case FN_C_Verify:
+    case FN_C_VerifyFinal:
+    case FN_C_FindObjectsFinal:
+        return true;
+    default:
+        return false;
+    }
+}
+
 /* What is to be lost is lost while only this call is inside, and before it reaches the module: the
  * real module need not bear that its sessions go while it works in them. A session that cannot be
  * closed, or that nobody knows of, would stay for ever: one that closes is closed whatever is
@@ -205,10 +225,9 @@ static void consult_strike(struct call *call, int *answer, bool *hang_before)
         const char *name = function_names[function];
         size_t length = strlen(name);
         bool begins = length > 4 && strcmp(name + length - 4, "Init") == 0;
-        bool finals = length > 5 && strcmp(name + length - 5, "Final") == 0;
         bool done =
             strike->kind == STRIKE_REPLACE && function != FN_C_OpenSession && !begins;
-        bool ends = function == FN_C_CloseSession || finals;
+        bool ends = function == FN_C_CloseSession || ends_operation(function);
         *answer = done || ends ? ANSWER_REPLACED : ANSWER_INSTEAD;
         call->replacement = strike->rv;
     }
