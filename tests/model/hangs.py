@@ -261,6 +261,8 @@ class Hangs(Together, Pressure):
         self.lost[hung.life] = self.lost.get(hung.life, 0) + 1
         self.world.hangs(hung.life, kept=hung.keeps_session)
         self.world.ledger.hung.add(hung.call.sequence)
+        if hung.done:
+            self.world.ledger.hung_after.add(hung.call.sequence)
 
     def _has_happened(self, hung: Hung) -> bool:
         """Whether the token has done it, and nobody heard of it."""

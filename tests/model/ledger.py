@@ -171,6 +171,8 @@ class Ledger:
         #: Calls that hang, by their numbers: told by the test. And those of them that
         #: had not ended at the last reading.
         self.hung: set[int] = set()
+        #: Those that hung on their way back, also when they are back.
+        self.hung_after: set[int] = set()
         self._inside: set[int] = set()
         #: Those that were inside when all sessions were closed, theirs too.
         self._swept: set[int] = set()
@@ -361,7 +363,7 @@ class Ledger:
         if number in self._sessions:
             raise Broken(f"session {number} was opened twice")
         self._dead.discard(number)
-        if call.sequence in self._swept:
+        if call.sequence in self._swept and call.sequence in self.hung_after:
             # It hung on its way back, when what it had opened was closed with all.
             self._dead.add(number)
             return
