@@ -258,7 +258,12 @@ class Hangs(Together, Pressure):
     def _count_lost(self, hung: Hung) -> None:
         if not hung.worker.lost:
             self.fail(f"{hung} was not given up on")
-        self.lost[hung.life] = self.lost.get(hung.life, 0) + 1
+        # A worker that began to tidy just now, behind the back of everybody, was given
+        # up on as well, and is back.
+        lost = self.world.pools[hung.life].stats().calls_lost
+        if not lost > self.lost.get(hung.life, 0):
+            self.fail(f"{hung} was not counted")
+        self.lost[hung.life] = lost
         self.world.hangs(hung.life, kept=hung.keeps_session)
         self.world.ledger.hung.add(hung.call.sequence)
         if hung.done:

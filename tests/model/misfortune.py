@@ -120,6 +120,9 @@ class Misfortune:
         if sends and blow.changed:
             # It may have happened.
             told.add("OutcomeUnknown")
+        if getattr(step, "where", "pool") != "pool" and self.may_end_sessions:
+            # That its session is over says as much as that what was made in it is.
+            told.add("SessionClosed")
         if isinstance(step, (steps.Officer, steps.Visit)) and self.may_end_sessions:
             # It is several calls in one session, and that is over.
             told.add("SessionClosed")
