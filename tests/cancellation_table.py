@@ -550,6 +550,12 @@ CASES = [
         "C_GenerateRandom",
         in_session=True,
     ),
+    Case(
+        _both("seed_random"),
+        lambda g: g.calls.seed_random(_DATA),
+        "C_SeedRandom",
+        in_session=True,
+    ),
     Case(_both("find"), lambda g: g.calls.find(), "C_FindObjects", in_session=True),
     Case(
         _both("generate_key"),

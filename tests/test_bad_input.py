@@ -393,6 +393,9 @@ _WRONG_CALLS: dict[str, Callable[[Any], Any]] = {
     "random: negative": lambda p: p.generate_random(-8),
     "random: no bytes": lambda p: p.generate_random(7),
     "random: bool": lambda p: p.generate_random(nbits=True),
+    "seed: text": lambda p: p.seed_random("seed"),
+    "seed: number": lambda p: p.seed_random(8),
+    "seed: empty": lambda p: p.seed_random(b""),
     "generate_key: type": lambda p: p.generate_key("AES", 128, store=True),
     "generate_key: length": lambda p: p.generate_key(KeyType.AES, "128", store=True),
     "generate_key: no length": lambda p: p.generate_key(KeyType.AES, 0, store=True),
@@ -644,6 +647,7 @@ _TIMED: dict[str, Callable[[TokenPool, Any], Any]] = {
     "find": lambda p, t: p.find(timeout=t),
     "digest": lambda p, t: p.digest(b"x", mechanism=Mechanism.SHA256, timeout=t),
     "generate_random": lambda p, t: p.generate_random(8, timeout=t),
+    "seed_random": lambda p, t: p.seed_random(b"x", timeout=t),
     "generate_key": lambda p, t: p.generate_key(
         KeyType.AES, 128, store=True, timeout=t
     ),

@@ -60,10 +60,11 @@ async def _operations(pool: TokenPool) -> dict[str, tuple[Any, dict[str, int]]]:
             {"C_DigestInit": 1, "C_Digest": 1},
         ),
         "random": (lambda: pool.generate_random(64), {"C_GenerateRandom": 1}),
+        "seed": (lambda: pool.seed_random(b"seed"), {"C_SeedRandom": 1}),
     }
 
 
-_NAMES = ["sign", "verify", "encrypt", "decrypt", "digest", "random"]
+_NAMES = ["sign", "verify", "encrypt", "decrypt", "digest", "random", "seed"]
 
 
 async def _spent(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
+from faultmodule import CKR
 from pkcs11_pool import (
     PoolClosed,
     PoolState,
@@ -165,6 +167,28 @@ async def test_the_error_that_leaves_the_block_is_the_one_raised_in_it(
         await block()
     assert caught.value is error
     assert pool.state is PoolState.CLOSED
+
+
+async def test_a_pool_that_is_closed_while_it_opens_leaves_no_thread(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Whoever opens it hears of that when all is over: no deadline is kept for him."""
+    pool = make_pool(module=fault.path, open_timeout=10_000, close_timeout=1_000)
+    fault.on("C_GetSlotList", every=True, answer=CKR.DEVICE_ERROR)
+    async with anyio.create_task_group() as tasks:
+
+        async def opens() -> None:
+            with pytest.raises(PoolClosed):
+                await pool.open()
+
+        tasks.start_soon(opens)
+        await eventually(lambda: fault.count("C_GetSlotList"))
+        closer = threading.Thread(target=anyio.run, args=(pool.close,))
+        closer.start()
+        # On the loop's own thread, so that the other one cannot hear of it before.
+        closer.join(LAST_RESORT)
+    assert pool.state is PoolState.CLOSED
+    await eventually(lambda: not pool_threads())
 
 
 async def test_open_and_close_in_different_tasks(make_pool: MakePool) -> None:

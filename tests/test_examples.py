@@ -74,3 +74,30 @@ def test_the_core_of_an_integration_is_under_ten_lines(
     assert isinstance(core, ast.AsyncFunctionDef)
     first, last = core.body[1], core.body[-1]  # after its docstring
     assert (last.end_lineno or 0) - first.lineno + 1 < 10
+
+
+@pytest.mark.parametrize(
+    "page", ["aiohttp", "fastapi", "litestar", "quart", "starlette"]
+)
+def test_the_wiring_of_a_web_framework_is_under_ten_lines(page: str) -> None:
+    """All that gives a service the pool, its errors and its status page."""
+    text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
+    tree = ast.parse(text.partition("```python\n")[2].partition("```\n")[0])
+    ours = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith("pkcs11_pool")
+        for alias in node.names
+    }
+    # Beside its handlers, and the options of the pool.
+    lines = 0
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.Expr)) and ours & _names(node):
+            lines += (node.end_lineno or 0) - node.lineno + 1
+            ours |= _names(node)  # what is made of ours is wired on
+    assert 1 < lines < 10
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}

@@ -50,6 +50,7 @@ _CALLS: dict[str, tuple[Callable[[Any, _Options], Any], _Options]] = {
         {"data": b"x", "mechanism": Mechanism.SHA256, "mechanism_param": None},
     ),
     "generate_random": (lambda p, o: p.generate_random(**o), {"nbits": 64}),
+    "seed_random": (lambda p, o: p.seed_random(**o), {"seed": b"seed"}),
     "find": (lambda p, o: p.find(**o), {"template": {Attribute.LABEL: "aes"}}),
     "map": (
         lambda p, o: _all(p.map(**o)),

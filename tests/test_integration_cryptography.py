@@ -49,7 +49,7 @@ from poolkit import blocking
 from signkit import MANY, imported_without, in_threads, opened, pool_on, token_with
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pkcs11_pool import TokenPool
     from pkcs11_pool.softhsm import SoftHSM, ThrowawayToken
@@ -398,16 +398,21 @@ async def test_many_certificates_are_signed_at_once(
         cert.verify_directly_issued_by(cert)
 
 
-@pytest.mark.parametrize("label", ["rsa", "p256", "ed25519", "ed448"])
-def test_the_other_builders_sign_too(threaded: TokenPool, label: str) -> None:
-    """CSR, CRL and OCSP response: each verifies by its own means."""
-    key = loaded(threaded, label)
-    digest = None if label.startswith("ed") else SHA256
-    request = x509.CertificateSigningRequestBuilder(NAME).sign(key, digest)
-    assert request.is_signature_valid
+def request(key: Any, digest: Any) -> bool:
+    """A CSR; whether its own key verifies it."""
+    made = x509.CertificateSigningRequestBuilder(NAME).sign(key, digest)
+    return made.is_signature_valid
+
+
+def crl(key: Any, digest: Any) -> bool:
+    """A CRL; whether its issuer verifies it."""
     revoked = x509.RevokedCertificateBuilder(7, NOW).build()
-    crl = x509.CertificateRevocationListBuilder(NAME, NOW, LATER, [], [revoked])
-    assert crl.sign(key, digest).is_signature_valid(key.public_key())
+    builder = x509.CertificateRevocationListBuilder(NAME, NOW, LATER, [], [revoked])
+    return builder.sign(key, digest).is_signature_valid(key.public_key())
+
+
+def ocsp_response(key: Any, digest: Any) -> bool:
+    """An OCSP response; raises if the signature is not one of this key."""
     cert = certificate(key, 9, digest)
     answer = (
         ocsp.OCSPResponseBuilder()
@@ -424,8 +429,40 @@ def test_the_other_builders_sign_too(threaded: TokenPool, label: str) -> None:
         .responder_id(ocsp.OCSPResponderEncoding.HASH, cert)
         .sign(key, digest)
     )
-    how = {"rsa": (PKCS1v15(), SHA256), "p256": (ec.ECDSA(SHA256),)}.get(label, ())
+    how: tuple[Any, ...] = ()
+    if isinstance(key, rsa.RSAPrivateKey):
+        how = (PKCS1v15(), SHA256)
+    elif isinstance(key, ec.EllipticCurvePrivateKey):
+        how = (ec.ECDSA(SHA256),)
     key.public_key().verify(answer.signature, answer.tbs_response_bytes, *how)
+    return True
+
+
+BUILDERS = [request, crl, ocsp_response]
+
+
+@pytest.mark.parametrize("label", ["rsa", "p256", "ed25519", "ed448"])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_the_other_builders_sign_too(
+    threaded: TokenPool, label: str, build: Callable[[Any, Any], bool]
+) -> None:
+    """CSR, CRL and OCSP response: each verifies by its own means."""
+    digest = None if label.startswith("ed") else SHA256
+    assert build(loaded(threaded, label), digest)
+
+
+@pytest.mark.parametrize("label", ["p256", "ed25519"])
+async def test_many_of_the_other_builders_sign_at_once(
+    token: ThrowawayToken, label: str
+) -> None:
+    """All three side by side, from as many worker threads; each one verifies."""
+    digest = None if label.startswith("ed") else SHA256
+    async with pool_on(token) as pool:
+        key = await load_private_key(pool.key(label=label))
+        turns = len(BUILDERS)
+        made = await in_threads(lambda n: BUILDERS[n % turns](key, digest))
+        assert made == [True] * MANY
+        assert pool.stats().logins_total == 1
 
 
 def test_a_certificate_may_be_signed_with_pss(threaded: TokenPool) -> None:

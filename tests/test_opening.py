@@ -13,7 +13,13 @@ import pytest
 from pkcs11 import exceptions as p11
 
 from faultmodule import CKR
-from pkcs11_pool import PoolClosed, PoolState, TokenNotFound
+from pkcs11_pool import (
+    ModuleError,
+    PoolClosed,
+    PoolState,
+    TokenNotFound,
+    TokenUnavailable,
+)
 from pkcs11_pool.login import opening
 from poolkit import digest, eventually, hangs
 
@@ -174,6 +180,46 @@ async def test_a_token_that_cannot_be_read_before_the_login_is_looked_at_again(
     async with make_pool(module=fault.path, pin=source) as pool:
         assert await digest(pool)
     assert len(asked) == fault.count("C_Login") == 1
+
+
+async def test_a_module_that_cannot_be_initialised_for_an_outage_is_waited_for(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Its server is down: ``C_Initialize`` says so, and a moment later it is there."""
+    fault.on("C_Initialize", times=2, answer=CKR.DEVICE_ERROR)
+    async with make_pool(module=fault.path) as pool:
+        assert await digest(pool)
+    assert fault.count("C_Initialize") == 3
+
+
+async def test_a_module_whose_server_goes_while_it_is_initialised_is_waited_for(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """``C_Initialize`` went well: it is ours, and not for another's to finalise."""
+    fault.on("C_GetInfo", answer=CKR.DEVICE_ERROR)
+    async with make_pool(module=fault.path) as pool:
+        assert await digest(pool)
+    assert fault.count("C_Initialize") == fault.count("C_Finalize") == 2
+
+
+async def test_a_module_that_stays_down_is_told_with_what_it_answers(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """When the time for opening is over."""
+    fault.on("C_Initialize", every=True, answer=CKR.TOKEN_NOT_PRESENT)
+    with pytest.raises(TokenUnavailable, match="CKR_TOKEN_NOT_PRESENT") as caught:
+        await make_pool(module=fault.path, open_timeout=0.5).open()
+    assert isinstance(caught.value.__cause__, ModuleError)
+
+
+async def test_a_module_that_refuses_for_another_reason_is_told_at_once(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """As one that has no configuration."""
+    fault.on("C_Initialize", answer=CKR.GENERAL_ERROR)
+    with pytest.raises(ModuleError, match="CKR_GENERAL_ERROR"):
+        await make_pool(module=fault.path).open()
+    assert fault.count("C_Initialize") == 1
 
 
 async def test_a_pin_is_sent_once_whatever_is_answered(

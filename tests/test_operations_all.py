@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import inspect
 import secrets
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pkcs11
@@ -18,9 +20,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_der_public_key,
 )
 from cryptography.x509.oid import NameOID
-from pkcs11 import KDF, Attribute, KeyType, Mechanism, ObjectClass
+from pkcs11 import KDF, Attribute, KeyType, Mechanism, ObjectClass, types
 from pkcs11.util.x509 import decode_x509_certificate
 
+from faultmodule import CKR
 from keykit import (
     PIECE,
     SECRET,
@@ -38,9 +41,14 @@ from pkcs11_pool import (
     KeyRef,
     LoginRequired,
     ObjectRef,
+    PooledSession,
+    SecurityOfficer,
     SessionObjectDestroyed,
     SessionObjectNeedsSession,
+    TokenPool,
 )
+from pkcs11_pool.cryptoki import operations
+from pkcs11_pool.faces.parameters import LocalParameters, ParametersRef
 from poolkit import blocking, digest, make_ec_key, settled
 
 if TYPE_CHECKING:
@@ -48,7 +56,6 @@ if TYPE_CHECKING:
 
     from conftest import MakePool
     from faultmodule import FaultModule
-    from pkcs11_pool import PooledSession, TokenPool
 
 _BLOCK = b"sixteen bytes..."
 _ECB = Mechanism.AES_ECB
@@ -658,6 +665,94 @@ async def test_keys_are_digested_by_the_token(pool: TokenPool) -> None:
         await pool.digest([data_of(3 * PIECE), key], **how)
     with pytest.raises(InvalidType, match="KeyRef"):
         await key.sign([b"x", key], mechanism=Mechanism.AES_CMAC)  # type: ignore[list-item]
+
+
+# -- Random numbers ---------------------------------------------------------------
+
+
+async def test_the_random_numbers_of_the_token_are_seeded(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """By a pool or in a session; a token that takes no seed says so itself."""
+    async with make_pool(module=fault.path) as pool, pool.session() as session:
+        for calls in (pool, session):
+            await calls.seed_random(b"seed")
+            await calls.seed_random(bytes(1000))
+        assert fault.count("C_SeedRandom") == 4
+        assert all(call.rv == CKR.OK for call in fault.calls("C_SeedRandom"))
+        fault.on("C_SeedRandom", answer=CKR.RANDOM_SEED_NOT_SUPPORTED)
+        with pytest.raises(pkcs11.RandomSeedNotSupported):
+            await pool.seed_random(b"seed")
+        await pool.run(lambda opened: opened.seed_random(b"seed"))
+        assert fault.count("C_SeedRandom") == 6
+
+
+def test_the_whole_seed_is_sent() -> None:
+    """To see which bytes come, a function stands in the module's place: none tells."""
+    seen: list[tuple[int, bytes, int]] = []
+
+    def take(*given: Any) -> int:
+        seen.append(given)
+        return int(CKR.OK)
+
+    session: Any = SimpleNamespace(
+        handle=7, functions=SimpleNamespace(C_SeedRandom=take)
+    )
+    operations.seed_random(session, b"\0seed")
+    assert seen == [(7, b"\0seed", 5)]
+
+
+# -- All of python-pkcs11 ---------------------------------------------------------
+
+_NAMES: dict[type, str] = {
+    types.Session: "create_domain_parameters create_object digest generate_key "
+    "generate_keypair generate_domain_parameters generate_random seed_random",
+    types.Object: "copy destroy",
+    types.DomainParameters: "generate_keypair",
+    types.EncryptMixin: "encrypt",
+    types.DecryptMixin: "decrypt",
+    types.SignMixin: "sign",
+    types.VerifyMixin: "verify",
+    types.WrapMixin: "wrap_key",
+    types.UnwrapMixin: "unwrap_key",
+    types.DeriveMixin: "derive_key",
+    types.EncapsulateMixin: "encapsulate_key",
+    types.DecapsulateMixin: "decapsulate_key",
+}
+_OTHER_NAMES: dict[tuple[type, str], object] = {
+    (types.Session, "close"): PooledSession.closed,  # at the end of its block
+    (types.Session, "get_key"): TokenPool.key,
+    (types.Session, "get_objects"): TokenPool.find,
+    (types.Session, "init_pin"): SecurityOfficer.init_pin,
+    (types.Session, "reaffirm_credentials"): KeyRef.sign,  # pin=
+    (types.Session, "set_pin"): TokenPool.set_pin,
+    (types.Object, "get_attributes"): ObjectRef.attributes,
+    (types.LocalDomainParameters, "get_attributes"): LocalParameters,  # values
+}
+
+
+def test_each_method_of_python_pkcs11_has_its_awaited_one() -> None:
+    """By its own name, or by one that says more here: none was forgotten."""
+    homes: dict[type, type] = {types.Session: TokenPool, types.Object: ObjectRef}
+    homes[types.DomainParameters] = ParametersRef
+    for theirs, name in _methods():
+        if (theirs, name) not in _OTHER_NAMES:
+            assert name in _NAMES.get(theirs, "").split(), (theirs, name)
+            ours = getattr(homes.get(theirs, KeyRef), name)
+            assert inspect.iscoroutinefunction(inspect.unwrap(ours)), name
+    assert set(_OTHER_NAMES) <= set(_methods())
+
+
+def _methods() -> list[tuple[type, str]]:
+    return [
+        (kind, name)
+        for kind in vars(types).values()
+        if inspect.isclass(kind) and kind.__module__ == types.__name__
+        # What is looked at is in ``list_tokens``, ``pool.token`` and ``pool.lib``.
+        if kind not in {types.Slot, types.Token}
+        for name, member in vars(kind).items()
+        if inspect.isfunction(member) and not name.startswith("_")
+    ]
 
 
 async def test_a_session_has_all_of_it(pool: TokenPool) -> None:

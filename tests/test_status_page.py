@@ -6,6 +6,7 @@ import random
 import re
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from pkcs11 import DataInvalid
 from selenium.common.exceptions import StaleElementReferenceException
@@ -16,7 +17,7 @@ from browserkit import browser, needed_browser, prefer, resize, served
 from pkcs11_pool.asgi import BasicAuth, StatusApp
 from pkcs11_pool.asgi.page import PAGE
 from pkcs11_pool.stats import BOUNDS, Histogram
-from poolkit import blocking, digest, settled
+from poolkit import Hold, blocking, digest, settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pkcs11_pool import TokenPool
 
 NAME = "<img src=x onerror=alert(1)>"
+TIMES = ["Run time p50", "Run time p99", "Wait time p99"]
 CONTRAST = """
 const parse = (text) => text.match(/[\\d.]+/g).map(Number);
 const light = ([r, g, b]) => {
@@ -128,6 +130,50 @@ async def test_the_page_is_live_and_of_no_harm(
     told = [entry["message"] for entry in _log(chrome)]
     # The policy was kept, nothing raised: only the lost server is told of.
     assert [line for line in told if "ERR_" not in line] == []
+
+
+async def test_the_page_tells_sessions_queue_and_times(
+    chrome: Chrome, make_pool: MakePool
+) -> None:
+    """One session is lent, one is at work, and one caller waits for it."""
+    async with make_pool(max_sessions=2) as pool:
+        app = StatusApp(pool, allow_anonymous=True)
+        async with served(app) as url, pool.session():
+            await blocking(visit, chrome, f"{url}/?every=0.25")
+            shown = await blocking(tiles, chrome)
+            nothing = {shown[name] for name in TIMES}
+            assert nothing == {"\N{EN DASH}"}
+            async with anyio.create_task_group() as tasks:
+                with Hold() as hold:
+                    tasks.start_soon(pool.run, hold)
+                    await hold.entered()
+                    tasks.start_soon(pool.run, hold)
+                    expected = {
+                        "Waiting": "1",
+                        "Running": "1",
+                        "Sessions open": "2 of 2, 1 leased",
+                    }
+                    await blocking(
+                        until, chrome, lambda: expected.items() <= tiles(chrome).items()
+                    )
+                    label = (await blocking(_labels, chrome))[2]
+                    assert label == "Queue: now waiting 1, running 1; most 1"
+            await blocking(
+                until, chrome, lambda: tiles(chrome)[TIMES[0]] not in nothing
+            )
+            shown = await blocking(tiles, chrome)
+            for name in TIMES:
+                assert re.fullmatch(r"[\d.,]+ (µs|ms|s)", shown[name])
+            assert re.fullmatch(r"(?!0 )[\d.,]+ a second", shown["Operations"])
+
+
+def tiles(driver: Chrome) -> dict[str, str]:
+    """What stands in the row of figures, by name."""
+    script = """
+    const words = (one) => [...one.children].map((part) => part.textContent);
+    return [...document.querySelectorAll(".tiles > div")].map(words);
+    """
+    return dict(driver.execute_script(script))
 
 
 def _log(driver: Any) -> list[dict[str, Any]]:

@@ -50,7 +50,8 @@ SO_FAILED = "security_officer.failed"
 SESSION_REFUSED = "session.refused"
 """The token has no room for more sessions: the limit is learnt.
 
-Keys: ``error``, ``sessions``, ``rw_sessions``: how many there may be from now on.
+Keys: ``token``, ``error``; ``sessions``, ``rw_sessions``: how many there may be from
+now on.
 """
 
 OPERATION_THROTTLED = "operation.throttled"
@@ -72,16 +73,22 @@ Keys: ``token``, ``round``, ``error``, ``retry_in``.
 """
 
 RECOVERY_TIMED_OUT = "recovery.timed_out"
-"""Calls are refused until the token is back. Keys: ``error``, ``seconds``."""
+"""Calls are refused until the token is back.
+
+Keys: ``token``, ``error``, ``seconds``.
+"""
 
 RECOVERY_COMPLETED = "recovery.completed"
 """The token is back. Keys: ``token``, ``slot``, ``rounds``, ``seconds``."""
 
 CALL_LOST = "call.lost"
-"""A call was given up on inside the module. Keys: ``stuck``, how many are."""
+"""A call was given up on inside the module.
+
+Keys: ``token``, ``stuck``: how many are.
+"""
 
 CALL_RETURNED = "call.returned"
-"""Such a call came back after all. Keys: ``stuck``."""
+"""Such a call came back after all. Keys: ``token``, ``stuck``."""
 
 MODULE_INITIALIZED = "module.initialized"
 """``C_Initialize`` went well. Keys: ``module``, ``generation``."""

@@ -45,6 +45,8 @@ _WITH_FAULTS = 5, 6
 """So many steps are made with faults for so many without: 10,000 for 12,000."""
 _STRUCK = 0.02
 """The least share of the steps in which a fault was really played."""
+_A_FEW_RUNS = 200
+"""In so many steps; in fewer, chance may have played none."""
 _EACH_KIND = 1_000
 """In so many steps each kind of fault is played; in fewer, chance may leave one out."""
 _LONG = 100_000
@@ -108,7 +110,8 @@ def test_the_pool_and_the_model_agree_when_the_token_fails(
     text += ", ".join(f"{n} times {name}" for name, n in sorted(kinds.items()))
     request.node.user_properties.append(("model machine", text))
     assert counts["steps"] >= steps
-    assert sum(kinds.values()) >= steps * _STRUCK
+    if steps >= _A_FEW_RUNS:
+        assert sum(kinds.values()) >= steps * _STRUCK
     if steps >= _EACH_KIND:
         assert len(kinds) == len(set(_FAULTS))
 

@@ -556,4 +556,17 @@ CATALOGUE = (
             ),
         ),
     ),
+    Mutation(
+        "left-open",
+        "engine/end_of_process.py",
+        "    _started.add(engine)",
+        "    pass",
+        "A pool that is left open is closed at the end of the process.",
+        (
+            (
+                "test_process_end.py::"
+                "test_a_pool_left_open_is_closed_at_the_end_if_nobody_is_inside"
+            ),
+        ),
+    ),
 )

@@ -97,6 +97,7 @@ FUNCTIONS: Final[dict[str, tuple[int, tuple[Any, ...]]]] = {
     "C_Verify": (49, (ULong, _P, ULong, _P, ULong)),
     "C_VerifyUpdate": (50, (ULong, _P, ULong)),
     "C_VerifyFinal": (51, (ULong, _P, ULong)),
+    "C_SeedRandom": (63, (ULong, _P, ULong)),
     "C_GenerateRandom": (64, (ULong, _P, ULong)),
 }
 
@@ -204,6 +205,9 @@ class Library(_pkcs11.lib):
         """Load the file; upstream's ``__cinit__`` takes the path alone."""
         return super().__new__(cls, so)  # type: ignore[call-arg]  # not in its stub
 
+    #: Whether a ``C_Initialize`` of ours went well, and no ``C_Finalize`` after it.
+    is_initialized = False
+
     def __init__(self, so: str, reserved: bytes | None = None) -> None:
         #: Module parameters for the next ``C_Initialize``.
         self.reserved = reserved
@@ -233,6 +237,7 @@ class Library(_pkcs11.lib):
         if self.serialized:
             code = self._initialize(0)
         ckr.check(code, "C_Initialize")
+        self.is_initialized = True
 
     def _initialize(self, flags: int) -> int:
         # The structure must outlive the call: addressof() of a temporary would
@@ -247,6 +252,7 @@ class Library(_pkcs11.lib):
     def finalize(self) -> None:
         """``C_Finalize``. Ours to call: upstream does not know that it initialised."""
         ckr.check(self.functions.C_Finalize(None), "C_Finalize")
+        self.is_initialized = False
 
 
 MAPPER: Final = Mapper()

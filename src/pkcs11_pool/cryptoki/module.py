@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pkcs11 import exceptions as p11
@@ -60,6 +60,8 @@ _SENSIBLE: Final = 1 << 31
 
 _lock = threading.Lock()
 _modules: dict[str, Module] = {}
+_loaded: dict[str, interface.Library] = {}
+"""Also those that could not be initialised: the next try does not load them again."""
 
 
 class Turn:
@@ -359,6 +361,21 @@ def _load(path: str, reserved: bytes | None) -> interface.Library:
         what = "is a directory" if there else "does not exist"
         message = f"{path} {what}: give the path of a Cryptoki module, a .so file"
         raise ModuleError(message)
+    library = _loaded.get(path)
+    if library is None:
+        library = _loaded[path] = _load_file(path)
+    try:
+        _initialize(library, path, lambda: library.__init__(path, reserved))  # type: ignore[misc]
+    except ModuleError:
+        if library.is_initialized:
+            # What was asked next failed: nobody else would end what was begun.
+            with suppress(p11.PKCS11Error):
+                library.finalize()
+        raise
+    return library
+
+
+def _load_file(path: str) -> interface.Library:
     try:
         library = interface.Library.__new__(interface.Library, path)
     except p11.PKCS11Error as error:
@@ -369,7 +386,6 @@ def _load(path: str, reserved: bytes | None) -> interface.Library:
         raise ModuleError(message) from error
     # Once more than Python knows: not even the end of the interpreter destroys it.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(library))
-    _initialize(library, path, lambda: library.__init__(path, reserved))  # type: ignore[misc]
     return library
 
 
@@ -384,8 +400,9 @@ def _initialize(library: interface.Library, path: str, how: Any = None) -> None:
             )
             raise ModuleInUse(message) from error
         message = (
-            f"{path} cannot be initialised: {error}. Has it the configuration that it "
-            "needs (SoftHSM2: SOFTHSM2_CONF)? `pkcs11-pool doctor` looks for the cause"
+            f"{path} cannot be initialised: {rv.text_of(error)}. Has it the "
+            "configuration that it needs (SoftHSM2: SOFTHSM2_CONF)? "
+            "`pkcs11-pool doctor` looks for the cause"
         )
         raise ModuleError(message) from error
 

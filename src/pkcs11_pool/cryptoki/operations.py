@@ -359,6 +359,12 @@ def generate_random(session: Session, count: int) -> bytes:
     return buffer.raw
 
 
+def seed_random(session: Session, seed: bytes) -> None:
+    """``C_SeedRandom``."""
+    code = session.functions.C_SeedRandom(session.handle, seed, len(seed))
+    rv.check(code, "C_SeedRandom")
+
+
 def touch(session: Session) -> None:
     """Calls that keep a session from being dropped as idle.
 

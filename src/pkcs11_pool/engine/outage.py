@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.engine.leases import Lease
     from pkcs11_pool.jobs import Job, Thread
-    from pkcs11_pool.login.actor import LoginActor
 
 _ATTEMPTS: Final = 3
 """How often a job may start anew: one that breaks the token must not do it for ever."""
@@ -57,8 +56,6 @@ class _Clock:
 
 class Outages(Overdue):
     """Jobs that failed, and lost tokens."""
-
-    actor: LoginActor
 
     def __init__(self, options: PoolOptions) -> None:
         super().__init__(options)
@@ -193,7 +190,7 @@ class Outages(Overdue):
         if rest is not None:
             events.warning(
                 events.OPERATION_THROTTLED,
-                token=self.actor.known.label,
+                token=self.actor.label,
                 error=rv.text_of(error),
                 rests=job.rests,
                 retry_in=round(rest, 3),
@@ -420,6 +417,7 @@ class Outages(Overdue):
         self._wake_all(wake)
         events.warning(
             events.RECOVERY_TIMED_OUT,
+            token=self.actor.label,
             error=rv.text_of(outage.error),
             seconds=round(now - outage.since, 1),
         )

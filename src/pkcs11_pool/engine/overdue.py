@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pkcs11_pool.config import PoolOptions
     from pkcs11_pool.cryptoki.session import Session
     from pkcs11_pool.jobs import Thread
+    from pkcs11_pool.login.actor import LoginActor
 
 BEHIND: Final = 2.0
 """Seconds that a worker has for closing and opening behind its caller, before those
@@ -32,6 +33,8 @@ _ASKING: Final = (
 
 class Overdue(Leasing):
     """Jobs whose deadline has passed, and workers that were given up on."""
+
+    actor: LoginActor
 
     def __init__(self, options: PoolOptions) -> None:
         super().__init__(options)
@@ -168,7 +171,8 @@ class Overdue(Leasing):
     def _tell_lost(self) -> None:
         """Log it, without the lock: what writes the log may ask for statistics."""
         while self._lost_news:
-            events.warning(events.CALL_LOST, stuck=self._lost_news.popleft())
+            stuck = self._lost_news.popleft()
+            events.warning(events.CALL_LOST, token=self.actor.label, stuck=stuck)
 
     def returned(self, session: Session | None) -> None:
         """A call that was given up on has returned after all."""
@@ -180,4 +184,5 @@ class Overdue(Leasing):
             self._mode.stuck -= 1
             self._module.lost_calls -= 1
             self._quiet.notify_all()
-        events.info(events.CALL_RETURNED, stuck=self._mode.stuck)
+        token, stuck = self.actor.label, self._mode.stuck
+        events.info(events.CALL_RETURNED, token=token, stuck=stuck)

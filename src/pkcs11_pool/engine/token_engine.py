@@ -122,6 +122,9 @@ class TokenEngine(Work):
             self._waiting.requests.add(job)
             self._watch_locked(job)
         post(job)
+        if self.actor.has_ended:
+            # It is refused, and the timekeeper was told of its deadline.
+            timekeeper.forget(self)
 
     def begin(self, job: Job, *, pauses: bool) -> bool:
         """The actor starts on a request; False if its caller has gone.

@@ -308,6 +308,7 @@ class Work(Outages):
             return
         events.warning(
             events.SESSION_REFUSED,
+            token=self.actor.label,
             error=str(error),
             sessions=self._room.limit.total,
             rw_sessions=self._room.limit.rw,

@@ -84,6 +84,13 @@ def octets(value: object, name: str) -> bytes:
     raise InvalidType(message)
 
 
+def seed(value: object) -> bytes:
+    """What is mixed into the token's random numbers."""
+    if given := octets(value, "seed"):
+        return given
+    raise InvalidOption("seed is empty: give at least one byte")
+
+
 def mechanism(value: object) -> Mechanism | None:
     """A mechanism, or None for the key's default one."""
     if value is None or type(value) is Mechanism:

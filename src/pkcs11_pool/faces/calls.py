@@ -338,6 +338,33 @@ class Calls(Making):
             lambda session: operations.generate_random(session, size), timeout
         )
 
+    async def seed_random(self, seed: bytes, *, timeout: Timeout = DEFAULT) -> None:
+        """Mix bytes into the random numbers of the token.
+
+        They are the token's and not a session's: every session has their effect.
+
+        Args:
+            seed: The bytes, one at least.
+            timeout: Seconds, waiting included; None: no limit; 0: do not wait.
+
+        Raises:
+            pkcs11.RandomSeedNotSupported: The token takes none; many do not.
+            pkcs11.RandomNoRNG: It has no random numbers.
+
+        Cancellation:
+            The caller goes at once; the bytes may be mixed in all the same.
+
+        Cryptoki:
+            ``C_SeedRandom``.
+
+        Source:
+            PKCS#11 v3.1, "Random number generation functions".
+        """
+        given = arguments.seed(seed)
+        await self._read(
+            lambda session: operations.seed_random(session, given), timeout
+        )
+
 
 def _key_of(chunk: object) -> Target | None:
     return chunk._target if isinstance(chunk, KeyRef) else None  # noqa: SLF001

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pkcs11_pool import events
+from pkcs11_pool.engine import end_of_process
 from pkcs11_pool.errors import PoolClosed, PoolTimeout
 from pkcs11_pool.faces.requests import request
 from pkcs11_pool.faces.waiting import checkpoint
@@ -27,6 +28,7 @@ async def open_pool(engine: TokenEngine) -> None:
         )
         raise PoolClosed(message)
     engine.actor.start()
+    end_of_process.watch(engine)
     try:
         await request(engine, engine.actor.open, engine.options.open_timeout)
     except BaseException:

@@ -174,6 +174,11 @@ class LoginActor(Standing):
         return self._own_pin.in_doubt
 
     @property
+    def has_ended(self) -> bool:
+        """Whether nobody takes requests any more."""
+        return self._mail.ended
+
+    @property
     def is_well(self) -> bool:
         """Whether nothing is being recovered."""
         return self._recovery.is_over
@@ -277,7 +282,8 @@ class LoginActor(Standing):
                 self._attachment.detach()
                 self._officer.lost()
                 self._attachment.change(LoginEvent.OUT)
-            gate.end_threads()
         finally:
             self._mail.end()
+        # The last: nobody asks for a deadline after it, see `has_ended`.
+        gate.end_threads()
         gate.settle(job, None, None)

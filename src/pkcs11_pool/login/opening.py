@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from pkcs11 import exceptions as p11
 
 from pkcs11_pool.cryptoki import recovery, rv
-from pkcs11_pool.errors import PoolError, TokenNotFound, TokenUnavailable
+from pkcs11_pool.errors import (
+    ModuleError,
+    PoolError,
+    TokenNotFound,
+    TokenUnavailable,
+)
 from pkcs11_pool.login.steps import Backoff
 
 if TYPE_CHECKING:
@@ -83,6 +88,9 @@ class Tries:
 
 def is_down(error: BaseException) -> bool:
     """Whether the module, or what is behind it, does not answer."""
+    if isinstance(error, ModuleError) and error.__cause__ is not None:
+        # ``C_Initialize`` tells of it, too.
+        error = error.__cause__
     return not isinstance(error, PoolError) and recovery.classify(error).is_outage
 
 
