@@ -88,6 +88,9 @@ class Hangs(Together, Pressure):
         super().__init__()
         #: References to what may yet be changed by a call that hangs.
         self._forgotten: dict[str, Ref] = {}
+        #: What was made from another object, and is taken back by its thread where that
+        #: was not sure any more.
+        self._derived: tuple[str, str] | None = None
 
     @rule(
         life=LIVES,
@@ -240,6 +243,8 @@ class Hangs(Together, Pressure):
         late = None
         if step.changes and self._has_happened(hung):
             self._has_been(self.model, step)
+            if isinstance(step, (steps.Copy, steps.Unwrap)):
+                self._derived = self.model.refs[step.ref].life, step.new
         elif step.changes:
             late = step
         self._forget(self.model, step)
@@ -336,18 +341,29 @@ class Hangs(Together, Pressure):
         self._settle()
         if late is not None:
             self._may_have_happened(late)
+        if self._derived is not None:
+            self._may_be_undone(*self._derived)
+            self._derived = None
         self._forgotten.clear()
         self._finish()
 
     def _may_have_happened(self, late: Step) -> None:
         """Look which it is: what hung may have been done in the end."""
-        seen = {name: self._observe(name) for name in self.model.lives}
         done = copy.deepcopy(self.model)
         done.refs |= self._forgotten
         self._has_been(done, late)
         for name in self._forgotten:
             del done.refs[name]
-        for model in (done, self.model):
+        self._is_one_of(done, self.model)
+
+    def _may_be_undone(self, life: str, new: str) -> None:
+        undone = copy.deepcopy(self.model)
+        undone.token_of(life).things.pop(new, None)
+        self._is_one_of(self.model, undone)
+
+    def _is_one_of(self, *models: Model) -> None:
+        seen = {name: self._observe(name) for name in self.model.lives}
+        for model in models:
             if all(seen[name] == self._expected(model, name) for name in seen):
                 self.model = model
                 return
