@@ -7,21 +7,24 @@ import random
 import re
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from pkcs11 import Attribute, KeyType
 
-from pkcs11_pool import chaos
+from pkcs11_pool import TokenPool, chaos
 from pkcs11_pool.chaos import faults, load, server
+from pkcs11_pool.chaos.report import Report
 from poolkit import (
     LAST_RESORT,
+    digest,
     eventually,
+    hangs,
 )
 from terminalkit import on_a_terminal
 
 if TYPE_CHECKING:
     from conftest import MakePool
     from faultmodule import FaultModule
-    from pkcs11_pool import TokenPool
 
 _SEED = 45
 
@@ -124,6 +127,51 @@ async def test_wrong_results_and_callers_without_answer_are_seen(
         fault.release()
         await eventually(lambda: pool.stats().operations_running == 0)
         assert len(await pool.find({Attribute.LABEL: load.SIGNER})) == 2
+
+
+async def test_what_is_left_over_is_seen(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that nobody gave back, and a call that is still inside."""
+    async with make_pool(module=fault.path) as pool:
+        fault.on("C_Digest", hang="before")
+        async with anyio.create_task_group() as tasks, pool.session():
+            tasks.start_soon(digest, pool)
+            await hangs(fault, "C_Digest")
+            with monkeypatch.context() as patch:
+                patch.setattr(chaos, "_PATIENCE", 0.0)
+                left = await chaos._left_over(pool)  # noqa: SLF001
+            fault.release()
+        assert left == ["2 sessions", "1 leases", "1 running"]
+        assert await chaos._left_over(pool) == []  # noqa: SLF001
+
+
+@pytest.mark.parametrize("what", ["lost", "wrong", "strange", "leaked", "nothing"])
+def test_what_must_not_be_is_its_exit_status(
+    what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And is named; with nothing of the kind the status is 0."""
+    found = {name: ["key 7"] * (name == what) for name in ("lost", "strange", "leaked")}
+    book = load.Book()
+    if what == "wrong":
+        book.blame("key 7")
+    report = Report(
+        seed=1,
+        loop="asyncio",
+        tasks=1,
+        seconds=1.0,
+        book=book,
+        faults={},
+        stats=TokenPool("x.so", slot_id=0).stats(),
+        **found,
+    )
+    monkeypatch.setattr(chaos, "_on_a_server", lambda *_: report)
+    status = chaos.run(seconds=1, seed=1, tasks=1, loop="asyncio", as_json=True)
+    told = capsys.readouterr()
+    assert status == (what != "nothing")
+    assert ("not as it should be: key 7" in told.err) == (what != "nothing")
+    data = json.loads(told.out)
+    assert sum(len(data[name]) for name in ("lost", "wrong", "leaked")) == status
 
 
 async def test_a_right_load_fills_the_book_and_blames_nobody(pool: TokenPool) -> None:

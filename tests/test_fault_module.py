@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pkcs11
 import pytest
@@ -1216,6 +1216,56 @@ def test_a_strike_loses_answers_to_what_was_done(setup: Setup) -> None:
     opens = (app.slot, CKF_SERIAL, None, None, ctypes.byref(number))
     assert app("C_OpenSession", *opens) == CKR.DEVICE_REMOVED
     assert len(fault.sessions()) == 1
+
+
+def _hangs_in_login(setup: Setup, what: Literal["hang before", "hang after"]) -> int:
+    """What a second login is answered while the first one hangs."""
+    fault, app = start(setup)
+    session = app.open()
+    fault.strike(what, after=2)
+    app.ok("C_GetSessionInfo", session, ctypes.create_string_buffer(64))
+    answers: list[int] = []
+    thread = threading.Thread(target=lambda: answers.append(app.login(session)))
+    thread.start()
+    fault.wait_until_hanging("C_Login")
+    assert fault.hanging() == 1
+    second = app.login(session)
+    assert fault.call_off()[0] == 1
+    fault.clear()
+    thread.join(20)
+    assert {second, *answers} == {CKR.OK, CKR.USER_ALREADY_LOGGED_IN}
+    assert fault.hanging() == 0
+    return second
+
+
+@own_process
+def test_a_strike_lets_a_call_hang_before_the_module_has_it(setup: Setup) -> None:
+    """It is the only one, and ends by ``clear``."""
+    assert _hangs_in_login(setup, "hang before") == CKR.OK
+
+
+@own_process
+def test_a_strike_lets_a_call_hang_when_the_module_has_done_it(setup: Setup) -> None:
+    """Others find it done."""
+    assert _hangs_in_login(setup, "hang after") == CKR.USER_ALREADY_LOGGED_IN
+
+
+@own_process
+def test_what_ends_an_operation_ends_it_whatever_a_strike_answers(setup: Setup) -> None:
+    """As the standard has it of the last call, and no other is in the way there."""
+    fault, app = start(setup)
+    session = app.open()
+    sha = mechanism(Mechanism.SHA256)
+    app.ok("C_DigestInit", session, sha)
+    room, length = ctypes.create_string_buffer(64), ctypes.c_ulong(64)
+    fault.strike("answer", CKR.DEVICE_ERROR)
+    answer = app("C_DigestFinal", session, room, ctypes.byref(length))
+    assert answer == CKR.DEVICE_ERROR
+    app.ok("C_DigestInit", session, sha)
+    fault.strike("answer", CKR.DEVICE_ERROR)
+    answer = app("C_Digest", session, b"data", 4, room, ctypes.byref(length))
+    assert answer == CKR.DEVICE_ERROR
+    app.ok("C_DigestInit", session, sha)
 
 
 @own_process

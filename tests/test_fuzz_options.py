@@ -37,10 +37,23 @@ async def _use(pool: TokenPool) -> None:
     with anyio.fail_after(LAST_RESORT):
         async with pool:
             await pool.generate_random(64)
+            await _use_by_many(pool)
             async with pool.session() as session:
                 await session.generate_random(64)
             await pool.logout()
             await pool.login()
+
+
+async def _use_by_many(pool: TokenPool) -> None:
+    """More callers than sessions: what is said of those who wait is heeded, too."""
+
+    async def call() -> None:
+        with contextlib.suppress(*PROPER):
+            await pool.generate_random(64)
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(12):
+            tasks.start_soon(call)
 
 
 def _run(func: Callable[..., Any], *arguments: Any) -> None:

@@ -79,6 +79,27 @@ async def test_a_token_that_cannot_be_asked_is_logged_out_for_certain(
             await pool.login("9999")
 
 
+async def test_a_session_that_closes_late_keeps_no_login_that_nobody_knows_of(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+) -> None:
+    """It is in a worker's hands when all others are closed: it is logged out."""
+    async with make_pool(module=fault.path, pin=None) as pool:
+        await digest(pool)
+        hold = fault.on("C_CloseSession", hang="before")
+        await digest(pool)
+        await hangs(fault, "C_CloseSession")
+        fault.remove(hold)
+        fault.on("C_Login", replace=CKR.USER_NOT_LOGGED_IN)
+        fault.on("C_GetSessionInfo", nth=2, answer=CKR.USER_NOT_LOGGED_IN)
+        with pytest.raises(PKCS11Error):
+            await pool.login(token.user_pin)
+        fault.on("C_DigestInit", answer=CKR.SESSION_HANDLE_INVALID)
+        await digest(pool)
+        assert pool.stats().recoveries_total == 1
+        assert await _agreed(pool) is LoginState.PUBLIC
+        fault.release()
+
+
 @pytest.mark.parametrize("code", [*_CODES, CKR.USER_NOT_LOGGED_IN], ids=hex)
 @pytest.mark.parametrize("how", ["answer", "replace"])
 async def test_a_logout_is_a_logout_whatever_the_token_answers(
@@ -120,7 +141,7 @@ async def test_an_officers_login_whose_answer_was_lost_leaves_a_pool_that_works(
         given: dict[str, Any] = {how: code}
         fault.on("C_Login", when_user=_SO, **given)
         if not answers:
-            fault.on("C_GetSessionInfo", answer=code)
+            fault.on("C_GetSessionInfo", nth=2, answer=code)
         made = how == "replace" and answers
         with nullcontext() if made else pytest.raises(PKCS11Error):
             async with pool.security_officer(token.so_pin) as so:

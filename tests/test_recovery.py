@@ -668,6 +668,25 @@ _CUT_OFF: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         lambda _, k: k.copy({Attribute.LABEL: "new", Attribute.ID: b"\x07"}),
         ("copy(label='new', id=b'\\x07')", _FIND),
     ),
+    # Whether it can be done does not matter: its answer is lost.
+    "unwrap_key": (
+        "C_UnwrapKey",
+        lambda _, k: k.unwrap_key(
+            ObjectClass.SECRET_KEY, KeyType.AES, b"tOpsEcretWrapped", **_NAMED
+        ),
+        ("unwrap_key(label='new', id=b'\\x07')", _FIND),
+    ),
+    "derive_key": (
+        "C_DeriveKey",
+        lambda _, k: k.derive_key(
+            KeyType.AES,
+            128,
+            mechanism=Mechanism.AES_ECB_ENCRYPT_DATA,
+            mechanism_param=b"tOpsEcretDerived",
+            **_NAMED,
+        ),
+        ("derive_key(label='new', id=b'\\x07')", _FIND),
+    ),
     "set_attributes": (
         "C_SetAttributeValue",
         lambda _, k: k.set_attributes({Attribute.LABEL: "new"}),
@@ -698,7 +717,10 @@ async def test_a_call_with_an_unknown_outcome_says_where_to_look(
     """Which call, on which token, and what to look for; and never a value."""
     function, call, told = _CUT_OFF[name]
     async with make_pool(module=fault.path) as pool:
-        key = await pool.generate_key(KeyType.AES, 128, label="old", store=True)
+        key = await pool.generate_key(
+            KeyType.AES, 128, label="old", store=True, template={Attribute.DERIVE: True}
+        )
+        fault.reset_counts()
         fault.on(function, replace=CKR.DEVICE_REMOVED)
         with pytest.raises(OutcomeUnknown) as caught:
             await call(pool, key)
@@ -706,6 +728,7 @@ async def test_a_call_with_an_unknown_outcome_says_where_to_look(
         assert [part for part in told if part not in text] == []
         assert "CKR_DEVICE_REMOVED" in text
         assert "tOpsEcret" not in text
+        assert fault.count(function) == 1
 
 
 async def test_a_call_that_changes_the_token_and_hangs_says_where_to_look(

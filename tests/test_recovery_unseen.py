@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-from pkcs11 import Attribute, KeyType, Mechanism
+from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
 
 from faultmodule import CKR
 from pkcs11_pool import LoginState, OutcomeUnknown, TokenPool
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from pkcs11_pool.softhsm import ThrowawayToken
 
 _DIGEST = b"d" * 32
+_PUBLIC = {
+    Attribute.CLASS: ObjectClass.DATA,
+    Attribute.LABEL: "data",
+    Attribute.TOKEN: True,
+    Attribute.PRIVATE: False,
+    Attribute.VALUE: b"of all",
+}
 
 
 async def _sign(key: KeyRef) -> bytes:
@@ -81,6 +88,31 @@ async def test_a_login_asked_for_after_a_reset_finds_its_way(
         await pool.login(token.user_pin)
         assert await _sign(key)
         assert fault.count("C_Login") == 1
+
+
+@pytest.mark.parametrize("moment", [1, 2], ids=["before", "between"])
+async def test_an_officer_whose_session_takes_the_place_of_a_dead_one_begins_anew(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken, moment: int
+) -> None:
+    """His own is well, and nothing else would tell that all the numbers are dead.
+
+    Its number may be the dead one's: that is not closed then.
+    """
+    if moment == 1:
+        fault.reuse_numbers()
+    async with make_pool(module=fault.path, pin=None) as pool:
+        data = await pool.create_object(_PUBLIC)
+        await data.attributes()
+        await settled(pool)
+        await blocking(pool._engine.close_ahead)  # noqa: SLF001
+        fault.reset_counts()
+        # What looks whether it is well is the first call.
+        fault.strike("sessions", after=moment)
+        async with pool.security_officer(token.so_pin):
+            pass
+        assert fault.count("C_Login") == 1
+        assert await data.attributes()
+        assert pool.stats().recoveries_total == 1
 
 
 async def test_a_login_that_was_lost_under_a_change_is_restored_at_once(

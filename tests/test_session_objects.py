@@ -9,7 +9,12 @@ import anyio
 import pytest
 from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
 
-from pkcs11_pool import SessionObjectDestroyed, SessionObjectNeedsSession
+from faultmodule import CKR
+from pkcs11_pool import (
+    OutcomeUnknown,
+    SessionObjectDestroyed,
+    SessionObjectNeedsSession,
+)
 from poolkit import (
     LAST_RESORT,
     blocking,
@@ -153,6 +158,32 @@ async def test_closing_the_owner_lets_calls_inside_finish(
             fault.release()
         assert sorted(map(str, results)) == ["16", "refused"]
         assert fault.count("C_EncryptInit") == 1
+
+
+async def test_a_session_object_that_may_be_destroyed_is_told_to_be_when_it_is(
+    make_pool: MakePool, fault: FaultModule
+) -> None:
+    """Its end was not heard of; whoever asks again finds that there was one."""
+    async with make_pool(module=fault.path) as pool, pool.session() as owner:
+        keys = [await _secret(owner) for _ in range(3)]
+        fault.on("C_DestroyObject", times=3, replace=CKR.CRYPTOKI_NOT_INITIALIZED)
+        for key in keys:
+            with pytest.raises(OutcomeUnknown):
+                await key.destroy()
+        first, second, third = keys
+        uses = [
+            first.encrypt(_BLOCK, mechanism=_ECB),
+            second.destroy(),
+            third.set_attributes({Attribute.LABEL: "gone"}),
+        ]
+        for use in uses:
+            with pytest.raises(SessionObjectDestroyed):
+                await use
+        fault.clear_log()
+        for key in keys:
+            with pytest.raises(SessionObjectDestroyed):
+                await key.attributes()
+        assert not fault.calls()
 
 
 async def test_a_session_object_that_is_destroyed_just_before_its_use(

@@ -212,7 +212,10 @@ _SIZES: Final = (
     _FUNCTIONS,
     *map(ctypes.sizeof, (_Rule, _Record, _Session, _Settings, _Status, _Strike)),
 )
-_STRIKES: Final = ("", "answer", "replace", "sessions", "login", "finalize")
+_STRIKES: Final = (
+    *("", "answer", "replace", "sessions", "login", "finalize"),
+    *("hang before", "hang after"),
+)
 
 # The order is that of HAS_… in fault.h: the place is the bit.
 _INFO_NUMBERS: Final = (
@@ -371,6 +374,10 @@ class FaultModule:
         if function is None:
             return int(status.inside_all)
         return int(status.inside[self._index(function)])
+
+    def hanging(self) -> int:
+        """How many calls hang now."""
+        return int(self._status().hanging_all)
 
     @property
     def max_inside(self) -> int:
@@ -632,7 +639,15 @@ class FaultModule:
 
     def strike(
         self,
-        what: Literal["answer", "replace", "sessions", "login", "finalize"],
+        what: Literal[
+            "answer",
+            "replace",
+            "sessions",
+            "login",
+            "finalize",
+            "hang before",
+            "hang after",
+        ],
         rv: int = CKR.DEVICE_ERROR,
         *,
         after: int = 1,
@@ -646,9 +661,11 @@ class FaultModule:
         Args:
             what: Answer calls without the module, or make them and lose the answer; or
                 close all sessions, log out, or finalise the module behind the back of
-                whoever uses it. A session that closes is closed in any case, and none
-                is opened by a call that is hit: nobody could close it. Nor does
-                ``C_…Init`` begin an operation, and ``C_FindObjectsFinal`` ends one.
+                whoever uses it; or let calls hang until ``clear``, before or after the
+                real module is asked. With an answer a session that closes is closed in
+                any case, and none is opened by a call that is hit: nobody could close
+                it. Nor does ``C_…Init`` begin an operation, and its
+                last call ends one.
             rv: What calls are answered that are hit.
             after: The first call that is hit, from 1.
             times: How many calls in a row are.

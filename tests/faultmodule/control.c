@@ -176,12 +176,32 @@ static void consult_outage(struct call *call, int *answer)
     }
 }
 
+static bool ends_operation(int function)
+{
+    switch (function) {
+    case FN_C_Encrypt:
+    case FN_C_EncryptFinal:
+    case FN_C_Decrypt:
+    case FN_C_DecryptFinal:
+    case FN_C_Digest:
+    case FN_C_DigestFinal:
+    case FN_C_Sign:
+    case FN_C_SignFinal:
+    case FN_C_Verify:
+    case FN_C_VerifyFinal:
+    case FN_C_FindObjectsFinal:
+        return true;
+    default:
+        return false;
+    }
+}
+
 /* What is to be lost is lost while only this call is inside, and before it reaches the module: the
  * real module need not bear that its sessions go while it works in them. A session that cannot be
  * closed, or that nobody knows of, would stay for ever: one that closes is closed whatever is
- * answered, and none is opened. Nor does an operation begin in a session, or a search go on, to be in
- * the way there. */
-static void consult_strike(struct call *call, int *answer)
+ * answered, and none is opened. Nor does an operation begin in a session, or go on after its last
+ * call, to be in the way there. */
+static void consult_strike(struct call *call, int *answer, bool *hang_before)
 {
     struct fault_strike *strike = &state.strike;
     int function = call->function;
@@ -192,18 +212,22 @@ static void consult_strike(struct call *call, int *answer)
         strike->after--;
         return;
     }
-    bool loses = strike->kind != STRIKE_ANSWER && strike->kind != STRIKE_REPLACE;
+    bool hangs = strike->kind == STRIKE_HANG_BEFORE || strike->kind == STRIKE_HANG_AFTER;
+    bool loses = !hangs && strike->kind != STRIKE_ANSWER && strike->kind != STRIKE_REPLACE;
     if (loses && state.status.inside_all > 1)
         return; /* the next one, then */
     if (loses)
         lose_locked(strike->kind);
-    else {
+    else if (hangs) {
+        *hang_before = *hang_before || strike->kind == STRIKE_HANG_BEFORE;
+        call->hang_after = call->hang_after || strike->kind == STRIKE_HANG_AFTER;
+    } else {
         const char *name = function_names[function];
         size_t length = strlen(name);
         bool begins = length > 4 && strcmp(name + length - 4, "Init") == 0;
         bool done =
             strike->kind == STRIKE_REPLACE && function != FN_C_OpenSession && !begins;
-        bool ends = function == FN_C_CloseSession || function == FN_C_FindObjectsFinal;
+        bool ends = function == FN_C_CloseSession || ends_operation(function);
         *answer = done || ends ? ANSWER_REPLACED : ANSWER_INSTEAD;
         call->replacement = strike->rv;
     }
@@ -246,7 +270,7 @@ bool enter(struct call *call, int function, CK_SESSION_HANDLE session, CK_ULONG 
         state.status.max_inside = state.status.inside_all;
     unsigned long delay_us = consult_rules(call, argument, &answer, &hang_before);
     consult_outage(call, &answer);
-    consult_strike(call, &answer);
+    consult_strike(call, &answer, &hang_before);
     tell_waiters();
     unlock();
 

@@ -101,7 +101,16 @@ struct fault_settings {
 };
 
 /* One misfortune between any two calls, whichever they are. */
-enum { STRIKE_NO, STRIKE_ANSWER, STRIKE_REPLACE, STRIKE_SESSIONS, STRIKE_LOGIN, STRIKE_FINALIZE };
+enum {
+    STRIKE_NO,
+    STRIKE_ANSWER,
+    STRIKE_REPLACE,
+    STRIKE_SESSIONS,
+    STRIKE_LOGIN,
+    STRIKE_FINALIZE,
+    STRIKE_HANG_BEFORE,
+    STRIKE_HANG_AFTER,
+};
 
 struct fault_strike {
     int kind;

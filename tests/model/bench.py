@@ -219,6 +219,8 @@ class Bench(RuleBasedStateMachine):
         for name, life in model.lives.items():
             pool = world.pools[name]
             world.audits[name].check()
+            stuck = pool.stats().calls_stuck
+            assert stuck == world.stuck[name], pool.stats()
             if not life.open:
                 assert pool.state.value == "closed", pool
                 continue
@@ -253,11 +255,13 @@ class Bench(RuleBasedStateMachine):
             # What is opened ahead goes away by itself meanwhile.
             here = [s for s in world.fault.sessions() if s.slot == slot]
             s = pool.stats()
+            hung = world.kept_by_hung(slot)
+            rw = sum(s.rw for s in here)
             return (
-                len(here) == s.sessions_open + 1
+                len(here) == s.sessions_open + 1 + hung
                 and s.operations_running == running
                 and s.sessions_open == running + s.sessions_ahead + s.sessions_leased
-                and sum(s.rw for s in here) == len(self._held_rw(life))
+                and 0 <= rw - len(self._held_rw(life)) <= hung
             )
 
         wait_until(agree, lambda: f"{world.fault.sessions()} beside {pool.stats()}")

@@ -25,7 +25,6 @@ from model.machine import Machine
 from model.misfortune import CODES, Misfortune, Trouble
 from model.spec import Model, Refused, User
 from model.together import KINDS as STEPS
-from model.together import Seen
 from model.world import wait_until
 from pkcs11_pool import KeyNotFound, LoginState, PinRefused
 from pkcs11_pool.login import pin_guard
@@ -45,6 +44,17 @@ Pick = tuple[str, int, int, bool, bool]
 Fault = tuple[str, int, int, int]
 
 
+def fault_of(kinds: tuple[str, ...]) -> Any:
+    """Faults, as ``Misfortune`` has them."""
+    return st.tuples(
+        st.sampled_from(kinds),
+        st.sampled_from(sorted(CODES)),
+        # Most steps make few calls.
+        st.sampled_from([1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 8, 12]),
+        st.sampled_from([1, 1, 1, 2, 3, 6]),
+    )
+
+
 def _picks(kinds: tuple[str, ...]) -> Any:
     """Steps, each with the fault that is played in it."""
     step = st.tuples(
@@ -54,17 +64,10 @@ def _picks(kinds: tuple[str, ...]) -> Any:
         st.booleans(),
         st.booleans(),
     )
-    fault = st.tuples(
-        st.sampled_from(kinds),
-        st.sampled_from(sorted(CODES)),
-        # Most steps make few calls.
-        st.sampled_from([1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 8, 12]),
-        st.sampled_from([1, 1, 1, 2, 3, 6]),
-    )
-    return st.lists(st.tuples(step, fault), min_size=1, max_size=4)
+    return st.lists(st.tuples(step, fault_of(kinds)), min_size=1, max_size=4)
 
 
-class FaultMachine(Machine):
+class Faults(Machine):
     """All the steps that there are, and faults in some of them."""
 
     # A session that the token closes while its worker is about to close it may give
@@ -110,8 +113,7 @@ class FaultMachine(Machine):
                 changed: Any = step
                 step = replace(changed, token=True)
             at = who % 2 if isinstance(step, steps.Officer) else who
-            hits = times if kind in _ANSWERS else 1
-            self._play(at, step, Misfortune(kind, rv, after, hits))
+            self.play(at, step, Misfortune(kind, rv, after, times))
 
     def _play_set_pin(
         self, life: str, who: int, number: int, fault: Misfortune
@@ -120,27 +122,35 @@ class FaultMachine(Machine):
         token = self.model.token_of(life)
         old = token.pin if number else WRONG[1]
         new = PINS[token.pin == PINS[0]]
-        if fault.kind not in _ANSWERS:
-            fault = replace(fault, times=1)
-        elif fault.trouble in {Trouble.CALLER, Trouble.LOGIN}:
+        if fault.is_answer and fault.trouble in {Trouble.CALLER, Trouble.LOGIN}:
             # To say that it refused what it did would be a lie, and no fault.
             fault = replace(fault, kind="answer")
-        self._play(who, steps.SetPin(life, old, new), fault)
+        self.play(who, steps.SetPin(life, old, new), fault)
         if self.model.lives[life].in_doubt:
             self.step(who, steps.Logout(life))
             self.step(who, steps.Login(life, None))
             self.step(who, steps.Login(life, self.model.token_of(life).pin))
 
-    def _play(self, who: int, step: Step, fault: Misfortune) -> None:
+    def play(self, who: int, step: Step, fault: Misfortune) -> bool:
+        """Make a step in which it is played; whether it hit anything."""
+        if not fault.is_answer:
+            fault = replace(fault, times=1)
         self._begin(f"{self._name(who)}: {step} with {fault}")
         recoveries = self._recoveries()
         self._were = {n: self.world.pools[n].login_epoch for n in self._open_lives()}
         module: Any = self.world.fault
         module.strike(fault.kind, fault.rv, after=fault.after, times=fault.times)
         running = self.callers.run(who, lambda: step.act(self.world))
-        # What is only tidied behind the callers' backs may be hit, too.
-        struck, first = module.call_off()
         self._note(running)
+        blow = self._blow(fault)
+        self._reconcile(step, running, fault, blow, recoveries)
+        self._finish()
+        return bool(blow.struck)
+
+    def _blow(self, fault: Misfortune) -> Blow:
+        """What was hit, when all have recovered from it."""
+        # What is only tidied behind the callers' backs may be hit, too.
+        struck, first = self.world.fault.call_off()
         blow = Blow(fault.kind, first, struck)
         if struck:
             self.world.ledger.strike = blow
@@ -148,8 +158,7 @@ class FaultMachine(Machine):
             self.journal[-1] += f" (struck {struck}, first {first})"
         self._recover()
         self._settle()
-        self._reconcile(step, running, fault, blow, recoveries)
-        self._finish()
+        return blow
 
     def _open_lives(self) -> list[str]:
         return [name for name, life in self.model.lives.items() if life.open]
@@ -198,22 +207,12 @@ class FaultMachine(Machine):
             # How many C_Login there were is compared as after any other step.
             return
         over = self._over()
-        recovered = self._recoveries() != recoveries
-        mine = [step.where] if isinstance(step, steps.CloseSession) else []
-        # Where an answer about the login was lost, only a new beginning makes it sure.
-        doubt = not {"C_Login", "C_Logout"}.isdisjoint(blow.functions)
-        excused = fault.may_end_sessions or isinstance(step, steps.Logout) or doubt
-        if over not in ([], mine) and not excused:
-            self.fail(f"These sessions are over: {over}", running)
-        # To be sure that he is out, the pool begins anew whatever the token says.
-        out = isinstance(step, (steps.Logout, steps.Officer))
-        if recovered and not fault.may_end_login and not out and not doubt:
-            self.fail("A pool recovered, and nothing was lost", running)
+        self._check_loss([step], fault, blow, over, recoveries)
         self._check_logins(step, blow)
         self._calls = self.world.ledger.recent
         called = self.world.ledger.shown()
         accepted = self.world.ledger.accepted.copy()
-        seen = {name: self._seen(name) for name in self.model.lives}
+        seen = {name: self._observe(name) for name in self.model.lives}
         told = []
         for model in self._candidates(step, running, fault, blow, over):
             self._adopt_logins(model)
@@ -229,16 +228,41 @@ class FaultMachine(Machine):
         shown += [f"Hit: {blow}", f"Over: {over}", "Called:", *called]
         self.fail("\n".join(["No misfortune explains this.", *shown]), running)
 
-    def _seen(self, life: str) -> Seen:
-        return self._observe(life)
+    def _check_loss(
+        self,
+        made: list[Step],
+        fault: Misfortune,
+        blow: Blow,
+        over: list[str],
+        recoveries: dict[str, int],
+    ) -> None:
+        """No session is over, and no pool recovered, without a reason."""
+        mine = {step.where for step in made if isinstance(step, steps.CloseSession)}
+        # Where an answer about the login was lost, only a new beginning makes it sure.
+        doubt = not {"C_Login", "C_Logout"}.isdisjoint(blow.functions)
+        out = any(isinstance(step, steps.Logout) for step in made)
+        if not (mine.issuperset(over) or fault.may_end_sessions or out or doubt):
+            self.fail(f"These sessions are over: {over}")
+        # To be sure that he is out, the pool begins anew whatever the token says.
+        out |= any(isinstance(step, steps.Officer) for step in made)
+        recovered = self._recoveries() != recoveries
+        if recovered and not (fault.may_end_login or out or doubt):
+            self.fail("A pool recovered, and nothing was lost")
 
     def _over(self) -> list[str]:
-        """The sessions that are closed and were not closed by their holders."""
-        return [
+        """What is over and was not ended by its holder: sessions, and streams."""
+        over = [
             name
             for name, session in self.model.sessions.items()
             if session.open and self.world.sessions[name]._lease.closing  # noqa: SLF001
         ]
+        for name, stream in self.world.streams.items():
+            lease = stream._feed._lease  # noqa: SLF001  # it has a session to itself
+            known = self.model.streams.get(name)
+            holds = known is None or known.holds  # it may have begun just now
+            if holds and lease is not None and lease.closing:
+                over.append(name)
+        return over
 
     def _candidates(
         self,
@@ -263,17 +287,13 @@ class FaultMachine(Machine):
         if fault.excuses(step, running.outcome, blow, is_public=self._is_public(step)):
             found.append(self._after(copy.deepcopy(self.model), over))
             if step.changes and fault.may_have_happened(running.outcome, blow):
-                for done in self._done(step):
-                    model = copy.deepcopy(self.model)
-                    with suppress(Refused):
-                        done.expect(model)
-                    if isinstance(step, steps.Relabel):
-                        # What it looks like now was not learnt: the old name is gone.
-                        model.refs[step.ref].follows = None
-                    if isinstance(step, steps.Destroy):
-                        # Nor was it told to who has the reference.
-                        model.refs[step.ref].destroyed = False
-                    found.append(self._after(model, over))
+                found += [
+                    self._after(done_unheard(self.model, done), over)
+                    for done in self._done(step)
+                ]
+            for model in found:
+                if isinstance(step, (steps.FeedStream, steps.EndStream)):
+                    model.end_stream(step.stream)
         return found
 
     def _is_public(self, step: Step) -> bool:
@@ -317,7 +337,11 @@ class FaultMachine(Machine):
     def _after(self, model: Model, over: list[str]) -> Model:
         """Sessions that are over, and logins that are others."""
         for name in over:
-            model.close_session(name)
+            if name in model.sessions:
+                model.close_session(name)
+            elif name in model.streams:
+                stream = model.streams[name]
+                stream.holds, stream.cut = False, stream.cut or "StreamInterrupted"
         for name, life in model.lives.items():
             moved = self.world.pools[name].login_epoch != self._were.get(name)
             if not life.open or not moved:
@@ -387,6 +411,20 @@ class FaultMachine(Machine):
         for number, token in enumerate(model.tokens):
             if number in self.world.slots:
                 token.logins = self.world.ledger.logins(self.world.slots[number])
+
+
+def done_unheard(before: Model, step: Step) -> Model:
+    """What there is when it was done, and nobody has heard of it."""
+    model = copy.deepcopy(before)
+    with suppress(Refused):
+        step.expect(model)
+    if isinstance(step, steps.Relabel):
+        # What it looks like now was not learnt: the old name is gone.
+        model.refs[step.ref].follows = None
+    if isinstance(step, steps.Destroy):
+        # Nor was it told to who has the reference.
+        model.refs[step.ref].destroyed = False
+    return model
 
 
 def _is_refused(guard: PinGuard, who: str, pin: str) -> bool:

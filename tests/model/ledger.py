@@ -67,6 +67,8 @@ class _Open:
     unended: bool = False
     #: Numbers of the keys with which something began here.
     begun_with: set[int] = field(default_factory=set)
+    #: A call was given up on in it, and its thread may go on there at any time.
+    written_off: bool = False
     busy_until: int = 0
     threads: set[int] = field(default_factory=set)
     steps: set[int] = field(default_factory=set)
@@ -166,6 +168,14 @@ class Ledger:
         #: Sessions that a fault closed, and that the pool may not know to be closed.
         self._dead: set[int] = set()
         self._is_finalized = False
+        #: Calls that hang, by their numbers: told by the test. And those of them that
+        #: had not ended at the last reading.
+        self.hung: set[int] = set()
+        #: Those that hung on their way back, also when they are back.
+        self.hung_after: set[int] = set()
+        self._inside: set[int] = set()
+        #: Those that were inside when all sessions were closed, theirs too.
+        self._swept: set[int] = set()
         #: How many objects the module failed to make in the last step, without a
         #: reason that makes sense.
         self.failed_to_make = 0
@@ -174,6 +184,11 @@ class Ledger:
         """Forget what was called so far: others did."""
         calls = self._fault.calls()
         self._last = calls[-1].sequence if calls else self._last
+
+    @property
+    def last(self) -> int:
+        """The number of the last call that was read."""
+        return self._last
 
     def logins(self, slot: int) -> int:
         """How many C_Login calls there were on a slot."""
@@ -198,10 +213,12 @@ class Ledger:
         struck, self.strike = self.strike, None
         self._began_with = {n: slot.epoch for n, slot in self._slots.items()}
         calls = self._finished()
-        if calls and calls[0].sequence != self._last + 1:
+        new = [call for call in calls if call.sequence > self._last]
+        if new and new[0].sequence != self._last + 1:
             raise Broken(f"the log lost calls after {self._last}")
+        inside = [call for call in calls if call.rv is None]
         # A session is there from the end of its opening to the beginning of its end.
-        events = sorted(calls, key=_moment)
+        events = sorted((c for c in calls if c.rv is not None), key=_moment)
         self._blow = None if struck is None else struck.read(calls)
         strangers = self._strangers()
         for place, call in enumerate(events):
@@ -210,10 +227,15 @@ class Ledger:
             except Broken as error:
                 around = events[max(0, place - 12) : place + 3]
                 raise Broken("\n".join([str(error), *map(str, around)])) from None
+        if new:
+            self._last = new[-1].sequence
         if calls:
-            self._last = calls[-1].sequence
             self.recent = events
-        self.calls += len(calls)
+        self._inside = {call.sequence for call in inside}
+        for call in inside:
+            if call.session in self._sessions:
+                self._sessions[call.session].written_off = True
+        self.calls += len(new)
 
     def shown(self) -> list[str]:
         """What was called in the last step, a line for each call."""
@@ -225,12 +247,17 @@ class Ledger:
 
     def _finished(self) -> list[Call]:
         deadline = time.monotonic() + 5
+        first = min(self._inside, default=self._last + 1) - 1
         while True:
-            calls = self._fault.calls(after=self._last)
-            if all(call.rv is not None for call in calls):
+            calls = [
+                call
+                for call in self._fault.calls(after=first)
+                if call.sequence > self._last or call.sequence in self._inside
+            ]
+            if all(c.rv is not None or c.sequence in self.hung for c in calls):
                 return calls
             if time.monotonic() > deadline:
-                inside = [call for call in calls if call.rv is None]
+                inside = [c for c in calls if c.rv is None]
                 raise Broken(f"calls that do not come back: {inside}")
             time.sleep(0.001)
 
@@ -244,10 +271,14 @@ class Ledger:
         if call.function == "C_Initialize" and call.rv == 0:
             self._dead.clear()
             self._is_finalized = False
-        if call.rv in _NEVER and not self._is_excused(call):
+        swept = self._swept and call.rv == CKR.SESSION_HANDLE_INVALID
+        excused = self._is_excused(call) or (swept and call.session in self._dead)
+        if call.rv in _NEVER and not excused:
             raise Broken(f"{call.function}: {_NEVER[CKR(call.rv)]}")
         if call.function == "C_Finalize":
             self._finalized()
+        elif call.function == "C_CloseAllSessions" and call.rv == 0:
+            self._closed_all()
         elif call.session is None:
             return
         elif call.thread in strangers:
@@ -267,6 +298,14 @@ class Ledger:
             self._out(slot)
         if blow.kind == "finalize":
             self._is_finalized = True
+
+    def _closed_all(self) -> None:
+        """Where one could not be closed, all are: those of calls that hang, too."""
+        gone = {n for n, session in self._sessions.items() if session.written_off}
+        self._dead |= gone
+        self._swept |= self._inside
+        for number in gone:
+            del self._sessions[number]
 
     def _is_excused(self, call: Call) -> bool:
         """Whether it was the fault that answered so, or what the fault took away."""
@@ -291,12 +330,13 @@ class Ledger:
         self._slots.clear()
         self._began_with.clear()
         self._dead.clear()
+        self._swept.clear()
 
     def _called(self, call: Call, number: int) -> None:
         session = self._sessions.get(number)
         if session is None and number in self._dead:
             # Lost, and nobody knew it: it is told so, or that all is down.
-            if not call.rv:
+            if not call.rv and call.sequence not in self._swept:
                 raise Broken(f"{call.function} on session {number}: it was lost")
             return
         if session is None:
@@ -304,7 +344,8 @@ class Ledger:
         if call.began_ns < session.busy_until:
             raise Broken(f"{call.function}: two calls on session {number} at once")
         session.busy_until = call.ended_ns or 0
-        session.kept |= number in self.lent or call.function in _LOGINS
+        lent = session.written_off or number in self.lent
+        session.kept |= lent or call.function in _LOGINS
         if call.function == "C_SetPIN" and call.rv == 0:
             self.accepted.add(session.slot)
         if call.function == "C_CloseSession":
@@ -322,6 +363,10 @@ class Ledger:
         if number in self._sessions:
             raise Broken(f"session {number} was opened twice")
         self._dead.discard(number)
+        if call.sequence in self._swept and call.sequence in self.hung_after:
+            # It hung on its way back, when what it had opened was closed with all.
+            self._dead.add(number)
+            return
         self._sessions[number] = _Open(call.slot, self._slot(call.slot).epoch)
 
     def _slot(self, number: int) -> _Slot:
@@ -365,7 +410,7 @@ class Ledger:
         session.searched |= call.function == "C_FindObjects"
         if call.function == "C_FindObjectsFinal":
             session.unended = call.rv not in {CKR.OK, CKR.OPERATION_NOT_INITIALIZED}
-        if call.object is not None:
+        if call.object is not None and not session.written_off:
             self._named(call, session)
 
     def _named(self, call: Call, session: _Open) -> None:

@@ -49,6 +49,8 @@ _TRIES: Final = 3
 """So often an operation is begun; then its caller is told what the token says."""
 _TOLD = (steps.Login, steps.Officer, steps.Make)
 """What the pool does not make again: it is a login, or not known what it is."""
+_STREAMS = (steps.BeginStream, steps.FeedStream)
+"""Data in parts."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Misfortune:
             "finalize": Trouble.MODULE,
         }
         return lost.get(self.kind) or CODES[self.rv][0]
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether calls are answered by it, and nothing happens."""
+        return self.kind in {"answer", "replace"}
 
     @property
     def is_loss(self) -> bool:
@@ -113,9 +120,15 @@ class Misfortune:
         if sends and blow.changed:
             # It may have happened.
             told.add("OutcomeUnknown")
+        if getattr(step, "where", "pool") != "pool" and self.may_end_sessions:
+            # That its session is over says as much as that what was made in it is.
+            told.add("SessionClosed")
         if isinstance(step, (steps.Officer, steps.Visit)) and self.may_end_sessions:
             # It is several calls in one session, and that is over.
             told.add("SessionClosed")
+        if isinstance(step, _STREAMS) and trouble is not Trouble.CALLER:
+            # Nothing of it is made again, once the token has some of it.
+            told.add("StreamInterrupted")
         if isinstance(step, steps.Visit) and self.may_end_sessions:
             # And what was made in it, and is used in the next call.
             told.add("SessionObjectDestroyed")

@@ -21,9 +21,9 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from faultmodule import FaultModule
 from model.callers import LOOPS, Callers
-from model.faults import KINDS as _FAULTS
-from model.faults import FaultMachine
 from model.machine import Machine
+from model.unlucky import KINDS as _FAULTS
+from model.unlucky import FaultMachine
 from model.world import Tokens
 from pkcs11_pool.login import steps as recovery
 

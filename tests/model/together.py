@@ -120,7 +120,7 @@ def _unkept(step: Step) -> Step:
     return replace(changed, keep=False) if hasattr(step, "keep") else step
 
 
-def _peaceful(life: str, parts: list[Step]) -> list[Step]:
+def peaceful(life: str, parts: list[Step]) -> list[Step]:
     """Without what may come to other errors at once than one after the other.
 
     A session that closes tells those in its line that it is closed, also where their
@@ -191,7 +191,7 @@ class Together(Bench):
         ]
         parts = [
             Part(_unkept(step) if gone else step)
-            for step, gone in zip(_peaceful(life, made), cancel, strict=False)
+            for step, gone in zip(peaceful(life, made), cancel, strict=False)
         ]
         self._begin("at once:")
         self.counts["calls"] += len(parts) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,11 @@ class World:
         self._publics: dict[str, bytes] = {}
         #: Numbers of sessions that were lent for a moment, during a step.
         self.visited: set[int] = set()
+        #: Calls that hang and were given up on, by pool; and the sessions that they
+        #: have in the module, by slot.
+        self.stuck: Counter[str] = Counter()
+        self._kept: Counter[int] = Counter()
+        self._swept = 0
 
     # -- Pools --------------------------------------------------------------------
 
@@ -207,6 +213,24 @@ class World:
 
         self._publics |= await self.pools[life].run(look)
 
+    # -- Calls that hang ------------------------------------------------------------
+
+    def hangs(self, life: str, *, kept: bool) -> None:
+        """One more was given up on. It may have a session."""
+        self.stuck[life] += 1
+        self._kept[self.pools[life].token.slot_id] += kept
+        self._swept = self.fault.count("C_CloseAllSessions")
+
+    def all_back(self) -> None:
+        """None hangs any more."""
+        self.stuck.clear()
+        self._kept.clear()
+
+    def kept_by_hung(self, slot: int) -> int:
+        """How many sessions they have, unless all were closed meanwhile."""
+        swept = self.fault.count("C_CloseAllSessions") != self._swept
+        return 0 if swept else self._kept[slot]
+
     # -- Quiet --------------------------------------------------------------------
 
     def quiet(self) -> None:
@@ -218,7 +242,8 @@ class World:
             actor: Any = pool._engine.actor  # noqa: SLF001  # it has no public mark
             actor.later(partial(done.set))
             assert done.wait(SOON), "the login actor does not come to its end"
-            wait_until(partial(_is_quiet, pool), partial(_stats, pool))
+            stuck = self.stuck[pool._engine.name]  # noqa: SLF001
+            wait_until(partial(is_quiet, pool, stuck), partial(_stats, pool))
 
     def lent(self) -> set[int]:
         """The numbers of the sessions that are lent, to callers and to streams."""
@@ -240,10 +265,15 @@ class World:
         return leftovers.close(self.pools.values()) + leftovers.free_modules()
 
 
-def _is_quiet(pool: TokenPool) -> bool:
+def is_quiet(pool: TokenPool, stuck: int = 0) -> bool:
+    """Whether nothing is under way, but for so many calls that hang."""
     s = pool.stats()
-    idle = not (s.operations_running or s.operations_waiting or s.calls_stuck)
-    return idle and s.sessions_open == s.sessions_ahead + s.sessions_leased
+    idle = not (s.operations_running or s.operations_waiting)
+    return (
+        idle
+        and s.calls_stuck == stuck
+        and s.sessions_open == s.sessions_ahead + s.sessions_leased
+    )
 
 
 def _stats(pool: TokenPool) -> str:

@@ -42,6 +42,8 @@ INTERRUPTED: Final = 130
 _LOOK: Final = 0.2
 _LAST_RESULT: Final = 40.0
 """Seconds after the last fault within which a result must come."""
+_PATIENCE: Final = 5.0
+"""Seconds in which what is left over may still go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +175,7 @@ async def _until_over(
 
 async def _left_over(pool: TokenPool) -> list[str]:
     """What is still held when all callers are gone."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + _PATIENCE
     while True:
         stats = pool.stats()
         left = {

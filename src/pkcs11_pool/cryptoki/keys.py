@@ -163,7 +163,7 @@ class HandleCache:
         try:
             seen = session.attributes(entry.handle, IDENTITY)
         except p11.PKCS11Error as error:
-            if rv.code_of(error) in _DEAD:
+            if rv.code_of(error) in rv.NO_OBJECT:
                 return False
             raise
         if seen != entry.identity:
@@ -285,12 +285,6 @@ class HandleCache:
         return KeyNotFound(
             f"no object on the token matches {spec}; pool.find() lists what is there"
         )
-
-
-_DEAD: Final = {
-    rv.CODES["CKR_OBJECT_HANDLE_INVALID"],
-    rv.CODES["CKR_KEY_HANDLE_INVALID"],
-}
 
 
 def _class(object_class: int | None) -> tuple[tuple[int, bytes], ...]:

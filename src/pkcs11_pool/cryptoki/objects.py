@@ -296,7 +296,8 @@ def set_attributes(
     if isinstance(target, SessionObject):
         with target.owner.used(), cache.changing():
             target.check(session.epoch, session.generation)
-            target.entry = change(target.entry.handle)
+            with target.told_when_gone():
+                target.entry = change(target.entry.handle)
             return target.entry
     with cache.destroying, cache.changing():
         changed = change(cache.entry(session, target, None).handle)
@@ -317,11 +318,12 @@ def destroy(session: Session, cache: HandleCache, target: Target) -> None:
     if isinstance(target, SessionObject):
         with target.owner.used(), cache.changing():
             target.check(session.epoch, session.generation)
-            target.destroyed = True
+            target.doomed = target.destroyed = True
             handle = target.entry.handle
             code = session.functions.C_DestroyObject(session.handle, handle)
             target.destroyed = code == 0
-            rv.check(code, "C_DestroyObject")
+            with target.told_when_gone():
+                rv.check(code, "C_DestroyObject")
         return
     with cache.destroying, cache.changing():
         entry = cache.entry(session, target, None)

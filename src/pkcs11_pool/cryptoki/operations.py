@@ -49,15 +49,6 @@ _FEW: Final = 8
 """Random bytes that every module makes: Google Cloud KMS makes no fewer."""
 _TOO_SMALL: Final = rv.CODES["CKR_BUFFER_TOO_SMALL"]
 _NOT_PERMITTED: Final = rv.CODES["CKR_KEY_FUNCTION_NOT_PERMITTED"]
-_DEAD: Final = frozenset(
-    rv.CODES[name]
-    for name in (
-        "CKR_KEY_HANDLE_INVALID",
-        "CKR_OBJECT_HANDLE_INVALID",
-        "CKR_WRAPPING_KEY_HANDLE_INVALID",
-        "CKR_UNWRAPPING_KEY_HANDLE_INVALID",
-    )
-)
 _WRONG_SIGNATURE: Final = frozenset(
     {rv.CODES["CKR_SIGNATURE_INVALID"], rv.CODES["CKR_SIGNATURE_LEN_RANGE"]}
 )
@@ -197,7 +188,7 @@ def _stands(  # noqa: PLR0917  # as the loop above has them
     if recovery.is_stateful(entry.key_type):
         _check_used_up(target, entry, error)
         recovery.forbid_repeat(error)
-    if code in _DEAD:
+    if code in rv.NO_OBJECT:
         return False
     return mark == cache.mark >= 0 or cache.verify(session, entry)
 
@@ -233,13 +224,8 @@ def _with_session_object(
 ) -> T:
     with target.owner.used():
         target.check(session.epoch, session.generation)
-        try:
+        with target.told_when_gone():
             result = call(target.entry)
-        except p11.PKCS11Error as error:
-            # It was destroyed since it was looked at.
-            if target.destroyed and rv.code_of(error) in _DEAD:
-                raise SessionObjectDestroyed(GONE) from error
-            raise
         if target.destroyed or target.owner.gone:
             # The number may have been another object's by then.
             raise SessionObjectDestroyed(GONE)

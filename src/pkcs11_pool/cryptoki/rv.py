@@ -70,6 +70,11 @@ NAMES: Final[dict[int, str]] = {
 # fmt: on
 
 CODES: Final[dict[str, int]] = {name: code for code, name in NAMES.items()}
+NO_OBJECT: Final = frozenset(
+    CODES[f"CKR_{kind}_HANDLE_INVALID"]
+    for kind in ("KEY", "OBJECT", "WRAPPING_KEY", "UNWRAPPING_KEY")
+)
+"""No object has this number."""
 
 # The classes whose names do not follow from the code's name.
 _IRREGULAR: Final[dict[str, str]] = {

@@ -38,7 +38,7 @@ _PARTLY: Final = {
 }
 
 
-_GONE: Final = frozenset(
+OVER: Final = frozenset(
     rv.CODES[name]
     for name in (
         "CKR_SESSION_HANDLE_INVALID",
@@ -135,7 +135,7 @@ class Session:
             return 0
         module.live.pop(handle, None)
         code = self.functions.C_CloseSession(handle)
-        if code and code not in _GONE:
+        if code and code not in OVER:
             # Not closed twice, for its number may be another's by then: see the module.
             module.leftovers.add(self.slot_id)
         return code

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from pkcs11 import exceptions as p11
+
+from pkcs11_pool.cryptoki import rv
 from pkcs11_pool.errors import SessionObjectDestroyed
 
 if TYPE_CHECKING:
@@ -66,15 +69,40 @@ GONE: Final = (
     "the session that owned this object is closed, so the object is destroyed: make "
     "it again in an open session"
 )
+_DESTROYED: Final = "this session object was destroyed"
 
 
 @dataclass(slots=True, eq=False)
 class SessionObject:
-    """A session object: it lives as long as the session that owns it."""
+    """A session object: it lives as long as the session that owns it.
+
+    Attributes:
+        entry: Its number, and what was seen of it.
+        owner: The life of its session.
+        destroyed: Whether it is not used any more.
+        doomed: Whether ``C_DestroyObject`` was called, whatever came of it.
+    """
 
     entry: Entry
     owner: ObjectOwner
     destroyed: bool = False
+    doomed: bool = False
+
+    @contextmanager
+    def told_when_gone(self) -> Iterator[None]:
+        """Around calls with its number, which may answer that there is no such one.
+
+        Raises:
+            SessionObjectDestroyed: It was destroyed meanwhile; or before, and nobody
+                heard of it.
+        """
+        try:
+            yield
+        except p11.PKCS11Error as error:
+            if not (self.doomed and rv.code_of(error) in rv.NO_OBJECT):
+                raise
+            self.destroyed = True
+            raise SessionObjectDestroyed(_DESTROYED) from error
 
     def check(self, epoch: Epoch, generation: Generation) -> None:
         """Refuse a use that the standard rules out, before anything is sent.
@@ -84,8 +112,7 @@ class SessionObject:
                 private and the login that it was made in is over.
         """
         if self.destroyed:
-            message = "this session object was destroyed"
-            raise SessionObjectDestroyed(message)
+            raise SessionObjectDestroyed(_DESTROYED)
         if self.owner.closed or generation != self.entry.generation:
             raise SessionObjectDestroyed(GONE)
         if self.entry.private and epoch != self.entry.epoch:

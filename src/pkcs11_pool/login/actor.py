@@ -104,7 +104,7 @@ class LoginActor(Standing):
     def log_in(self, job: Job, pin: Pin | None, *, force: bool) -> None:
         """Log the user in."""
         do = partial(self._user.log_in, job, pin, force=force)
-        self._post(job, do, is_login=True)
+        self._post(job, do, is_login=True, sends_pin=True)
 
     def log_out(self, job: Job) -> None:
         """Log out, and stay out."""
@@ -112,7 +112,8 @@ class LoginActor(Standing):
 
     def so_begin(self, job: Job, so_pin: Pin) -> None:
         """Begin a period of the security officer; gives the R/W session."""
-        self._post(job, partial(self._officer.begin, job, so_pin), pauses=True)
+        do = partial(self._officer.begin, job, so_pin)
+        self._post(job, do, pauses=True, sends_pin=True)
 
     def so_end(self, job: Job) -> None:
         """End it, and log in again whoever was logged in before."""
@@ -222,7 +223,7 @@ class LoginActor(Standing):
         try:
             request.do()
         except Exception as error:  # noqa: BLE001  # it is the caller's, raised there
-            later = request.is_login and not self._sender.sent and is_down(error)
+            later = request.sends_pin and not self._sender.sent and is_down(error)
             lost = self._recovery.gone(error)
             later = later and lost and self._gate.put_off(job)
             if later:

@@ -15,8 +15,9 @@ from pkcs11.constants import TokenFlag
 
 from pkcs11_pool.cryptoki import module as modules
 from pkcs11_pool.cryptoki import rv
-from pkcs11_pool.cryptoki.session import Session
+from pkcs11_pool.cryptoki.session import OVER, Session
 from pkcs11_pool.errors import LoginRequired, PoolClosed, TokenNotFound
+from pkcs11_pool.login.opening import surely
 from pkcs11_pool.login.pin_guard import guard_of
 from pkcs11_pool.state import LoginEvent, LoginState, SessionState
 
@@ -178,12 +179,19 @@ class Attachment:
         """Replace the anchor by one of the other kind; the new one is opened first.
 
         The application never has no session by accident: closing the last logs out.
+
+        Raises:
+            pkcs11.PKCS11Error: The old one had died. Nothing else tells of it: all
+                numbers of objects are dead, and the new anchor is well.
         """
         with self.standing.attached.turn:
-            new, old = self.new_session(rw=rw), self.anchor
-            self.anchor = new
-            if old is not None:
-                old.close()
+            old = self.open_anchor
+            # First: it is not closed if its number may be the new one's.
+            surely(old.info)
+            self.anchor = self.new_session(rw=rw)
+            code = old.close()
+            if code in OVER:
+                rv.check(code, "C_CloseSession")
 
     def renew_anchor(self, *, rw: bool = False) -> None:
         """Close the last session of all, which logs out as well, and open the next.

@@ -24,6 +24,8 @@ class Request:
         do: Does what is asked for.
         is_login: Whether the user's login is asked for. It may come between, while
             another request waits for calls inside to end: they may need it.
+        sends_pin: Whether it is for a PIN that is sent. Where that was not sent, the
+            request may be made again.
         ends: Whether it ends what keeps all others waiting.
         pauses: Whether it begins when nothing is inside the module, and only waits
             until then.
@@ -32,6 +34,7 @@ class Request:
     job: Job
     do: Callable[[], None]
     is_login: bool = False
+    sends_pin: bool = False
     ends: bool = False
     pauses: bool = False
 

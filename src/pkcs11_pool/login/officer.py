@@ -72,6 +72,7 @@ class Officer:
             self._mail.repost()
             return
         attachment, label = self._attachment, self._standing.label
+        self._sender.sent = False
         try:
             if self._standing.attached.leftovers:
                 # One of them may be R/O, and then no SO can log in.

@@ -141,7 +141,8 @@ class UserLogin:
             later = lost and not self._sender.sent and is_down(error)
             if later and self._gate.put_off(job):
                 again = partial(self.log_in, job, None, force=self._asking.insisted)
-                self._mail.postpone(Request(job=job, do=again, is_login=True))
+                request = Request(job=job, do=again, is_login=True, sends_pin=True)
+                self._mail.postpone(request)
             else:
                 self._gate.settle(job, None, error)
         back = lost and recovery.classify(error).is_outage
@@ -205,14 +206,21 @@ class UserLogin:
 
     def restore_with_token(self) -> None:
         """The login that was there before an outage; a PIN may be refused meanwhile."""
-        standing = self._standing
-        if standing.login.wanted is not LoginState.USER or self._restored_unasked():
+        standing, attachment = self._standing, self._attachment
+        if self._options.login_ignored:
+            self._restored_unasked()
             return
         with standing.attached.turn:
-            outlived = who_is_in(self._attachment.open_anchor) is LoginState.USER
+            outlived = who_is_in(attachment.open_anchor) is LoginState.USER
+        wanted = standing.login.wanted is LoginState.USER
         if outlived:
-            # A call that was inside kept its session, and with it the login.
-            self._attachment.change(LoginEvent.USER_IN)
+            # A call that was inside kept its session, and with it the login; it may be
+            # one that nobody knows of, as its answer was lost.
+            if wanted:
+                attachment.change(LoginEvent.USER_IN)
+            else:
+                attachment.log_out()
+        if outlived or not wanted:
             return
         try:
             pin = self._own_pin_soon()
