@@ -243,10 +243,36 @@ CATALOGUE = (
     Mutation(
         "so-beside-ro",
         "login/attachment.py",
-        "            if old is not None:\n                old.close()",
-        "            if old is not None and not rw:\n                old.close()",
+        "            code = old.close()\n",
+        "            code = 0 if rw else old.close()\n",
         "No R/O session is open when the SO logs in.",
         ("test_security_officer.py::test_inside_the_officer_is_logged_in",),
+    ),
+    Mutation(
+        "dead-unseen",
+        "login/attachment.py",
+        "            surely(old.info)\n",
+        "",
+        "The officer's session takes the place of one that is alive.",
+        (
+            (
+                "test_recovery_unseen.py::test_an_officer_whose_session_takes_the_place"
+                "_of_a_dead_one_begins_anew"
+            ),
+        ),
+    ),
+    Mutation(
+        "login-outlives",
+        "login/user_login.py",
+        "                attachment.log_out()",
+        "                pass",
+        "Nobody is in whom the pool does not know, after an outage.",
+        (
+            (
+                "test_login_doubt.py::test_a_session_that_closes_late_keeps_no_login"
+                "_that_nobody_knows_of"
+            ),
+        ),
     ),
     Mutation(
         "officer-deadlock",
