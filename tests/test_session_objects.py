@@ -11,6 +11,7 @@ from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
 
 from faultmodule import CKR
 from pkcs11_pool import (
+    LoginState,
     OutcomeUnknown,
     SessionObjectDestroyed,
     SessionObjectNeedsSession,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from conftest import MakePool
     from faultmodule import FaultModule
     from pkcs11_pool import KeyRef, PooledSession, TokenPool
+    from pkcs11_pool.softhsm import ThrowawayToken
 
 _BLOCK = b"b" * 16
 _ECB = Mechanism.AES_ECB
@@ -158,6 +160,28 @@ async def test_closing_the_owner_lets_calls_inside_finish(
             fault.release()
         assert sorted(map(str, results)) == ["16", "refused"]
         assert fault.count("C_EncryptInit") == 1
+
+
+async def test_a_private_session_object_that_is_made_while_the_user_comes_in_lives(
+    make_pool: MakePool, fault: FaultModule, token: ThrowawayToken
+) -> None:
+    """The token has him in, and the pool does not know it yet."""
+    async with (
+        make_pool(module=fault.path, pin=None) as pool,
+        pool.session() as owner,
+        anyio.create_task_group() as tasks,
+    ):
+        fault.on("C_Login", hang="after")
+        tasks.start_soon(pool.login, token.user_pin)
+        await hangs(fault, "C_Login")
+        key = await _secret(owner)
+        fault.release()
+        await eventually(lambda: pool.login_state is LoginState.USER)
+        sealed = await key.encrypt(_BLOCK, mechanism=_ECB)
+        assert await key.decrypt(sealed, mechanism=_ECB) == _BLOCK
+        await pool.logout()
+        with pytest.raises(SessionObjectDestroyed):
+            await key.encrypt(_BLOCK, mechanism=_ECB)
 
 
 async def test_a_session_object_that_may_be_destroyed_is_told_to_be_when_it_is(

@@ -29,7 +29,7 @@ from pkcs11_pool.cryptoki import interface, recovery, rv
 from pkcs11_pool.cryptoki.session_objects import GONE, ObjectOwner, SessionObject
 from pkcs11_pool.cryptoki.specs import DESCRIBED, IDENTITY, Entry, KeySpec, narrowed
 from pkcs11_pool.errors import KeyAmbiguous, KeyNotFound, LoginRequired
-from pkcs11_pool.state import LoginState
+from pkcs11_pool.state import Epoch, LoginState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,7 +175,22 @@ class HandleCache:
         """What the token says of one object, as an entry."""
         mark, now = self.mark, time.monotonic()
         seen = session.attributes(handle, DESCRIBED)
-        return Entry(handle, seen, session.epoch, session.generation, mark, now)
+        entry = Entry(handle, seen, session.epoch, session.generation, mark, now)
+        if entry.private:
+            entry.epoch = self._login_of(entry.epoch)
+        return entry
+
+    def _login_of(self, epoch: Epoch) -> Epoch:
+        """The login in which something private was seen by who began in ``epoch``.
+
+        The token has the user in a moment before anybody hears of it.
+        """
+        login = self.login
+        if login is None:
+            return epoch
+        moved = (login.state, login.epoch - epoch)
+        comes, came = (LoginState.PUBLIC, 0), (LoginState.USER, 1)
+        return Epoch(epoch + 1) if moved in {comes, came} else epoch
 
     def remember(self, spec: KeySpec, entry: Entry) -> None:
         """Keep an entry for later operations."""

@@ -71,6 +71,7 @@ class Attachment:
         self._options = options
         self._gate = gate
         self._cache = cache
+        cache.login = standing.login
         # In the messages of other pools that want the same token.
         self._name = name
         self._member = member
