@@ -64,9 +64,12 @@ class Part:
         """Whether the token's answer to a change says nothing.
 
         SoftHSM2 2.6.1 sometimes says so of an object that it makes while another
-        session searches; of a template that was good, too.
+        session searches; of a template that was good, too. With another login since
+        then, the pool tells of it as of an outcome that is not known.
         """
-        return self.step.changes and self.running.outcome in _VAGUE
+        outcome, error = self.running.outcome, str(self.running.error)
+        unknown = outcome == "OutcomeUnknown" and "CKR_GENERAL_ERROR" in error
+        return self.step.changes and (outcome in _VAGUE or unknown)
 
     @property
     def is_in_doubt(self) -> bool:
