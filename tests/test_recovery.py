@@ -28,7 +28,7 @@ from pkcs11_pool import (
 from pkcs11_pool.cryptoki import recovery
 from pkcs11_pool.cryptoki.interface import pack_ulong
 from pkcs11_pool.cryptoki.keys import Entry, KeySpec
-from pkcs11_pool.cryptoki.operations import with_object
+from pkcs11_pool.cryptoki.using import with_object
 from pkcs11_pool.login import recovering
 from pkcs11_pool.state import Epoch, Generation
 from poolkit import (

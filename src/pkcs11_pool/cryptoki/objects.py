@@ -20,8 +20,8 @@ from pkcs11_pool.cryptoki.keys import KeySpec, SessionObject
 from pkcs11_pool.cryptoki.operations import (
     PRIVATE_OR_SECRET,
     PUBLIC_OR_SECRET,
-    with_object,
 )
+from pkcs11_pool.cryptoki.using import with_object
 from pkcs11_pool.errors import InvalidOption, KeyNotFound, OutcomeUnknown
 
 if TYPE_CHECKING:

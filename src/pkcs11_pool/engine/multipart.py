@@ -25,8 +25,8 @@ from pkcs11_pool.cryptoki.keys import GONE, KeySpec, SessionObject
 from pkcs11_pool.cryptoki.operations import (
     PRIVATE_OR_SECRET,
     PUBLIC_OR_SECRET,
-    with_object,
 )
+from pkcs11_pool.cryptoki.using import with_object
 from pkcs11_pool.engine.leases import Chain
 from pkcs11_pool.errors import KeyNotFound, SessionObjectDestroyed
 
