@@ -139,7 +139,7 @@ print(json.dumps({"status": status, "counts": fault.counts()}))
 """
 
 
-@pytest.mark.parametrize("mode", ["fresh", "kept"])
+@pytest.mark.parametrize("mode", ["fresh", "kept", "handed"])
 def test_the_bare_program_counts_as_the_module_counts(
     mode: str, prepared: Scenario, fault_library: Path, tmp_path: Path
 ) -> None:
@@ -166,7 +166,7 @@ def test_the_bare_program_counts_as_the_module_counts(
         assert (ready, last["status"]) == ({"ready": True}, 0)
         assert counts.get("C_SignInit", 0) == counts.get("C_Sign", 0) == total
         # The program's own session, and one for each operation or for each caller.
-        opened = 1 + (total if mode == "fresh" else 3 + 2)
+        opened = 1 + (3 + 2 if mode == "kept" else total)
         closed = counts["C_CloseSession"]
         assert (counts["C_OpenSession"], closed) == (opened, opened - 1)
         assert counts["C_FindObjects"] == 1

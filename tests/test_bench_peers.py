@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -42,6 +43,36 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_the_pool_on_one_core_has_one_for_all_its_threads() -> None:
+    """It is bound before there is a thread, so each of them is."""
+    script = Path(peers.__file__).with_name("one_core.py")
+    done = subprocess.run(
+        [sys.executable, "-c", BOUND, str(script), "the", "words"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["1", "the", "words"]
+
+
+BOUND = """\
+import os, runpy, sys, threading
+from pkcs11_pool.bench import client
+
+def main(words):
+    def look():
+        print(len(os.sched_getaffinity(threading.get_native_id())), *words)
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+
+client.main = main
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.timeout(120)  # it builds and starts a dozen programs
 def test_every_peer_takes_part_or_a_line_says_why_not(
     tmp_path: Path, soft_hsm: SoftHSM
@@ -62,13 +93,13 @@ def test_every_peer_takes_part_or_a_line_says_why_not(
     for one in seen.values():
         assert one["turns"][0]["total"] > 0, one
         assert (one["checked"] > 0, one["wrong"]) == (True, 0), one
-    assert {"bare", "kept", *peers.POOLS, *peers.HANDS} <= clients
+    assert {*peers.BARE, *peers.POOLS, *peers.ONE_CORE, *peers.HANDS} <= clients
     left_out = {peers.JAVA: "Java", peers.GO: "Go ", peers.PYKCS11: "PyKCS11"}
     for name, title in left_out.items():
         notes = [note for note in data["notes"] if note.startswith(title)]
         assert (name in clients) != bool(notes)
     # The shim sleeps before each of the calls, and nobody sleeps too short.
-    for name, calls in {"bare": 4, "kept": 2}.items():
+    for name, calls in {"bare": 4, "kept": 2, "handed": 4}.items():
         told = seen[scenarios.NETWORK, name]["p50_us"]["least"]
         assert told >= calls * scenarios.DELAY_US
     assert "Targets" not in done.stdout  # there are none for two callers

@@ -45,8 +45,11 @@ are the least and the greatest. Samples of the results of every turn are verifie
 against the *bare* module in the same round: C, a thread for each caller, and for
 each operation `C_OpenSession, C_SignInit, C_Sign, C_CloseSession` with a remembered
 handle. *Bare, kept* is the same with one session for each thread that stays open,
-so two calls. The pool has `max_sessions` of {max_sessions}, and makes each
-operation in a fresh session.
+so two calls. *Bare, handed over* is C as well: each caller has another thread do its
+operations, and waits. Two threads are woken for each then, as for every client that
+leaves an event loop free, and nothing else is done. The pool has `max_sessions` of
+{max_sessions}, and makes each operation in a fresh session. *One core* is the pool in a
+process that is bound to one core, where waking is cheap.
 
 *Java SunPKCS11* and *Go crypto11* pool sessions and keep them. *By hand* is
 python-pkcs11 on AnyIO's threads, a session and a lookup for each operation: under

@@ -34,8 +34,11 @@ HANDS: Final = {
     "hand-os-locks": ("by hand, OS locks", "os-locks", "asyncio"),
 }
 POOLS: Final = tuple(f"pool-{backend}" for backend in ("asyncio", "uvloop", "trio"))
+#: The pool in a process that is bound to one core.
+ONE_CORE: Final = {f"one-core-{backend}": backend for backend in ("asyncio", "trio")}
+BARE: Final = ("bare", "kept", "handed")
 #: All names, in the order of the tables.
-NAMES: Final = ("bare", "kept", *POOLS, JAVA, GO, *HANDS, PYKCS11)
+NAMES: Final = (*BARE, *POOLS, *ONE_CORE, JAVA, GO, *HANDS, PYKCS11)
 
 
 class MissingError(RuntimeError):
@@ -55,8 +58,9 @@ class Peers:
         self._wanted = wanted
         self.found: list[Contender] = []
         self.notes: list[str] = []
-        self._try("the bare module", ("bare", "kept"), self._bare)
+        self._try("the bare module", BARE, self._bare)
         self._try("the pool", POOLS, self._pools)
+        self._try("the pool on one core", ONE_CORE, self._one_core)
         self._try("Java SunPKCS11", (JAVA,), self._java)
         self._try("Go crypto11", (GO,), self._go)
         self._try("python-pkcs11 by hand", HANDS, self._by_hand)
@@ -83,10 +87,19 @@ class Peers:
         return [one.name for one in self.found]
 
     def _bare(self) -> list[Contender]:
-        return contenders.bare(programs.compile_c(programs.BARE, self._directory))
+        program = programs.compile_c(programs.BARE, self._directory)
+        return [*contenders.bare(program), contenders.handed(program)]
 
     def _pools(self) -> list[Contender]:
         return [contenders.pool(backend) for backend in options.backends(None)]
+
+    def _one_core(self) -> list[Contender]:
+        if not hasattr(os, "sched_setaffinity"):
+            raise MissingError("this system binds no process to a core")
+        return [
+            _python(name, f"pkcs11_pool, {backend}, one core", "one_core.py", backend)
+            for name, backend in ONE_CORE.items()
+        ]
 
     def _java(self) -> list[Contender]:
         java, javac = tool("java", "openjdk-17-jdk-headless"), tool("javac", "a JDK")

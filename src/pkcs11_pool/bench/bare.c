@@ -1,18 +1,21 @@
 /* The bare module: what a Cryptoki module does when nothing stands in front of it.
  *
  * A client of the benchmark, like all others: it takes turns on standard input and answers each
- * on standard output. protocol.py says what a turn is. Each caller is a thread. A key's handle is
+ * on standard output. turns.py says what a turn is. Each caller is a thread. A key's handle is
  * found once and remembered.
  *
- *   bare MODULE TOKEN-LABEL KEY-PREFIX fresh|kept
+ *   bare MODULE TOKEN-LABEL KEY-PREFIX fresh|kept|handed
  *
  * fresh: each operation in a session of its own, as the pool does it: four calls.
  * kept: each thread keeps one session open, as most clients do: two calls.
+ * handed: as fresh, but each thread hands its operations to another one and waits, as whoever
+ * must not block an event loop has to: what that costs without an interpreter.
  *
  * The first line on standard input is the PIN. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -110,11 +113,15 @@ struct caller {
     uint64_t total;
     unsigned char result[RESULT];
     CK_ULONG result_size;
+    /* Where another thread does the work. */
+    pthread_t worker;
+    sem_t asked, done;
+    bool over;
 };
 
 static struct {
     CK_ULONG slot;
-    bool kept;
+    bool kept, handed;
     const char *prefix;
     unsigned char data[PAYLOAD], iv[16], signature[RESULT];
     CK_ULONG signature_size;
@@ -205,9 +212,53 @@ static void record(struct caller *caller, int64_t lap)
     caller->laps[caller->count++] = lap > UINT32_MAX ? UINT32_MAX : (uint32_t)lap;
 }
 
+static void perform_in_fresh_session(struct caller *caller)
+{
+    CK_ULONG session = open_session();
+    perform(turn.operation, turn.key, session, caller);
+    MUST(C_CloseSession, (session));
+}
+
+static void wait_for(sem_t *semaphore)
+{
+    while (sem_wait(semaphore) != 0) /* a signal */
+        ;
+}
+
+static void *work(void *argument)
+{
+    struct caller *caller = argument;
+    for (;;) {
+        wait_for(&caller->asked);
+        if (caller->over)
+            return NULL;
+        perform_in_fresh_session(caller);
+        sem_post(&caller->done);
+    }
+}
+
+static void begin_worker(struct caller *caller)
+{
+    caller->over = false;
+    if (sem_init(&caller->asked, 0, 0) != 0 || sem_init(&caller->done, 0, 0) != 0 ||
+        pthread_create(&caller->worker, NULL, work, caller) != 0)
+        abort();
+}
+
+static void end_worker(struct caller *caller)
+{
+    caller->over = true;
+    sem_post(&caller->asked);
+    pthread_join(caller->worker, NULL);
+    sem_destroy(&caller->asked);
+    sem_destroy(&caller->done);
+}
+
 static void *call(void *argument)
 {
     struct caller *caller = argument;
+    if (setting.handed)
+        begin_worker(caller);
     CK_ULONG session = setting.kept ? open_session() : 0;
     pthread_mutex_lock(&turn.lock);
     turn.ready++;
@@ -217,11 +268,14 @@ static void *call(void *argument)
     pthread_mutex_unlock(&turn.lock);
     int64_t began;
     while ((began = now()) < turn.stop) {
-        if (!setting.kept)
-            session = open_session();
-        perform(turn.operation, turn.key, session, caller);
-        if (!setting.kept)
-            MUST(C_CloseSession, (session));
+        if (setting.handed) {
+            sem_post(&caller->asked);
+            wait_for(&caller->done);
+        } else if (setting.kept) {
+            perform(turn.operation, turn.key, session, caller);
+        } else {
+            perform_in_fresh_session(caller);
+        }
         int64_t ended = now();
         caller->total++;
         if (ended >= turn.start && ended <= turn.stop)
@@ -229,6 +283,8 @@ static void *call(void *argument)
     }
     if (setting.kept)
         MUST(C_CloseSession, (session));
+    if (setting.handed)
+        end_worker(caller);
     return NULL;
 }
 
@@ -383,7 +439,7 @@ static CK_ULONG slot_of(const char *label)
 int main(int count, char **words)
 {
     if (count != 5) {
-        fprintf(stderr, "usage: bare MODULE TOKEN-LABEL KEY-PREFIX fresh|kept\n");
+        fprintf(stderr, "usage: bare MODULE TOKEN-LABEL KEY-PREFIX fresh|kept|handed\n");
         return 2;
     }
     char line[512];
@@ -393,6 +449,7 @@ int main(int count, char **words)
     setting.slot = slot_of(words[2]);
     setting.prefix = words[3];
     setting.kept = strcmp(words[4], "kept") == 0;
+    setting.handed = strcmp(words[4], "handed") == 0;
     for (int i = 0; i < PAYLOAD; i++)
         setting.data[i] = (unsigned char)i;
     for (int i = 0; i < 16; i++)

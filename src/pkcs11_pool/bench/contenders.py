@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 
 def bare(program: Path) -> list[Contender]:
     """The bare module, called from C: a session for each operation, and one kept."""
-
-    def command(scenario: Scenario, mode: str) -> Sequence[str]:
-        return [str(program), *arguments(scenario), mode]
-
     return [
-        Contender("bare", "bare", lambda s: command(s, "fresh")),
-        Contender("kept", "bare, kept", lambda s: command(s, "kept")),
+        _bare(program, "bare", "bare", "fresh"),
+        _bare(program, "kept", "bare, kept", "kept"),
     ]
+
+
+def handed(program: Path) -> Contender:
+    """The bare module, each operation handed to another thread and waited for."""
+    return _bare(program, "handed", "bare, handed over", "handed")
+
+
+def _bare(program: Path, name: str, title: str, mode: str) -> Contender:
+    return Contender(name, title, lambda s: [str(program), *arguments(s), mode])
 
 
 def pool(backend: str, sessions: int | None = None) -> Contender:

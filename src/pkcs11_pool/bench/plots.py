@@ -34,9 +34,12 @@ _STYLE: Final[Any] = {
 _LINES: Final[dict[str, dict[str, Any]]] = {
     "bare": {"color": "black", "linewidth": 2},
     "kept": {"color": "black", "linestyle": ":"},
+    "handed": {"color": "black", "linestyle": "--"},
     "pool-asyncio": {"color": "tab:blue", "linewidth": 2},
     "pool-uvloop": {"color": "tab:cyan", "linewidth": 2},
     "pool-trio": {"color": "tab:green", "linewidth": 2},
+    "one-core-asyncio": {"color": "tab:blue", "linestyle": "--"},
+    "one-core-trio": {"color": "tab:green", "linestyle": "--"},
 }
 _OTHERS: Final = (
     *("tab:red", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive"),
