@@ -87,11 +87,11 @@ def control(home: Path, chosen: list[Mutation], steps: int) -> None:
     """
     named = sorted({f"tests/{test}" for mutation in chosen for test in mutation.tests})
     for words in (named, _model(steps)):
-        red = _first_failure(home, words) if words else ""
+        red, output = _tested(home, words) if words else ("", "")
         if red:
             raise SystemExit(
-                f"without a mistake, {red}: as long as the tests are not green, they "
-                "tell nothing of mistakes"
+                f"{output}\nwithout a mistake, {red}: as long as the tests are not "
+                "green, they tell nothing of mistakes"
             )
 
 
@@ -117,7 +117,12 @@ def noticed(home: Path, mutation: Mutation, steps: int) -> tuple[str, str]:
 
 def _first_failure(home: Path, words: list[str]) -> str:
     """The first test that fails; empty if none does."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", *words]
+    return _tested(home, words)[0]
+
+
+def _tested(home: Path, words: list[str]) -> tuple[str, str]:
+    """The first test that fails, empty if none does; and what pytest wrote."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", *words]
     # Only the plugins that are needed: others have died of what goes wrong here.
     command += ["-p", "anyio.pytest_plugin", "-p", "pytest_timeout"]
     environment = os.environ | {
@@ -138,16 +143,16 @@ def _first_failure(home: Path, words: list[str]) -> str:
             output, _ = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return TIMED_OUT
+            output, _ = process.communicate()
+            return TIMED_OUT, output
     found = _FAILED.search(output)
     if found:
-        return found[1].partition("[")[0]
+        return found[1].partition("[")[0], output
     if process.returncode == 0:
-        return ""
+        return "", output
     if process.returncode in (4, 5):
         raise SystemExit(f"pytest could not run {' '.join(words)}:\n{output}")
-    return f"the process ended with {process.returncode}"
+    return f"the process ended with {process.returncode}", output
 
 
 def _line(mutation: Mutation, named: str, model: str) -> str:
