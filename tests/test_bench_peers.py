@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -13,19 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import main as comparison
 from benchmarks import page, peers, scenarios, targets
-from pkcs11_pool.bench import command, growth, imports, options
+from pkcs11_pool.bench import command, growth, imports, measure, options
 from pkcs11_pool.bench.measure import Cell, Results, Spread
 from pkcs11_pool.bench.plots import draw
 from pkcs11_pool.bench.programs import ClientError, Turn
-from pkcs11_pool.bench.record import Record
+from pkcs11_pool.bench.record import Record, read
 from pkcs11_pool.bench.report import Terminal
 from pkcs11_pool.bench.soak import Sample
 from pkcs11_pool.bench.soaking import Outcome
+from pkcs11_pool.bench.turns import OPERATIONS
 
 if TYPE_CHECKING:
+    from pkcs11_pool.bench.measure import Plan, Scenario
     from pkcs11_pool.softhsm import SoftHSM
 
 RUN = Path(__file__).parent / "benchmarks" / "run.py"
@@ -127,6 +131,52 @@ def test_more_keys_on_the_token_are_more_keys(
     assert counted == [8, 20]
 
 
+def test_the_growth_of_keys_is_measured_unasked_and_told_in_tables(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    soft_hsm: SoftHSM,
+) -> None:
+    """With 10, 1,000 and 5,000, taking turns with each other. Nothing is measured."""
+    del soft_hsm
+    monkeypatch.setattr(page, "DOCS", tmp_path)
+    filled: dict[str, int] = {}
+    together: list[list[str]] = []
+
+    def fill(scenario: Scenario, keys: int) -> None:
+        filled[scenario.name] = keys
+
+    def measured(plan: Plan, _advance: object, results: Results) -> None:
+        for block in plan.blocks:
+            together.append([scenario.name for scenario in block])
+            for cell in (cell for group in plan.groups(block) for cell in group):
+                rate = 100.0 + filled.get(cell.scenario, 0) // 100
+                results.turns[cell] = [turn(rate)] * plan.rounds
+
+    monkeypatch.setattr(scenarios, "_fill", fill)
+    monkeypatch.setattr(measure, "run", measured)
+    file = tmp_path / "figures.json"
+    words = ["--quick", "--peers", "bare,pool-trio,hand-os-locks"]
+    assert comparison.main([*words, "--output", str(file)]) == 0
+    assert filled == {"keys-10": 10, "keys-1000": 1000, "keys-5000": 5000}
+    assert together == [[scenarios.LOCAL], [scenarios.NETWORK], list(filled)]
+    said = capsys.readouterr().out
+    for keys in ("10", "1,000", "5,000"):
+        assert f"P-256 signature, {keys} keys on the token" in said
+    seen = read(file)
+    grown = {cell for cell in seen.results.turns if cell.scenario in filled}
+    # Of those by hand only one is in this comparison, and it was not asked for.
+    assert grown == {
+        Cell(name, "p256", 1, client)
+        for name in filled
+        for client in ("bare", "pool-trio")
+    }
+    page.write(seen)
+    text = (tmp_path / "benchmarks.md").read_text()
+    table = text[text.index("| client | 10 keys | 1,000 keys | ratio | 5,000 keys |") :]
+    assert "| 100/s | 110/s | 1.10 (1.10-1.10) | 150/s | 1.50 (1.50-1.50) |" in table
+
+
 COUNT = """\
 import pkcs11, sys
 module, label = sys.argv[1:]
@@ -192,9 +242,9 @@ def test_bad_words_are_refused(
 # -- Targets --------------------------------------------------------------------------
 
 
-def turn(rate: float) -> Turn:
+def turn(rate: float, p50_us: float = 50.0, p99_us: float = 99.0) -> Turn:
     """A turn at so many operations in a second."""
-    return Turn(round(rate * 10), 10.0, round(rate * 10), 50.0, 99.0, ())
+    return Turn(round(rate * 10), 10.0, round(rate * 10), p50_us, p99_us, ())
 
 
 def record_of(rates: dict[Cell, list[float]]) -> Record:
@@ -342,6 +392,83 @@ def test_the_page_shows_all_that_was_measured(
         *("benchmarks.md", "figures.json", "soak.json"),
         *("local-p256.svg", "soak-trio.svg"),
     }
+
+
+CALLERS = (1, 8, 64)
+#: Rate, p50 and p99 of three turns of one caller; the last one is the median.
+TURNS = ((100.0, 100.0, 700.0), (300.0, 300.0, 900.0), (200.0, 200.0, 800.0))
+
+
+def _drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
+    """The figure of two clients, the second of half the speed, and its file."""
+    drawn: list[Any] = []
+    save = Figure.savefig
+
+    def kept(figure: Figure, *args: Any, **options: Any) -> None:
+        drawn.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    record = record_of({})
+    for callers in CALLERS:
+        cell = Cell(scenarios.LOCAL, "p256", callers, "bare")
+        for client, speed in (("bare", 2), ("pool-trio", 1)):
+            record.results.turns[cell.of(client)] = [
+                turn(callers * rate * speed, callers * p50 / speed, callers * p99)
+                for rate, p50, p99 in TURNS
+            ]
+    record.scenarios[scenarios.LOCAL] = "local token"
+    record.contenders |= {"bare": "the module", "pool-trio": "the pool"}
+    (path,) = draw(record, tmp_path)
+    assert path.name == "local-p256.svg"
+    (figure,) = drawn
+    return figure, path.read_text()
+
+
+def test_the_axes_of_a_picture_say_what_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Throughput, p50 and p99 against callers; as text, for who cannot see it, too."""
+    figure, picture = _drawn(tmp_path, monkeypatch)
+    panels = ("operations per second", "p50, ms", "p99, ms")
+    assert [axes.get_title() for axes in figure.axes] == list(panels)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["callers"] * 3
+    for axes in figure.axes:
+        assert list(axes.get_xticks()) == list(CALLERS)
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "8", "64"]
+    title = f"{OPERATIONS['p256']}, local token"
+    for text in (title, *panels, "callers", "the module", "the pool"):
+        assert f">{text}</text>" in picture
+
+
+def test_a_picture_has_the_medians_and_how_far_the_turns_lay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line through the one, and for each of them a bar; milliseconds are such."""
+    figure, _ = _drawn(tmp_path, monkeypatch)
+    rate, p50, p99 = figure.axes
+    for axes, least, units in (
+        (rate, 100, {"the module": 2.0, "the pool": 1.0}),
+        (p50, 100, {"the module": 0.5e-3, "the pool": 1e-3}),
+        (p99, 700, {"the module": 1e-3, "the pool": 1e-3}),
+    ):
+        lines: list[Any] = axes.get_lines()
+        assert [one.get_label() for one in lines[::2]] == list(units)
+        # After each line its bars, in one broken line without a name.
+        for line, bars, unit in zip(
+            lines[::2], lines[1::2], units.values(), strict=True
+        ):
+            assert list(line.get_xdata()) == list(CALLERS)
+            medians = [n * (least + 100) * unit for n in CALLERS]
+            assert list(line.get_ydata()) == pytest.approx(medians)
+            thrice = [n for n in CALLERS for _ in range(3)]
+            assert list(bars.get_xdata()) == thrice
+            ends = [
+                n * end * unit
+                for n in CALLERS
+                for end in (least, least + 200, math.nan)
+            ]
+            assert list(bars.get_ydata()) == pytest.approx(ends, nan_ok=True)
 
 
 def test_the_page_can_be_made_again_from_its_figures(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -160,6 +161,48 @@ async def test_the_largest_signatures_cost_no_size_query_either(
 
         spent = await _spent(pool, fault, sign)
     _assert_within_budget(spent, {"C_SignInit": 1, "C_Sign": 1}, 8)
+
+
+_ROOM = 64 * 1024
+_SIZES = [_ROOM - 2048, _ROOM, _ROOM + 1, 3 * _ROOM + 5, 1 << 20]
+
+
+@pytest.mark.parametrize("size", _SIZES)
+@pytest.mark.parametrize("mode", ["AES_CBC_PAD", "AES_ECB"])
+@pytest.mark.usefixtures("never_idle")
+async def test_large_data_costs_no_size_query_either(
+    make_pool: MakePool, fault: FaultModule, mode: str, size: int
+) -> None:
+    """Also when it does not fit into the room that a worker keeps: one call each."""
+    cipher: dict[str, Any] = {"mechanism": Mechanism[mode]}
+    if mode == "AES_CBC_PAD":
+        cipher["mechanism_param"] = bytes(range(16))
+    else:
+        size += -size % 16
+    data = random.Random(size).randbytes(size)  # noqa: S311  # no secret
+    async with make_pool(module=fault.path) as pool:
+        key: KeyRef = await pool.generate_key(KeyType.AES, 256, label="aes", store=True)
+        small = await key.encrypt(bytes(16), **cipher)
+        assert await key.decrypt(small, **cipher) == bytes(16)
+        await settled(pool)
+
+        before = fault.counts()
+        hidden = await key.encrypt(data, **cipher)
+        await settled(pool)
+        between = fault.counts()
+        assert await key.decrypt(hidden, **cipher) == data
+        await settled(pool)
+        after = fault.counts()
+    assert len(hidden) > len(data) or mode == "AES_ECB"
+    assert _own(before, between) == {"C_EncryptInit": 1, "C_Encrypt": 1}
+    assert _own(between, after) == {"C_DecryptInit": 1, "C_Decrypt": 1}
+
+
+def _own(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """What was called between, but for opening and closing sessions."""
+    spent = {k: n - before.get(k, 0) for k, n in after.items()}
+    sessions = {"C_OpenSession", "C_CloseSession"}
+    return {k: n for k, n in spent.items() if n and k not in sessions}
 
 
 @pytest.mark.parametrize("function", ["C_CloseSession", "C_OpenSession"])

@@ -434,6 +434,64 @@ async def test_results_that_were_held_back_wake_the_loop_when_all_are_there(
         assert woken[0][1] == together
 
 
+@pytest.mark.usefixtures("never_idle")
+async def test_results_that_were_held_back_wake_a_loop_once(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not again for those held back, where the one that came last has woken it."""
+    monkeypatch.setattr("pkcs11_pool.engine.held._LATE", math.inf)
+    async with make_pool(module=fault.path, max_sessions=1, timeout=None) as pool:
+        await _fast(pool)
+        _no_timekeeper(pool, monkeypatch)
+        staff = pool._engine._staff  # noqa: SLF001
+        fault.on("C_Digest", hang="before")
+        woken = _wake_ups(monkeypatch)
+        async with anyio.create_task_group() as group:
+            for _ in range(4):
+                group.start_soon(digest, pool)
+            await hangs(fault, "C_Digest")
+            await eventually(lambda: pool.stats().operations_waiting == 3)
+            woken.clear()
+            # On the loop's own thread: it stands still until all results are there.
+            fault.release("C_Digest")
+            wait_for(lambda: not pool.stats().operations_waiting and not staff.busy)
+            wait_for(lambda: woken and len(woken[0][0].ready) == 4)
+            # The third one woke it for the two that were held back, too.
+            assert [ready for _, ready in woken] == [3]
+
+
+@pytest.mark.usefixtures("never_idle")
+async def test_a_result_that_is_held_back_does_not_wait_for_the_next_call(
+    make_pool: MakePool, fault: FaultModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker has taken a job that came meanwhile, and there is none after that."""
+    # It is never late, and nobody comes to look: if not now, it is woken by that call.
+    monkeypatch.setattr("pkcs11_pool.engine.held._LATE", math.inf)
+    async with make_pool(module=fault.path, max_sessions=1, timeout=None) as pool:
+        await _fast(pool)
+        _no_timekeeper(pool, monkeypatch)
+        back = anyio.Event()
+
+        async def first() -> None:
+            await digest(pool)
+            back.set()
+
+        async with anyio.create_task_group() as group:
+            fault.on("C_CloseSession", hang="before")
+            group.start_soon(first)
+            await hangs(fault, "C_CloseSession")
+            assert pool._engine._held.waiters  # noqa: SLF001
+            fault.on("C_Digest", hang="before")
+            group.start_soon(digest, pool)
+            await eventually(lambda: pool.stats().operations_waiting == 1)
+            fault.release("C_CloseSession")
+            await hangs(fault, "C_Digest")
+            with anyio.fail_after(LAST_RESORT):
+                await back.wait()
+            assert fault.inside("C_Digest")
+            fault.clear()
+
+
 def _on_a_loop(pool: TokenPool) -> None:
     anyio.run(digest, pool)
 

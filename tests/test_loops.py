@@ -21,6 +21,7 @@ import uvloop
 from pkcs11 import KeyType, Mechanism
 
 from pkcs11_pool import LoginState, PoolState
+from pkcs11_pool.faces import ports
 from poolkit import (
     LAST_RESORT,
     Hold,
@@ -613,3 +614,65 @@ def test_our_descriptor_has_a_number_that_no_module_had(
             assert ours >= 100
 
     _run(kind, main)
+
+
+class _WithoutReaders(asyncio.SelectorEventLoop):
+    """A loop that watches no descriptors for others.
+
+    Attributes:
+        woken: The pool's way into it, once for each time that it was woken by that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.woken: list[ports.Port] = []
+
+    def add_reader(self, *_args: Any) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, **rest: Any
+    ) -> Any:
+        port = getattr(callback, "__self__", None)
+        if isinstance(port, ports.Port):
+            self.woken.append(port)
+        return super().call_soon_threadsafe(callback, *args, **rest)
+
+
+@pytest.mark.parametrize("lacks", ["readers", "eventfd"])
+def test_many_results_wake_a_loop_without_readers_once(
+    lacks: str, make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is woken in its own way, and as seldom as one that has them."""
+    if lacks == "eventfd":
+        monkeypatch.delattr(os, "eventfd")
+    before = _event_descriptors()
+    loop = _WithoutReaders()
+    go, entered = threading.Semaphore(0), threading.Semaphore(0)
+
+    def inside(_session: object) -> int:
+        entered.release()
+        assert go.acquire(timeout=2 * LAST_RESORT)
+        return 7
+
+    async def main() -> None:
+        async with make_pool() as pool:
+            assert _event_descriptors() <= before
+            for _ in range(2):
+                calls = [asyncio.create_task(pool.run(inside)) for _ in range(8)]
+                for _ in calls:
+                    assert await blocking(entered.acquire, timeout=LAST_RESORT)
+                loop.woken.clear()
+                # On the loop's own thread: it stands still until all are there.
+                for there in range(1, len(calls) + 1):
+                    go.release()
+                    wait_for(partial(_are_ready, loop, there))
+                assert await asyncio.gather(*calls) == [7] * len(calls)
+                assert len(loop.woken) == 1
+
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(main())
+
+
+def _are_ready(loop: _WithoutReaders, count: int) -> bool:
+    return bool(loop.woken) and len(loop.woken[0].ready) == count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from contextlib import suppress
 from functools import partial
@@ -34,6 +35,7 @@ from pkcs11_pool.state import Epoch, Generation
 from poolkit import (
     LAST_RESORT,
     SLACK,
+    Hold,
     blocking,
     digest,
     eventually,
@@ -65,6 +67,10 @@ _GONE = [
 
 async def _sign(key: KeyRef, **options: Any) -> bytes:
     return await key.sign(_DIGEST, mechanism=Mechanism.ECDSA, **options)
+
+
+async def _verified(key: KeyRef, signature: bytes) -> bool:
+    return await key.verify(_DIGEST, signature, mechanism=Mechanism.ECDSA)
 
 
 def _who(pool: TokenPool) -> LoginState:
@@ -188,16 +194,59 @@ async def test_a_token_that_answers_again_is_not_initialised_anew(
         assert pool.stats().recoveries_total == 1
 
 
+async def _all_ahead_closed(pool: TokenPool, least: int) -> set[int]:
+    """Close every session ahead behind the pool's back, and no other; their numbers."""
+    # A worker may be opening one yet.
+    await settled(pool)
+    while pool.stats().sessions_ahead < least:
+        with Hold() as hold:
+            async with anyio.create_task_group() as tasks:
+                for _ in range(2 * least):
+                    tasks.start_soon(pool.run, hold)
+                await hold.entered(2 * least)
+                hold.let_go()
+        await settled(pool)
+    ahead = list(pool._engine._room.ahead)  # noqa: SLF001
+    for session in ahead:
+        assert session.functions.C_CloseSession(session.handle) == CKR.OK
+    return {session.handle for session in ahead}
+
+
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize("operation", ["digest", "sign"])
+@pytest.mark.usefixtures("never_idle")
 async def test_sessions_that_died_ahead_are_replaced_unseen(
-    make_pool: MakePool, fault: FaultModule
+    make_pool: MakePool, fault: FaultModule, operation: str, least: int
 ) -> None:
-    """One of many sessions is dead: nobody hears of it, and no other is lost."""
+    """Nobody hears of it, no other is lost, and no dead number is tried twice."""
     async with make_pool(module=fault.path) as pool, pool.session() as session:
-        fault.on("C_DigestInit", times=2, answer=CKR.SESSION_HANDLE_INVALID)
-        assert await digest(pool)
+        key = await make_ec_key(pool)
+        # From here on it is known: what comes is one call of one function.
+        assert await _verified(key, await _sign(key))
+        dead = await _all_ahead_closed(pool, least)
+        assert len(dead) >= least
+        alive = {one.number for one in fault.sessions()}
+        fault.clear_log()
+        if operation == "sign":
+            assert await _verified(key, await _sign(key))
+        else:
+            assert await digest(pool) == hashlib.sha256(b"data").digest()
+        await settled(pool)
+        tried = [
+            call.session
+            for call in fault.calls()
+            if call.session in dead and call.function != "C_CloseSession"
+        ]
+        assert tried, "no dead session was met: this shows nothing"
+        assert len(tried) == len(set(tried))
+        # None is left for the next one, and none was closed that was well.
+        ahead = {one.handle for one in pool._engine._room.ahead}  # noqa: SLF001
+        assert ahead.isdisjoint(dead)
+        assert alive <= {one.number for one in fault.sessions()}
         assert not session.closed
         assert await digest(session)
-        assert pool.stats().recoveries_total == 0
+        stats = pool.stats()
+        assert (stats.operations_failed, stats.recoveries_total) == (0, 0)
         assert pool.state is PoolState.READY
 
 

@@ -105,14 +105,6 @@ class SessionRoom:
         self.open_rw += job.rw
         return None, victim
 
-    def reserve_ahead(self, spares: int) -> bool:
-        """Count one more session to open ahead, if there is room for a spare."""
-        room = len(self.ahead) < spares and self.limit.allows(
-            rw=False, open_all=self.open_all, open_rw=self.open_rw
-        )
-        self.open_all += room
-        return room
-
     def closed(self, *, rw: bool) -> None:
         """A session that was counted is closed, or was not opened after all."""
         self.open_all -= 1
