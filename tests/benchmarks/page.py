@@ -320,7 +320,8 @@ def _targets(record: Record) -> Iterator[str]:
         return
     met = sum(bool(one.met(record)) for one in measured)
     yield "## Targets\n"
-    yield f"{met} of {len(measured)} are met. A target is met by the median.\n"
+    yield f"{met} of {len(measured)} are met. A target is met by the median."
+    yield "Where the time goes: [](explanation/way-of-an-operation.md).\n"
     rows = []
     for one in measured:
         reached = one.reached(record)
