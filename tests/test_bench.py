@@ -21,6 +21,7 @@ from pkcs11_pool.__main__ import main
 from pkcs11_pool.bench import (
     client,
     command,
+    contenders,
     growth,
     imports,
     measure,
@@ -176,6 +177,37 @@ def test_the_bare_program_counts_as_the_module_counts(
     signatures = [bytes.fromhex(one) for one in samples]
     assert len(signatures) == len(set(signatures)) == 5
     assert material.wrong("p256", signatures) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_who_hands_over_has_a_second_thread_for_each_caller(
+    prepared: Scenario, tmp_path: Path
+) -> None:
+    """They are counted during a turn."""
+    program = programs.compile_c(programs.BARE, tmp_path)
+    fresh, handed = contenders.bare(program)[0], contenders.handed(program)
+    for one, threads in ((fresh, 1 + 3), (handed, 1 + 3 + 3)):
+        assert _most_threads(one, prepared, 3, threads) == threads
+
+
+def _most_threads(
+    contender: Contender, scenario: Scenario, callers: int, least: int
+) -> int:
+    """How many a client was seen to have; on a busy machine it takes longer to see."""
+    command = contender.command(scenario)
+    with Client(command, scenario.pin, scenario.environment) as client:
+        tasks = Path(f"/proc/{client._process.pid}/task")  # noqa: SLF001
+        for seconds in time_limits(0.2):
+            most = 0
+            turn = threading.Thread(
+                target=client.turn, args=[Request("p256", callers, 0, seconds)]
+            )
+            turn.start()
+            while turn.is_alive():
+                most = max(most, len(list(tasks.iterdir())))
+            if most >= least:
+                break
+    return most
 
 
 async def test_one_wrong_bit_is_noticed(pool: TokenPool) -> None:
